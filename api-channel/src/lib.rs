@@ -1,0 +1,1 @@
+//! Every message between SoC and host.

@@ -1,0 +1,1 @@
+//! The vCPU runner on the host.

@@ -1,0 +1,3 @@
+//! The vCPU runner on the host.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The IOREQ ring: wire layout, host end, SoC end.

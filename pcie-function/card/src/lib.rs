@@ -1,0 +1,1 @@
+//! SoC side of an emulated card: a vfio-user client.

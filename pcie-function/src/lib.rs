@@ -1,0 +1,1 @@
+//! A VM's PCIe function: BAR, mailbox, doorbells, vectors, DMA.

@@ -1,0 +1,1 @@
+//! The VMM on the SoC: machine, devices, boot, QMP, CLI.

@@ -1,0 +1,3 @@
+//! The VMM on the SoC: machine, devices, boot, QMP, CLI.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! First process of the emulated server.
+
+fn main() {}
