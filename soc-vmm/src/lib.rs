@@ -1,1 +1,6 @@
 //! The VMM on the SoC: machine, devices, boot, QMP, CLI.
+
+pub mod bus;
+pub mod interrupt;
+pub mod memory;
+pub mod power;
