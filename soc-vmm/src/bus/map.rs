@@ -53,11 +53,7 @@ impl Bus {
             if claim.len == 0 || claim.base.checked_add(claim.len - 1).is_none() {
                 return Err(MapError::Range(*claim));
             }
-            let taken = self
-                .entries
-                .iter()
-                .map(|e| e.claim)
-                .chain(claims[..i].iter().copied());
+            let taken = self.entries.iter().map(|e| e.claim).chain(claims[..i].iter().copied());
             if let Some(old) = taken.into_iter().find(|old| overlap(claim, old)) {
                 return Err(MapError::Overlap { new: *claim, old });
             }
@@ -66,11 +62,7 @@ impl Bus {
         self.devices.push(device);
         let mut at = 0;
         for claim in claims {
-            self.entries.push(Entry {
-                claim: *claim,
-                device: index,
-                at,
-            });
+            self.entries.push(Entry { claim: *claim, device: index, at });
             at += claim.len;
         }
         self.entries.sort_by_key(|e| e.claim.base);
@@ -94,14 +86,14 @@ impl Bus {
         }
     }
 
-    fn find(&mut self, addr: u64) -> Option<(&mut dyn Device, u64)> {
-        let i = self
-            .entries
-            .partition_point(|e| e.claim.base <= addr)
-            .checked_sub(1)?;
+    fn find(&mut self, addr: u64) -> Option<(&mut (dyn Device + '_), u64)> {
+        let i = self.entries.partition_point(|e| e.claim.base <= addr).checked_sub(1)?;
         let entry = &self.entries[i];
         let within = addr - entry.claim.base;
-        (within < entry.claim.len).then(|| (&mut *self.devices[entry.device], entry.at + within))
+        if within >= entry.claim.len {
+            return None;
+        }
+        Some((&mut *self.devices[entry.device], entry.at + within))
     }
 }
 

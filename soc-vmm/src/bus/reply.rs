@@ -51,12 +51,7 @@ pub trait Wake: Send + Sync + std::fmt::Debug {
 impl Deferred<'_> {
     /// Takes the ticket; the device must then return [`Answer::Deferred`].
     pub fn ticket(self) -> Ticket {
-        Ticket {
-            id: self.id,
-            late: self.late.clone(),
-            wake: self.wake.clone(),
-            spent: false,
-        }
+        Ticket { id: self.id, late: self.late.clone(), wake: self.wake.clone(), spent: false }
     }
 }
 
@@ -83,14 +78,7 @@ impl Ticket {
     fn send(&mut self, answer: Answer) {
         self.spent = true;
         // The receiver is gone only when the VM has ended: nobody waits then.
-        if self
-            .late
-            .send(LateAnswer {
-                id: self.id,
-                answer,
-            })
-            .is_ok()
-        {
+        if self.late.send(LateAnswer { id: self.id, answer }).is_ok() {
             self.wake.wake();
         }
     }
