@@ -1,0 +1,1 @@
+//! The language between a testbed machine and who drives it.
