@@ -1,1 +1,3 @@
 //! A VM's PCIe function: BAR, mailbox, doorbells, vectors, DMA.
+
+pub mod card;
