@@ -1,0 +1,252 @@
+//! Memory mapped into this process that another side writes too: a BAR, a mailbox.
+//!
+//! `unsafe`: mmap, and accesses through raw pointers. No reference into the memory is ever made: words go through atomics, since
+//! the other side is another CPU or a device.
+#![allow(unsafe_code)]
+
+use std::num::NonZeroUsize;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use ioreq_ring::{BusError, BusMemory};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::{FunctionError, Windowed};
+
+/// Where mapped memory is, seen from this CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Local memory: a fence is enough to see what the other side stored.
+    Local,
+    /// Across the bus (a BAR): a load pushes earlier stores out.
+    Bus,
+}
+
+/// A shared mapping, unmapped when the last [`Window`] of it goes.
+#[derive(Debug)]
+pub struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    reach: Reach,
+}
+
+// SAFETY: the mapping is plain memory reached by atomics only; nothing about it belongs to a thread.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; every access through `&Mapping` is atomic or tolerates tearing.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes of `fd` from `offset`, shared, readable and writable. `len` is a multiple of 8.
+    ///
+    /// The file must keep its size: a sealed memfd, or a device. A device that vanishes can raise SIGBUS.
+    ///
+    /// # Errors
+    /// `len` is 0 or odd, or mmap failed.
+    pub fn new(fd: BorrowedFd<'_>, offset: u64, len: usize, reach: Reach) -> Result<Arc<Self>, FunctionError> {
+        let size = NonZeroUsize::new(len).filter(|n| n.get() % 8 == 0);
+        let size = size.ok_or_else(|| FunctionError::Unusable(format!("can't map {len} bytes: not whole words")))?;
+        let offset = i64::try_from(offset)
+            .map_err(|_| FunctionError::Unusable(format!("can't map at {offset:#x}: past any file's end")))?;
+        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address the kernel chooses replaces nothing.
+        let base = unsafe { mmap(None, size, prot, MapFlags::MAP_SHARED, fd, offset) }
+            .map_err(|e| FunctionError::Os("map shared memory", e))?;
+        Ok(Arc::new(Self { base: base.cast(), len, reach }))
+    }
+
+    /// The whole mapping as a window.
+    pub fn window(self: &Arc<Self>) -> Window {
+        Window { mapping: self.clone(), offset: 0, len: self.len }
+    }
+
+    /// Address of the first byte, for calls that pass the memory to the kernel.
+    pub fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    /// Bytes mapped.
+    pub fn size(&self) -> usize {
+        self.len
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: base and len are those that mmap gave, and no window is left: each holds the Arc.
+        let _ = unsafe { munmap(self.base.cast(), self.len) };
+    }
+}
+
+/// Part of a mapping. Cheap to clone and to cut.
+#[derive(Clone, Debug)]
+pub struct Window {
+    mapping: Arc<Mapping>,
+    offset: usize,
+    len: usize,
+}
+
+impl Windowed for Window {
+    fn cut(&self, offset: usize, len: usize) -> Option<Self> {
+        let end = offset.checked_add(len)?;
+        (offset.is_multiple_of(8) && end <= self.len).then(|| Self {
+            mapping: self.mapping.clone(),
+            offset: self.offset + offset,
+            len,
+        })
+    }
+}
+
+impl Window {
+    /// Address of the window's first byte, for calls that pass the memory to the kernel.
+    pub fn address(&self) -> u64 {
+        self.mapping.base.as_ptr() as u64 + self.offset as u64
+    }
+
+    /// Copies out from any byte, which [`BusMemory::copy_out`] can't. The other side may write meanwhile.
+    ///
+    /// # Panics
+    /// The range is not all within.
+    pub fn read_bytes(&self, offset: usize, data: &mut [u8]) {
+        let (head, words, tail) = split(offset, self.len, data.len());
+        for (i, byte) in data[..head].iter_mut().enumerate() {
+            *byte = self.byte(offset + i).load(Ordering::Relaxed);
+        }
+        self.copy_out(offset + head, &mut data[head..head + words]);
+        for (i, byte) in data[head + words..][..tail].iter_mut().enumerate() {
+            *byte = self.byte(offset + head + words + i).load(Ordering::Relaxed);
+        }
+    }
+
+    /// Copies in at any byte, which [`BusMemory::copy_in`] can't: no byte outside the range is written.
+    ///
+    /// # Panics
+    /// The range is not all within.
+    pub fn write_bytes(&self, offset: usize, data: &[u8]) {
+        let (head, words, tail) = split(offset, self.len, data.len());
+        for (i, byte) in data[..head].iter().enumerate() {
+            self.byte(offset + i).store(*byte, Ordering::Relaxed);
+        }
+        self.copy_in(offset + head, &data[head..head + words]);
+        for (i, byte) in data[head + words..][..tail].iter().enumerate() {
+            self.byte(offset + head + words + i).store(*byte, Ordering::Relaxed);
+        }
+    }
+
+    fn byte(&self, offset: usize) -> &AtomicU8 {
+        assert!(offset < self.len, "byte {offset:#x} outside its window");
+        // SAFETY: the assertion and `cut` keep the byte within the mapping, which lives as long as `self`; an atomic may be
+        // shared with writers that this process doesn't know.
+        unsafe { &*self.mapping.base.as_ptr().add(self.offset + offset).cast::<AtomicU8>() }
+    }
+
+    /// Whether a fence is enough to see the other side's stores.
+    pub fn reach(&self) -> Reach {
+        self.mapping.reach
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8) && offset < self.len && self.len - offset >= 8, "word {offset:#x} outside its window");
+        // SAFETY: the assertion and `cut` keep the word within the mapping, which lives as long as `self`; mmap aligned it; an
+        // atomic may be shared with writers that this process doesn't know.
+        unsafe { &*self.mapping.base.as_ptr().add(self.offset + offset).cast::<AtomicU64>() }
+    }
+}
+
+impl BusMemory for Window {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn load(&self, offset: usize) -> u64 {
+        u64::from_le(self.word(offset).load(Ordering::Acquire))
+    }
+
+    fn store(&self, offset: usize, word: u64) {
+        self.word(offset).store(word.to_le(), Ordering::Release);
+    }
+
+    fn store_line(&self, offset: usize, words: &[u64]) {
+        assert!(offset % 64 + words.len() * 8 <= 64, "a line crosses 64 bytes at {offset:#x}");
+        let Some((last, rest)) = words.split_last() else { return };
+        for (i, word) in rest.iter().enumerate() {
+            self.word(offset + i * 8).store(word.to_le(), Ordering::Relaxed);
+        }
+        self.store(offset + rest.len() * 8, *last);
+    }
+
+    fn copy_in(&self, offset: usize, data: &[u8]) {
+        let (words, tail) = data.as_chunks::<8>();
+        for (i, word) in words.iter().enumerate() {
+            self.word(offset + i * 8).store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+        }
+        if !tail.is_empty() {
+            let mut last = [0; 8];
+            last[..tail.len()].copy_from_slice(tail);
+            self.word(offset + words.len() * 8).store(u64::from_ne_bytes(last), Ordering::Relaxed);
+        }
+    }
+
+    fn copy_out(&self, offset: usize, data: &mut [u8]) {
+        let (words, tail) = data.as_chunks_mut::<8>();
+        let whole = words.len() * 8;
+        for (i, word) in words.iter_mut().enumerate() {
+            *word = self.word(offset + i * 8).load(Ordering::Relaxed).to_ne_bytes();
+        }
+        if !tail.is_empty() {
+            let last = self.word(offset + whole).load(Ordering::Relaxed).to_ne_bytes();
+            tail.copy_from_slice(&last[..tail.len()]);
+        }
+    }
+
+    fn fence(&self) {
+        std::sync::atomic::fence(Ordering::SeqCst);
+        // Device memory is outside the inner shareable domain that `dmb ish` orders.
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: a barrier has no operands and touches no memory of this program.
+        unsafe {
+            std::arch::asm!("dsb sy", options(nostack, preserves_flags));
+        }
+    }
+
+    fn flush(&self) -> Result<(), BusError> {
+        self.fence();
+        if self.mapping.reach == Reach::Bus && self.load(0) == u64::MAX && self.load(self.len - 8) == u64::MAX {
+            return Err(BusError::Gone);
+        }
+        Ok(())
+    }
+}
+
+/// Cuts `len` bytes at `offset` into single bytes up to a word, whole words, and single bytes.
+fn split(offset: usize, size: usize, len: usize) -> (usize, usize, usize) {
+    assert!(offset <= size && len <= size - offset, "{len} bytes at {offset:#x} outside their window");
+    let head = (offset.next_multiple_of(8) - offset).min(len);
+    let words = (len - head) / 8 * 8;
+    (head, words, len - head - words)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn words_and_bytes_are_the_same_memory_and_a_window_ends_where_it_ends() {
+        let fd = crate::local::sealed_memfd("test", 4096).unwrap();
+        let all = Mapping::new(fd.as_fd(), 0, 4096, Reach::Local).unwrap().window();
+        let cut = all.cut(64, 128).unwrap();
+        cut.store_line(0, &[1, 2, 3]);
+        let mut bytes = [0; 20];
+        all.copy_out(64, &mut bytes);
+        assert_eq!(bytes[..8], 1u64.to_le_bytes());
+        assert_eq!(bytes[16..20], 3u64.to_le_bytes()[..4]);
+        cut.copy_in(8, &[0xff; 11]);
+        assert_eq!(all.load(72), u64::MAX);
+        assert_eq!(all.load(80), 0xff_ffff);
+        assert!(all.cut(4096 - 64, 65).is_none() && cut.cut(usize::MAX, 2).is_none() && all.cut(4, 8).is_none());
+        assert!(std::panic::catch_unwind(|| cut.load(128)).is_err());
+    }
+}
