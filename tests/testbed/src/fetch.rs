@@ -92,7 +92,7 @@ pub fn qemu() -> Result<QemuRoot, Error> {
     let recipe = format!("1 {SUITES:?} {PACKAGES:?}");
     let dir = part("root", &recipe, "QEMU 11.1 of Debian 13 (50 MB)", |into| {
         let apt = Apt::open(&paths::cache().join("apt/trixie"), &SUITES)?;
-        apt.unpack_closure("trixie-backports", &PACKAGES, &[], into)?;
+        apt.unpack_closure(Some("trixie-backports"), &PACKAGES, &[], into)?;
         // Debian's merged /usr, which no package but base-files brings: by it the root can be entered by chroot too.
         for name in ["bin", "lib", "lib64", "sbin"] {
             let link = into.join(name);
@@ -195,10 +195,10 @@ pub fn cross() -> Result<Cross, Error> {
     const TARGET: &str = "libstd-rust-web-dev:arm64";
     // The tools run on the machine's own C library, which is never older than theirs. The rest is not used for cross builds.
     const UNWANTED: [&str; 4] = ["libc6", "libc6-dev", "libc-dev-bin", "cpp-12"];
-    let recipe = format!("1 {SUITES:?} {TOOLS:?} {TARGET}");
+    let recipe = format!("2 {SUITES:?} {TOOLS:?} {TARGET}");
     let dir = part("cross", &recipe, "the aarch64 toolchain of Debian 12 (300 MB)", |into| {
         let apt = Apt::open(&paths::cache().join("apt/bookworm"), &SUITES)?;
-        apt.unpack_closure("bookworm", &TOOLS, &UNWANTED, into)?;
+        apt.unpack_closure(None, &TOOLS, &UNWANTED, into)?;
         apt.unpack_only(&[TARGET], into)?;
         keep_one_emulator(&into.join("usr/bin"))?;
         wrap_tools(into)

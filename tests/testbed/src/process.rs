@@ -44,10 +44,18 @@ pub enum CommandError {
 /// # Errors
 /// It can't be started or ends with another status than 0.
 pub fn run(command: &mut Command) -> Result<String, CommandError> {
+    run_bytes(command).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Runs `command` to its end and returns its standard output, which needn't be text.
+///
+/// # Errors
+/// It can't be started or ends with another status than 0.
+pub fn run_bytes(command: &mut Command) -> Result<Vec<u8>, CommandError> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.output().map_err(|source| CommandError::Start { program, source })?;
     if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        return Ok(output.stdout);
     }
     let text = String::from_utf8_lossy(&output.stderr);
     let lines: Vec<&str> = text.trim().lines().collect();

@@ -43,11 +43,12 @@ impl Apt {
         Ok(apt)
     }
 
-    /// Unpacks `packages` and all they depend on into `into`, preferring suite `release`, leaving out packages whose
+    /// Unpacks `packages` and all they depend on into `into`, preferring suite `release` to newer or
+    /// older ones if given, leaving out packages whose
     /// name `unwanted` names.
     pub(super) fn unpack_closure(
         &self,
-        release: &str,
+        release: Option<&str>,
         packages: &[&str],
         unwanted: &[&str],
         into: &Path,
@@ -55,7 +56,7 @@ impl Apt {
         run(self
             .get()
             .args(["install", "-qq", "-y", "--no-install-recommends", "--download-only"])
-            .args(["-t", release])
+            .args(release.map(|suite| format!("--target-release={suite}")))
             .args(packages)
             .stdout(Stdio::null()))
         .map_err(Error::unreachable)?;

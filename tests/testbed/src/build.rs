@@ -1,0 +1,79 @@
+//! Programs of this workspace built for the emulated machines: static, optimized, in a target directory of their own.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::fetch::{self, Arch};
+use crate::paths;
+use crate::process::{CommandError, run};
+
+/// Why a build failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The toolchain isn't there.
+    #[error(transparent)]
+    Fetch(#[from] fetch::Error),
+    /// cargo failed.
+    #[error(transparent)]
+    Cargo(#[from] CommandError),
+}
+
+/// Builds the programs of `packages` for `arch`; the answer's paths are in the packages' order.
+///
+/// # Errors
+/// [`Error`].
+pub fn programs(arch: Arch, packages: &[&str]) -> Result<Vec<PathBuf>, Error> {
+    let mut cargo = cargo(arch)?;
+    cargo.args(["build", "--quiet", "--release", "--bins"]);
+    for package in packages {
+        cargo.args(["--package", package]);
+    }
+    run(&mut cargo)?;
+    let out = target_dir().join(triple(arch)).join("release");
+    Ok(packages.iter().map(|package| out.join(package)).collect())
+}
+
+/// A cargo that builds static programs for `arch` and, where `arch` isn't this machine's, runs them under emulation. The
+/// caller adds the subcommand.
+///
+/// # Errors
+/// The cross toolchain can't be fetched.
+pub fn cargo(arch: Arch) -> Result<Command, fetch::Error> {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .current_dir(paths::workspace())
+        .env("CARGO_TARGET_DIR", target_dir())
+        .env("CARGO_BUILD_TARGET", triple(arch))
+        // What the outer cargo was told is not meant for this one.
+        .env_remove("RUSTFLAGS")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    let flags = |name: &str| format!("CARGO_TARGET_{name}_UNKNOWN_LINUX_GNU_RUSTFLAGS");
+    match arch {
+        Arch::Amd64 => {
+            cargo.env(flags("X86_64"), "-Ctarget-feature=+crt-static");
+        }
+        Arch::Arm64 => {
+            let cross = fetch::cross()?;
+            cargo
+                .env("RUSTC", &cross.rustc)
+                .env(flags("AARCH64"), "-Ctarget-feature=+crt-static")
+                .env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER", &cross.gcc)
+                .env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER", &cross.qemu_user)
+                // The cc crate's names, for dependencies with C in them.
+                .env("CC_aarch64_unknown_linux_gnu", &cross.gcc)
+                .env("AR_aarch64_unknown_linux_gnu", &cross.ar);
+        }
+    }
+    Ok(cargo)
+}
+
+fn target_dir() -> PathBuf {
+    paths::cache().join("build")
+}
+
+fn triple(arch: Arch) -> &'static str {
+    match arch {
+        Arch::Amd64 => "x86_64-unknown-linux-gnu",
+        Arch::Arm64 => "aarch64-unknown-linux-gnu",
+    }
+}
