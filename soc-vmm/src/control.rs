@@ -1,0 +1,317 @@
+//! How the rest of soc-vmm asks a VM for things: orders in, events and states out.
+//!
+//! [`channel`] makes the two ends. Any number of [`VmHandle`]s (monitors, the console, signals) ask; the VM's one control loop
+//! holds the [`VmControl`]:
+//!
+//! ```text
+//! while let Some(order) = control.next().await {
+//!     let outcome = match order.action() { Action::Pause => vm.pause().await, … };
+//!     control.finish(order, outcome);
+//! }
+//! ```
+//!
+//! The rules (what a command means in which state, which event goes with which change) are here once: the loop sees only
+//! actions that are to be done, and [`VmControl::finish`] changes the state, tells the monitors, then answers who asked.
+
+mod event;
+mod listen;
+mod run_dir;
+mod run_state;
+
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+pub use event::{Event, EventKind, ShutdownCause};
+pub use listen::{ListenError, ListeningSocket};
+pub use run_dir::{Claim, NameError, RunDir, RunDirError, VmName};
+pub use run_state::RunState;
+
+/// Commands that may wait for the VM; who asks more waits for room.
+const QUEUED_COMMANDS: usize = 16;
+/// Events a monitor may be behind; one that is further behind is dropped.
+const QUEUED_EVENTS: usize = 256;
+/// How long a command may take: an emulated server starves for seconds.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What a VM is, as lists show it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmInfo {
+    /// Its name.
+    pub name: String,
+    /// Its vCPUs.
+    pub cpus: u16,
+    /// Its RAM in bytes.
+    pub memory: u64,
+    /// Its function, as it was named on the command line.
+    pub function: String,
+}
+
+/// Makes the two ends of a VM's control; the VM is in [`RunState::Prelaunch`].
+pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
+    let (commands_in, commands) = mpsc::channel(QUEUED_COMMANDS);
+    let (state_in, state) = watch::channel(RunState::Prelaunch);
+    let (events, _) = broadcast::channel(QUEUED_EVENTS);
+    let handle = VmHandle { info: info.into(), commands: commands_in, state, events: events.downgrade() };
+    (handle, VmControl { commands, state: state_in, events })
+}
+
+/// Why a command was not done.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ControlError {
+    /// Not in this state, or the VM couldn't.
+    #[error("{0}")]
+    Refused(String),
+    /// The VM has ended.
+    #[error("the VM has ended")]
+    Ended,
+    /// No answer; the command may still be done later.
+    #[error("the VM did not answer within {} s", COMMAND_TIMEOUT.as_secs())]
+    Timeout,
+}
+
+/// Asks one VM for things. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct VmHandle {
+    info: std::sync::Arc<VmInfo>,
+    commands: mpsc::Sender<Request>,
+    state: watch::Receiver<RunState>,
+    /// Weak, so that monitors see the stream's end when the VM has ended.
+    events: broadcast::WeakSender<Event>,
+}
+
+impl VmHandle {
+    /// What the VM is.
+    pub fn info(&self) -> &VmInfo {
+        &self.info
+    }
+
+    /// Its state now; the last one if it has ended.
+    pub fn state(&self) -> RunState {
+        *self.state.borrow()
+    }
+
+    /// Every event from now on, `None` if the VM has ended. The stream closes when it ends.
+    pub fn events(&self) -> Option<broadcast::Receiver<Event>> {
+        self.events.upgrade().map(|events| events.subscribe())
+    }
+
+    /// QMP `stop`: returns when no vCPU runs. Nothing to do unless it runs.
+    ///
+    /// # Errors
+    /// See [`ControlError`]; likewise below.
+    pub async fn stop(&self) -> Result<(), ControlError> {
+        self.ask(Command::Stop).await
+    }
+
+    /// QMP `cont`. Nothing to do if it runs; refused if it needs a reset.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn cont(&self) -> Result<(), ControlError> {
+        self.ask(Command::Cont).await
+    }
+
+    /// QMP `system_reset`. A machine that doesn't run is [`RunState::Prelaunch`] afterwards.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn reset(&self) -> Result<(), ControlError> {
+        self.ask(Command::Reset).await
+    }
+
+    /// QMP `system_powerdown`: presses the power button; the guest may ignore it.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn powerdown(&self) -> Result<(), ControlError> {
+        self.ask(Command::Powerdown).await
+    }
+
+    /// Ends the VM: QMP `quit`, a signal, Ctrl-A x.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn quit(&self, cause: ShutdownCause) -> Result<(), ControlError> {
+        self.ask(Command::Quit(cause)).await
+    }
+
+    /// [`VmHandle::quit`] from a thread outside tokio's, without waiting for the end.
+    pub fn quit_from_thread(&self, cause: ShutdownCause) {
+        let (reply, _) = oneshot::channel();
+        // A closed queue means that the VM has ended, which is what was asked for.
+        let _ = self.commands.blocking_send(Request { command: Command::Quit(cause), reply });
+    }
+
+    async fn ask(&self, command: Command) -> Result<(), ControlError> {
+        let (reply, answer) = oneshot::channel();
+        let exchange = async {
+            self.commands.send(Request { command, reply }).await.map_err(|_| ControlError::Ended)?;
+            answer.await.map_err(|_| ControlError::Ended)?
+        };
+        tokio::time::timeout(COMMAND_TIMEOUT, exchange).await.map_err(|_| ControlError::Timeout)?
+    }
+}
+
+#[derive(Debug)]
+struct Request {
+    command: Command,
+    reply: oneshot::Sender<Result<(), ControlError>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Command {
+    Stop,
+    Cont,
+    Reset,
+    Powerdown,
+    Quit(ShutdownCause),
+}
+
+/// Something that the VM's control loop is to do now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Take the vCPUs out of the guest. It runs.
+    Pause,
+    /// Let the vCPUs run. It doesn't.
+    Resume,
+    /// Reset machine, vCPUs and lanes; the vCPUs run on afterwards if they ran before ([`VmControl::state`]).
+    Reset,
+    /// Press the ACPI power button.
+    PowerButton,
+    /// Stop and let everything go; the loop ends after [`VmControl::finish`].
+    Quit(ShutdownCause),
+}
+
+/// An action and who waits for it. Dropped unfinished, it tells the asker that the VM has ended.
+#[derive(Debug)]
+#[must_use = "someone waits for it: give it to VmControl::finish"]
+pub struct Order {
+    action: Action,
+    reply: oneshot::Sender<Result<(), ControlError>>,
+}
+
+impl Order {
+    /// What to do.
+    pub fn action(&self) -> Action {
+        self.action
+    }
+}
+
+/// The VM's end: its control loop takes orders from it and reports what the guest does by itself.
+#[derive(Debug)]
+pub struct VmControl {
+    commands: mpsc::Receiver<Request>,
+    state: watch::Sender<RunState>,
+    events: broadcast::Sender<Event>,
+}
+
+impl VmControl {
+    /// The next thing to do; commands that are nothing to do or not legal now are answered on the way. `None`: no handle is
+    /// left. Safe to cancel: no order is lost.
+    pub async fn next(&mut self) -> Option<Order> {
+        loop {
+            let Request { command, reply } = self.commands.recv().await?;
+            match decide(command, self.state()) {
+                Decision::Do(action) => return Some(Order { action, reply }),
+                // Who asked may have gone: then nobody wants the answer.
+                Decision::Answer(answer) => drop(reply.send(answer)),
+            }
+        }
+    }
+
+    /// Ends an order. Done: the state changes, monitors hear of it, then the asker. Failed: only the asker hears why.
+    pub fn finish(&mut self, order: Order, outcome: Result<(), String>) {
+        if outcome.is_ok() {
+            match order.action {
+                // The guest may have ended or failed while the order was carried out; that state stands.
+                Action::Pause if self.state().is_running() => self.enter(RunState::Paused),
+                Action::Resume if self.state().may_become(RunState::Running) => self.enter(RunState::Running),
+                Action::Pause | Action::Resume => {}
+                Action::Reset => self.was_reset(ShutdownCause::HostQmpSystemReset),
+                Action::PowerButton => self.tell(EventKind::Powerdown),
+                Action::Quit(cause) => self.ends(cause),
+            }
+        }
+        // Who asked may have gone.
+        let _ = order.reply.send(outcome.map_err(ControlError::Refused));
+    }
+
+    /// The state now.
+    pub fn state(&self) -> RunState {
+        *self.state.borrow()
+    }
+
+    /// The vCPUs run for the first time, without a command (no `--paused`).
+    pub fn started(&mut self) {
+        self.enter(RunState::Running);
+    }
+
+    /// The guest reset the machine, and the reset is done.
+    pub fn guest_reset(&mut self) {
+        self.was_reset(ShutdownCause::GuestReset);
+    }
+
+    /// The VM stopped by itself: [`RunState::IoError`], [`RunState::GuestPanicked`] from running, [`RunState::InternalError`].
+    ///
+    /// # Panics
+    /// `state` may not follow the present one.
+    pub fn stopped(&mut self, state: RunState) {
+        self.enter(state);
+    }
+
+    /// The VM ends now: the last thing to say before this end is dropped.
+    pub fn ends(&mut self, cause: ShutdownCause) {
+        self.tell(EventKind::Shutdown { guest: cause.by_guest(), reason: cause });
+        let last = if cause == ShutdownCause::HostError { RunState::InternalError } else { RunState::Shutdown };
+        if self.state().may_become(last) {
+            self.enter(last);
+        }
+    }
+
+    fn was_reset(&mut self, reason: ShutdownCause) {
+        self.tell(EventKind::Reset { guest: reason.by_guest(), reason });
+        if self.state().may_become(RunState::Prelaunch) {
+            self.enter(RunState::Prelaunch);
+        }
+    }
+
+    fn enter(&mut self, next: RunState) {
+        let before = self.state.send_replace(next);
+        assert!(before.may_become(next), "a VM that is {before} can't become {next}");
+        if next.is_running() {
+            self.tell(EventKind::Resume);
+        } else if before.is_running() {
+            self.tell(EventKind::Stop);
+        }
+    }
+
+    fn tell(&self, kind: EventKind) {
+        // An error says that no monitor listens.
+        let _ = self.events.send(Event { kind, at: SystemTime::now() });
+    }
+}
+
+enum Decision {
+    Do(Action),
+    Answer(Result<(), ControlError>),
+}
+
+/// What a command means in a state.
+fn decide(command: Command, state: RunState) -> Decision {
+    match command {
+        Command::Stop if !state.is_running() => Decision::Answer(Ok(())),
+        Command::Stop => Decision::Do(Action::Pause),
+        Command::Cont if state.is_running() => Decision::Answer(Ok(())),
+        Command::Cont if state.needs_reset() => {
+            Decision::Answer(Err(ControlError::Refused("Resetting the Virtual Machine is required".into())))
+        }
+        Command::Cont => Decision::Do(Action::Resume),
+        Command::Reset => Decision::Do(Action::Reset),
+        Command::Powerdown => Decision::Do(Action::PowerButton),
+        Command::Quit(cause) => Decision::Do(Action::Quit(cause)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,67 @@
+//! What happened to a VM, as every monitor hears it.
+
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+/// An event and when it happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// What happened.
+    pub kind: EventKind,
+    /// When, by the SoC's clock.
+    pub at: SystemTime,
+}
+
+/// QMP events of a VM's life, with their QAPI names and data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "event", content = "data", rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum EventKind {
+    /// The vCPUs stopped.
+    Stop,
+    /// The vCPUs run.
+    Resume,
+    /// The machine was reset.
+    Reset {
+        /// Whether the guest asked.
+        guest: bool,
+        /// Why.
+        reason: ShutdownCause,
+    },
+    /// The machine ends.
+    Shutdown {
+        /// Whether the guest asked.
+        guest: bool,
+        /// Why.
+        reason: ShutdownCause,
+    },
+    /// The power button was pressed by command.
+    Powerdown,
+}
+
+/// QMP `ShutdownCause`: why a machine was reset or ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShutdownCause {
+    /// The function, its host or its shim failed.
+    HostError,
+    /// QMP `quit`.
+    HostQmpQuit,
+    /// QMP `system_reset`.
+    HostQmpSystemReset,
+    /// SIGINT or SIGTERM.
+    HostSignal,
+    /// Ctrl-A x on the console.
+    HostUi,
+    /// The guest powered off.
+    GuestShutdown,
+    /// The guest reset the machine.
+    GuestReset,
+}
+
+impl ShutdownCause {
+    /// Whether the guest asked.
+    pub fn by_guest(self) -> bool {
+        matches!(self, Self::GuestShutdown | Self::GuestReset)
+    }
+}

@@ -1,0 +1,133 @@
+//! UNIX sockets that this process listens on: private, never stolen from a living owner, removed at the end.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::stat::{Mode, fchmod};
+
+/// Why a path can't be listened on.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another process answers there.
+    #[error("{0} is in use: another process listens there; choose another path, or end that process")]
+    InUse(PathBuf),
+    /// Something that is no socket lies there.
+    #[error("{0} exists and is not a socket; choose another path, or remove it")]
+    NotASocket(PathBuf),
+    /// The system refused.
+    #[error("can't listen on {0}")]
+    Io(PathBuf, #[source] io::Error),
+}
+
+/// A listening stream socket with mode 0600. Dropped, it removes its path if that is still its own.
+#[derive(Debug)]
+pub struct ListeningSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the path when it was bound.
+    identity: (u64, u64),
+}
+
+impl ListeningSocket {
+    /// Listens on `path`. A socket that nobody listens on any more (its process died) is replaced.
+    ///
+    /// # Errors
+    /// See [`ListenError`].
+    pub fn bind(path: &Path) -> Result<Self, ListenError> {
+        remove_stale(path)?;
+        let failed = |e: io::Error| ListenError::Io(path.to_owned(), e);
+        let listener = bind_private(path).map_err(|e| failed(e.into()))?;
+        let placed = std::fs::symlink_metadata(path).map_err(failed)?;
+        Ok(Self { listener, path: path.to_owned(), identity: (placed.dev(), placed.ino()) })
+    }
+
+    /// The socket; its accepts don't block.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for ListeningSocket {
+    fn drop(&mut self) {
+        // Somebody may have removed or replaced the path: then it is not ours to remove.
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.identity) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn bind_private(path: &Path) -> nix::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    // Before bind(2), which gives the path the socket's own mode: there is no moment at which others may connect.
+    fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&fd, Backlog::new(16)?)?;
+    Ok(UnixListener::from(fd))
+}
+
+fn remove_stale(path: &Path) -> Result<(), ListenError> {
+    let failed = |e| ListenError::Io(path.to_owned(), e);
+    match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(failed(e)),
+        Ok(found) if !found.file_type().is_socket() => return Err(ListenError::NotASocket(path.to_owned())),
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(ListenError::InUse(path.to_owned())),
+        Err(e) if e.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(failed(e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn private_while_it_lives_and_gone_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let socket = ListeningSocket::bind(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(matches!(ListeningSocket::bind(&path), Err(ListenError::InUse(p)) if p == path));
+        drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_dead_owners_socket_is_replaced_and_a_file_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "std leaves its path behind, as a killed process does");
+        let first = ListeningSocket::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let second = ListeningSocket::bind(&path).unwrap();
+        drop(first);
+        assert!(path.exists(), "the first owner removed the second one's socket");
+        drop(second);
+        std::fs::write(&path, "mine").unwrap();
+        assert!(matches!(ListeningSocket::bind(&path), Err(ListenError::NotASocket(_))));
+        assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn a_path_that_no_socket_can_have_is_an_error() {
+        let long = PathBuf::from(format!("/tmp/{}", "x".repeat(200)));
+        assert!(matches!(ListeningSocket::bind(&long), Err(ListenError::Io(..))));
+    }
+}

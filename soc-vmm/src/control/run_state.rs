@@ -1,0 +1,123 @@
+//! The states of a VM, and which may follow which.
+
+use serde::{Deserialize, Serialize};
+
+/// QMP `RunState`: what the guest's vCPUs do, and why.
+///
+/// ```text
+///             ┌────────────── reset ──────────────┐
+///             ▼                                   │
+///  ──▶ prelaunch ──▶ running ──▶ paused ──────────┤
+///                     ▲    │                      │
+///                     │    ├──▶ io-error ─────────┤
+///                     │    ├──▶ guest-panicked ───┤
+///          cont from  │    ├──▶ shutdown ─────────┤
+///          the upper three └──▶ internal-error ───┘
+/// ```
+///
+/// Besides, a VM that doesn't run can still power off or fail: the access that asks for it may be the last one served
+/// before the pause, and a function can vanish at any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// Not started yet, or reset while it didn't run.
+    Prelaunch,
+    /// The vCPUs run.
+    Running,
+    /// Stopped by command.
+    Paused,
+    /// The guest powered off.
+    Shutdown,
+    /// The VM can't go on: a failed entry, a lost function.
+    InternalError,
+    /// Stopped by a failed disk request.
+    IoError,
+    /// The guest reported its own panic.
+    GuestPanicked,
+}
+
+impl RunState {
+    /// Every state.
+    pub const ALL: [Self; 7] = [
+        Self::Prelaunch,
+        Self::Running,
+        Self::Paused,
+        Self::Shutdown,
+        Self::InternalError,
+        Self::IoError,
+        Self::GuestPanicked,
+    ];
+
+    /// Whether the vCPUs run.
+    pub fn is_running(self) -> bool {
+        self == Self::Running
+    }
+
+    /// Whether `cont` is refused until the machine was reset.
+    pub fn needs_reset(self) -> bool {
+        matches!(self, Self::Shutdown | Self::InternalError)
+    }
+
+    /// Whether `next` may follow. A state does not follow itself.
+    pub fn may_become(self, next: Self) -> bool {
+        use RunState::{GuestPanicked, InternalError, IoError, Paused, Prelaunch, Running, Shutdown};
+        match next {
+            Prelaunch => !matches!(self, Prelaunch | Running),
+            Running => matches!(self, Prelaunch | Paused | IoError | GuestPanicked),
+            Paused | IoError | GuestPanicked => self == Running,
+            Shutdown => !matches!(self, Shutdown | InternalError),
+            InternalError => self != InternalError,
+        }
+    }
+}
+
+impl std::fmt::Display for RunState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.serialize(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::RunState::{self, InternalError, Paused, Prelaunch, Running, Shutdown};
+
+    #[test]
+    fn names_are_qapis() {
+        let names: Vec<String> = RunState::ALL.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            names,
+            ["prelaunch", "running", "paused", "shutdown", "internal-error", "io-error", "guest-panicked"]
+        );
+    }
+
+    #[test]
+    fn what_needs_a_reset_runs_only_through_prelaunch() {
+        for state in RunState::ALL {
+            if state.needs_reset() {
+                assert!(!state.may_become(Running) && state.may_become(Prelaunch), "{state}");
+            }
+            assert!(!state.may_become(state), "{state} follows itself");
+        }
+        assert!(
+            !InternalError.may_become(Shutdown) && Shutdown.may_become(InternalError) && Paused.may_become(Shutdown)
+        );
+    }
+
+    #[test]
+    fn no_state_is_a_trap() {
+        for start in RunState::ALL {
+            let mut reached = vec![start];
+            let mut next = 0;
+            while let Some(&from) = reached.get(next) {
+                reached.extend(
+                    RunState::ALL
+                        .into_iter()
+                        .filter(|&to| from.may_become(to) && !reached.contains(&to))
+                        .collect::<Vec<_>>(),
+                );
+                next += 1;
+            }
+            assert_eq!(reached.len(), RunState::ALL.len(), "{start} can't reach every state");
+        }
+    }
+}

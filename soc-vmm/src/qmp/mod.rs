@@ -1,0 +1,19 @@
+//! QMP, the QEMU Machine Protocol, as a server and as a client.
+//!
+//! Bytes become commands without I/O ([`Session`], which a fuzzer can drive), commands become futures over a
+//! [`crate::control::VmHandle`] ([`command`]), and [`Server`] moves both over UNIX sockets. What a peer can make this process
+//! hold or wait for is bounded everywhere: see the constants.
+
+mod client;
+pub mod command;
+mod error;
+mod framing;
+mod server;
+mod session;
+pub mod types;
+
+pub use client::{Client, ClientError};
+pub use error::{ErrorClass, QmpError};
+pub use framing::{FrameError, Framer, MAX_COMMAND};
+pub use server::{MAX_MONITORS, Server};
+pub use session::{Call, Session, Step};

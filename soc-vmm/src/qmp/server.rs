@@ -1,0 +1,185 @@
+//! Monitors over UNIX sockets.
+//!
+//! Each monitor is one task that owns everything it uses, so a bad client harms nobody: it can hold one command of
+//! [`super::MAX_COMMAND`] bytes and one read's worth of the next, waits for its own commands only, and is dropped when it
+//! doesn't take its replies and events.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+use serde::Serialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::WriteHalf;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::task::{JoinHandle, JoinSet};
+
+use super::types::{Greeting, Response, Timestamp};
+use super::{Session, Step};
+use crate::control::{Event, EventKind, ListeningSocket, VmHandle};
+
+/// Monitors of one VM at a time, over all its sockets; a connection more is closed without a greeting.
+pub const MAX_MONITORS: usize = 32;
+
+/// Bytes read at once.
+const READ: usize = 16 << 10;
+/// How long a client may take to make room for a reply or an event.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long monitors may take to hear the last words of a VM that ended.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pause after a failed accept, so that a lack of descriptors doesn't spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The monitors of one VM.
+#[derive(Debug)]
+pub struct Server {
+    sockets: Vec<(oneshot::Sender<()>, JoinHandle<()>)>,
+}
+
+impl Server {
+    /// Serves `vm` on each of `sockets`. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// A socket can't be watched.
+    pub fn start(vm: &VmHandle, sockets: Vec<ListeningSocket>) -> io::Result<Self> {
+        let room = Arc::new(Semaphore::new(MAX_MONITORS));
+        let mut started = Vec::with_capacity(sockets.len());
+        for socket in sockets {
+            let listener = UnixListener::from_std(socket.listener().try_clone()?)?;
+            let (close, closing) = oneshot::channel();
+            let task = tokio::spawn(listen(listener, socket, vm.clone(), room.clone(), closing));
+            started.push((close, task));
+        }
+        Ok(Self { sockets: started })
+    }
+
+    /// Removes the sockets and lets the monitors hear what the VM said last. Its [`crate::control::VmControl`] should be gone
+    /// by now: that ends the monitors. Those that don't end within 2 s are cut off.
+    pub async fn close(self) {
+        for (close, task) in self.sockets {
+            // An error says that the task ended already; the same below.
+            let _ = close.send(());
+            let _ = task.await;
+        }
+    }
+}
+
+async fn listen(
+    listener: UnixListener,
+    socket: ListeningSocket,
+    vm: VmHandle,
+    room: Arc<Semaphore>,
+    mut closing: oneshot::Receiver<()>,
+) {
+    let mut monitors = JoinSet::new();
+    loop {
+        tokio::select! {
+            _ = &mut closing => break,
+            Some(_) = monitors.join_next() => {}
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => match room.clone().try_acquire_owned() {
+                    Ok(place) => {
+                        let vm = vm.clone();
+                        monitors.spawn(async move {
+                            if let Err(why) = monitor(stream, vm).await {
+                                tracing::debug!("QMP: a monitor was dropped: {why}");
+                            }
+                            drop(place);
+                        });
+                    }
+                    Err(_) => tracing::warn!("QMP: {MAX_MONITORS} monitors are connected; one more was turned away"),
+                },
+                Err(e) => {
+                    tracing::warn!("QMP: can't accept on {}: {e}", socket.path().display());
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    drop(socket);
+    let rest = async { while monitors.join_next().await.is_some() {} };
+    // What is left after that is cut off when the set is dropped.
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, rest).await;
+}
+
+/// Serves one client until it goes, misbehaves, or the VM has ended.
+async fn monitor(mut stream: UnixStream, vm: VmHandle) -> io::Result<()> {
+    let (mut reader, mut writer) = stream.split();
+    let Some(mut events) = vm.events() else { return Ok(()) };
+    send(&mut writer, &Greeting::ours()).await?;
+
+    let mut session = Session::new(vm);
+    let mut buffer = vec![0; READ];
+    let mut unread = 0..0;
+    let mut running = None;
+    loop {
+        while running.is_none() {
+            let mut input = &buffer[unread.clone()];
+            let step = session.next(&mut input);
+            unread.start = unread.end - input.len();
+            match step {
+                None => break,
+                Some(Step::Reply(response)) => send(&mut writer, &response).await?,
+                Some(Step::Close(response)) => return send(&mut writer, &response).await,
+                Some(Step::Run(call)) => running = Some(Box::pin(call.run())),
+            }
+        }
+        tokio::select! {
+            // Events first: who hears `stop` return has heard STOP.
+            biased;
+            event = events.recv() => match event {
+                Ok(event) if session.is_negotiated() => send(&mut writer, &WireEvent::from(&event)).await?,
+                Ok(_) => {}
+                Err(RecvError::Lagged(_)) => return Err(io::Error::other("it doesn't take its events")),
+                Err(RecvError::Closed) => {
+                    // The VM has ended, so this answers at once.
+                    if let Some(call) = running {
+                        send(&mut writer, &call.await).await?;
+                    }
+                    return Ok(());
+                }
+            },
+            response = finished(&mut running) => send(&mut writer, &response).await?,
+            read = reader.read(&mut buffer), if running.is_none() => match read? {
+                0 => return Ok(()),
+                n => unread = 0..n,
+            },
+        }
+    }
+}
+
+/// The response of the running call, which is then none any more; never ready without one. Safe to cancel.
+async fn finished<F: Future<Output = Response> + Unpin>(running: &mut Option<F>) -> Response {
+    match running {
+        None => std::future::pending().await,
+        Some(call) => {
+            let response = call.await;
+            *running = None;
+            response
+        }
+    }
+}
+
+async fn send<T: Serialize>(writer: &mut WriteHalf<'_>, message: &T) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.extend_from_slice(b"\r\n");
+    tokio::time::timeout(WRITE_TIMEOUT, writer.write_all(&line)).await.map_err(|_| io::ErrorKind::TimedOut)?
+}
+
+/// An event as it goes over the wire.
+#[derive(Serialize)]
+struct WireEvent {
+    timestamp: Timestamp,
+    #[serde(flatten)]
+    kind: EventKind,
+}
+
+impl From<&Event> for WireEvent {
+    fn from(event: &Event) -> Self {
+        let since = event.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let timestamp = Timestamp { seconds: since.as_secs(), microseconds: since.subsec_micros() };
+        Self { timestamp, kind: event.kind }
+    }
+}

@@ -1,0 +1,163 @@
+//! QAPI types of replies, by their QAPI names.
+
+use serde::{Deserialize, Serialize};
+
+use super::ErrorClass;
+use crate::control::RunState;
+
+/// The reply of a command that has nothing to say: `{}`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Empty {}
+
+/// QMP `StatusInfo`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusInfo {
+    /// Whether the vCPUs run.
+    pub running: bool,
+    /// The state.
+    pub status: RunState,
+}
+
+/// QMP `NameInfo`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NameInfo {
+    /// The VM's name.
+    pub name: String,
+}
+
+/// QMP `VersionTriple`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionTriple {
+    /// Major.
+    pub major: u32,
+    /// Minor.
+    pub minor: u32,
+    /// Micro.
+    pub micro: u32,
+}
+
+/// QMP `VersionInfo`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionInfo {
+    /// The QEMU release whose QMP this is: clients choose their commands by it.
+    pub qemu: VersionTriple,
+    /// Who answers.
+    pub package: String,
+}
+
+impl VersionInfo {
+    /// This program's.
+    pub fn ours() -> Self {
+        Self {
+            qemu: VersionTriple { major: 7, minor: 2, micro: 0 },
+            package: concat!("soc-vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
+        }
+    }
+}
+
+/// QMP `CommandInfo`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommandInfo {
+    /// A command's name.
+    pub name: String,
+}
+
+/// QMP `KvmInfo`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KvmInfo {
+    /// The guest runs on KVM.
+    pub enabled: bool,
+    /// KVM could be used.
+    pub present: bool,
+}
+
+/// `x-outboard-vm`, a type of ours: what `soc-vmm list` shows of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutboardVm {
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    pub status: RunState,
+    /// Its vCPUs.
+    pub cpus: u16,
+    /// Its RAM in bytes.
+    pub memory: u64,
+    /// Its function, as `--function` named it.
+    pub function: String,
+    /// The process id of its soc-vmm.
+    pub pid: u32,
+}
+
+/// The first object on a monitor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Greeting {
+    /// What it greets with.
+    #[serde(rename = "QMP")]
+    pub qmp: GreetingBody,
+}
+
+/// The inside of a [`Greeting`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GreetingBody {
+    /// As `query-version` answers.
+    pub version: VersionInfo,
+    /// QMP `QMPCapability` that may be enabled.
+    pub capabilities: Vec<String>,
+}
+
+impl Greeting {
+    /// This program's: no capability is offered.
+    pub fn ours() -> Self {
+        Self { qmp: GreetingBody { version: VersionInfo::ours(), capabilities: Vec::new() } }
+    }
+}
+
+/// An event's `timestamp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timestamp {
+    /// Seconds since the epoch.
+    pub seconds: u64,
+    /// And microseconds.
+    pub microseconds: u32,
+}
+
+/// A reply as it goes over the wire.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Response {
+    /// The command was done.
+    Return {
+        /// What it gave.
+        #[serde(rename = "return")]
+        value: serde_json::Value,
+        /// The command's id.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<serde_json::Value>,
+    },
+    /// It was not.
+    Error {
+        /// Why.
+        error: super::QmpError,
+        /// The command's id, where it had a legible one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<serde_json::Value>,
+    },
+}
+
+impl Response {
+    /// The reply to the command with this id.
+    pub fn to(id: Option<serde_json::Value>, outcome: Result<serde_json::Value, super::QmpError>) -> Self {
+        match outcome {
+            Ok(value) => Self::Return { value, id },
+            Err(error) => Self::Error { error, id },
+        }
+    }
+
+    /// The error's class, if it is one.
+    pub fn error_class(&self) -> Option<ErrorClass> {
+        match self {
+            Self::Return { .. } => None,
+            Self::Error { error, .. } => Some(error.class),
+        }
+    }
+}
