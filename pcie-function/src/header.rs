@@ -92,7 +92,9 @@ impl std::fmt::Display for HeaderError {
             Self::Version(low, high) => {
                 write!(f, "the peer speaks versions {low} to {high}, this side {VERSION}; upgrade the older one")
             }
-            Self::Features(bits) => write!(f, "the peer insists on features {bits:#x}, unknown here; upgrade this side"),
+            Self::Features(bits) => {
+                write!(f, "the peer insists on features {bits:#x}, unknown here; upgrade this side")
+            }
             Self::Malformed => f.write_str("the header is malformed"),
         }
     }
@@ -103,9 +105,7 @@ impl std::error::Error for HeaderError {}
 /// The words 0–7 of a header line, each loaded once, the nonce first: a header is whole once its nonce is there.
 fn words(line: &impl BusMemory) -> [u64; 8] {
     let nonce = line.load(56);
-    let mut words = std::array::from_fn(|i| if i == 7 { nonce } else { line.load(i * 8) });
-    words[7] = nonce;
-    words
+    std::array::from_fn(|i| if i == 7 { nonce } else { line.load(i * 8) })
 }
 
 impl HostHeader {
@@ -164,13 +164,16 @@ impl HostHeader {
             role,
             nonce,
         };
-        let extent = |iova: u64, len: u32| len % 4096 == 0 && iova % 4096 == 0 && iova.checked_add(u64::from(len)).is_some();
-        let fits = (u64::from(header.table) + u64::from(header.regions) * crate::regions::ENTRY as u64) <= card.len() as u64;
+        let extent = |iova: u64, len: u32| {
+            len.is_multiple_of(4096) && iova.is_multiple_of(4096) && iova.checked_add(u64::from(len)).is_some()
+        };
+        let fits =
+            (u64::from(header.table) + u64::from(header.regions) * crate::regions::ENTRY as u64) <= card.len() as u64;
         let legal = reserved == 0
             && header.inbox_len >= 4096
             && extent(inbox, header.inbox_len)
             && extent(outbox, header.outbox_len)
-            && header.table % 64 == 0
+            && header.table.is_multiple_of(64)
             && fits;
         legal.then_some(Some(header)).ok_or(HeaderError::Malformed)
     }

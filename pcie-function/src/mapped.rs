@@ -147,7 +147,10 @@ impl Window {
     }
 
     fn word(&self, offset: usize) -> &AtomicU64 {
-        assert!(offset.is_multiple_of(8) && offset < self.len && self.len - offset >= 8, "word {offset:#x} outside its window");
+        assert!(
+            offset.is_multiple_of(8) && offset < self.len && self.len - offset >= 8,
+            "word {offset:#x} outside its window"
+        );
         // SAFETY: the assertion and `cut` keep the word within the mapping, which lives as long as `self`; mmap aligned it; an
         // atomic may be shared with writers that this process doesn't know.
         unsafe { &*self.mapping.base.as_ptr().add(self.offset + offset).cast::<AtomicU64>() }

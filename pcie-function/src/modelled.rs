@@ -208,7 +208,14 @@ impl<F: HostFunction> HostFunction for ModelledHost<F> {
         Ok((iova, Counted { inner, side: None, crossings: self.crossings.clone() }))
     }
 
-    fn map_ram(&mut self, ram: BorrowedFd<'_>, offset: u64, iova: Iova, len: u64, writes: bool) -> Result<(), FunctionError> {
+    fn map_ram(
+        &mut self,
+        ram: BorrowedFd<'_>,
+        offset: u64,
+        iova: Iova,
+        len: u64,
+        writes: bool,
+    ) -> Result<(), FunctionError> {
         self.inner.map_ram(ram, offset, iova, len, writes)
     }
 

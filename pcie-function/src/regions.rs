@@ -133,7 +133,7 @@ impl Region {
         };
         let inside = offset.checked_add(len).is_some_and(|end| end <= size);
         let shaped = region.stride != 0
-            && region.stride % 8 == 0
+            && region.stride.is_multiple_of(8)
             && u64::from(region.stride).checked_mul(u64::from(region.count)).is_some_and(|bytes| bytes <= len);
         (inside && shaped && offset % align == 0 && len % 8 == 0).then_some(region)
     }
@@ -191,7 +191,7 @@ pub fn find(regions: &[Region], kind: Type, stride: usize, count: u32) -> Result
 pub fn layout(card_len: u64) -> Result<Layout, TableError> {
     const STEP: u64 = 0x1_0000;
     // Header and table · host lines · replies · events: fixed. Then the lanes.
-    let fixed = STEP * 7;
+    let fixed = STEP * 6;
     let steps = |bytes: u64| bytes.div_ceil(STEP) * STEP;
     let room = |lanes: u64| fixed + steps(lanes * LINE as u64) * 2 + steps(lanes * POSTED_RING as u64);
     let lanes = (0..=10).rev().map(|bit| 1u64 << bit).find(|&lanes| room(lanes) <= card_len);
@@ -200,8 +200,15 @@ pub fn layout(card_len: u64) -> Result<Layout, TableError> {
     let mut next = STEP;
     let mut card = |kind, stride: usize, count: u64| {
         let len = stride as u64 * count;
-        let region =
-            Region { kind, version: 1, space: Space::Card, offset: next, len, stride: stride as u32, count: count as u32 };
+        let region = Region {
+            kind,
+            version: 1,
+            space: Space::Card,
+            offset: next,
+            len,
+            stride: stride as u32,
+            count: count as u32,
+        };
         next += steps(len);
         regions.push(region);
     };
@@ -256,7 +263,7 @@ mod tests {
 
     #[test]
     fn layouts_fit_their_memory_and_grow_with_it() {
-        for (len, lanes) in [(0xb_0000, 32), (0x10_0000, 128), (0x40_0000, 1024), (0x100_0000, 1024)] {
+        for (len, lanes) in [(0x9_0000, 32), (0xa_0000, 64), (0x10_0000, 256), (0x40_0000, 1024), (0x100_0000, 1024)] {
             let layout = layout(len).unwrap();
             assert_eq!(layout.lanes, lanes, "{len:#x}");
             let spaces = Spaces { card: len, inbox: INBOX as u64, outbox: OUTBOX as u64 };
@@ -264,6 +271,6 @@ mod tests {
                 assert_eq!(Region::parse(region.to_words(), &spaces), Some(*region));
             }
         }
-        assert!(layout(0x9_0000).is_err());
+        assert!(layout(0x8_ffff).is_err());
     }
 }

@@ -44,7 +44,14 @@ impl LocalHost {
         Ok(Self { socket, card, bells: Arc::new(bells), vectors, mapped: BTreeMap::new(), next_mailbox: MAILBOX })
     }
 
-    fn map(&mut self, fd: BorrowedFd<'_>, offset: u64, iova: Iova, len: u64, writes: bool) -> Result<(), FunctionError> {
+    fn map(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        iova: Iova,
+        len: u64,
+        writes: bool,
+    ) -> Result<(), FunctionError> {
         let end = iova.checked_add(len).filter(|_| len != 0);
         let taken = self.mapped.range(..end.unwrap_or(0)).next_back().is_some_and(|(at, len)| at + len > iova);
         if end.is_none() || taken {
@@ -91,7 +98,14 @@ impl HostFunction for LocalHost {
         Ok((iova, window))
     }
 
-    fn map_ram(&mut self, ram: BorrowedFd<'_>, offset: u64, iova: Iova, len: u64, writes: bool) -> Result<(), FunctionError> {
+    fn map_ram(
+        &mut self,
+        ram: BorrowedFd<'_>,
+        offset: u64,
+        iova: Iova,
+        len: u64,
+        writes: bool,
+    ) -> Result<(), FunctionError> {
         self.map(ram, offset, iova, len, writes)
     }
 

@@ -104,9 +104,7 @@ impl Message {
 ///
 /// `unsafe`: a descriptor received by SCM_RIGHTS comes as a number.
 #[allow(unsafe_code)]
-fn owned(
-    packet: &nix::sys::socket::RecvMsg<'_, '_, UnixAddr>,
-) -> Result<Vec<OwnedFd>, FunctionError> {
+fn owned(packet: &nix::sys::socket::RecvMsg<'_, '_, UnixAddr>) -> Result<Vec<OwnedFd>, FunctionError> {
     let mut fds = Vec::new();
     let control = packet.cmsgs().map_err(|e| FunctionError::Os("receive descriptors", e))?;
     for message in control {

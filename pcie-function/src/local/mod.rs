@@ -8,6 +8,6 @@ mod host;
 mod message;
 mod soc;
 
-pub use host::LocalHost;
+pub use host::{CARD_MEMORY, LocalHost, VECTORS};
 pub use message::sealed_memfd;
 pub use soc::{LocalRemote, LocalSoc};

@@ -42,7 +42,8 @@ impl LocalSoc {
     /// # Errors
     /// The peer is not a shim of this version, or has gone.
     pub fn new(socket: OwnedFd) -> Result<Self, FunctionError> {
-        let unusable = || FunctionError::Unusable("the peer of the function's socket is no host-kvm-shim of this version".into());
+        let unusable =
+            || FunctionError::Unusable("the peer of the function's socket is no host-kvm-shim of this version".into());
         let next = || Message::receive(socket.as_fd())?.ok_or(FunctionError::Bus(BusError::Gone));
         let (Message::Hello { card_len, vectors: count }, fds) = next()? else { return Err(unusable()) };
         let [memory, lanes, channel]: [OwnedFd; 3] = fds.try_into().map_err(|_| unusable())?;
