@@ -3,11 +3,19 @@
 //! What they are made of is fetched by [`fetch`], all from Debian's archive, without root.
 
 pub mod build;
+pub mod console;
+pub mod control;
 pub mod fetch;
+pub mod guest;
 pub mod initramfs;
+pub mod machine;
 pub mod modules;
 pub mod paths;
 pub mod process;
+pub mod server;
+pub mod soc;
+
+pub use testbed_init as protocol;
 
 use std::fs::OpenOptions;
 use std::io::Write;

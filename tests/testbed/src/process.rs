@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitStatus};
+use std::process::{ChildStdin, Command, ExitStatus};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
@@ -98,6 +98,11 @@ impl Child {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.inner.id()
+    }
+
+    /// Its standard input, if it was started with a pipe there and nobody took it.
+    pub fn stdin(&mut self) -> Option<ChildStdin> {
+        self.inner.stdin.take()
     }
 
     /// Its exit status if it has ended.

@@ -51,7 +51,7 @@ pub(crate) fn serve(control: &Arc<Port>, programs: &Programs) {
 fn answer(request: Request, programs: &Programs) -> Result<Answer, String> {
     match request {
         Request::Inventory => inspect::inventory().map(Answer::Inventory),
-        Request::List => Ok(Answer::Programs(programs.list())),
+        Request::List => inspect::programs().map(Answer::Programs),
         Request::Run { program, args, channel } => programs.run(&program, &args, channel.as_deref()).map(Answer::Pid),
         Request::Exec { program, args, seconds } => {
             programs.exec(&program, &args, Duration::from_secs(seconds)).map(Answer::Ended)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use testbed_init::{Cpu, Inventory, Mapping, Memory, Node, PciFunction, PciId, Thread};
+use testbed_init::{Cpu, Inventory, Mapping, Memory, Node, PciFunction, PciId, Program, Thread};
 
 /// Ticks of /proc's times in a second: USER_HZ, the same on x86 and Arm.
 const TICKS_PER_SECOND: u64 = 100;
@@ -94,6 +94,22 @@ pub(crate) fn pci() -> Result<Vec<PciFunction>, String> {
     }
     functions.sort_by(|a, b| a.address.cmp(&b.address));
     Ok(functions)
+}
+
+/// Every process that has a program: the kernel's own have none.
+pub(crate) fn programs() -> Result<Vec<Program>, String> {
+    let mut programs = Vec::new();
+    for name in names("/proc")? {
+        let Ok(pid) = name.parse() else { continue };
+        // It may have ended meanwhile.
+        let command_line = read(&format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let command: Vec<String> = command_line.split_terminator('\0').map(str::to_owned).collect();
+        if !command.is_empty() {
+            programs.push(Program { pid, command });
+        }
+    }
+    programs.sort_by_key(|program| program.pid);
+    Ok(programs)
 }
 
 /// The memory of process `pid`.

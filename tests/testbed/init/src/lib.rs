@@ -72,7 +72,7 @@ pub struct Call {
 pub enum Request {
     /// Answers with [`Answer::Inventory`].
     Inventory,
-    /// Running programs; answers with [`Answer::Programs`].
+    /// The whole user space; answers with [`Answer::Programs`].
     List,
     /// Starts a program and answers with its [`Answer::Pid`]; its output and its end come as events. With a channel, its
     /// standard streams are the virtio-serial port of that name instead.

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
-use testbed_init::{Ended, Line, Program, Status};
+use testbed_init::{Ended, Line, Status};
 
 use crate::in_background;
 use crate::port::{self, Port};
@@ -32,13 +32,9 @@ pub(crate) struct Programs {
 }
 
 struct Shared {
-    running: Mutex<HashMap<i32, Running>>,
+    /// By process: who is told of its end.
+    running: Mutex<HashMap<i32, Sender<Status>>>,
     started: Condvar,
-}
-
-struct Running {
-    command: Vec<String>,
-    ended: Sender<Status>,
 }
 
 impl Programs {
@@ -111,26 +107,10 @@ impl Programs {
         Ok(Ended { status, stdout: text(stdout), stderr: text(stderr) })
     }
 
-    /// What runs, by process.
-    pub(crate) fn list(&self) -> Vec<Program> {
-        let mut programs: Vec<Program> = self
-            .shared
-            .lock()
-            .iter()
-            .map(|(&pid, running)| Program { pid, command: running.command.clone() })
-            .collect();
-        programs.sort_by_key(|program| program.pid);
-        programs
-    }
-
     fn start(&self, command: &mut Command, ended: Sender<Status>) -> Result<Child, String> {
-        let line: Vec<String> = std::iter::once(command.get_program())
-            .chain(command.get_args())
-            .map(|word| word.to_string_lossy().into_owned())
-            .collect();
         let mut running = self.shared.lock();
-        let child = command.spawn().map_err(|e| format!("{}: {e}", line[0]))?;
-        running.insert(pid_of(&child), Running { command: line, ended });
+        let child = command.spawn().map_err(|e| format!("{}: {e}", command.get_program().display()))?;
+        running.insert(pid_of(&child), ended);
         drop(running);
         self.shared.started.notify_one();
         Ok(child)
@@ -151,7 +131,7 @@ impl Programs {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, HashMap<i32, Running>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<i32, Sender<Status>>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -180,8 +160,8 @@ impl Shared {
             Ok(_) | Err(_) => return,
         };
         // Nobody asks for an orphan's status.
-        if let Some(program) = running.remove(&pid.as_raw()) {
-            let _ = program.ended.send(status);
+        if let Some(ended) = running.remove(&pid.as_raw()) {
+            let _ = ended.send(status);
         }
     }
 }

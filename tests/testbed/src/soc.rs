@@ -1,0 +1,53 @@
+//! The emulated DPU SoC: aarch64 under TCG, with VFIO behind virtio-iommu and the card's SoC side in its slots.
+
+use crate::build;
+use crate::fetch::{self, Arch};
+use crate::machine::{Basics, Error, Machine, Model};
+
+const MODULES: [&str; 5] = ["virtio_iommu", "vfio", "vfio_iommu_type1", "vfio_pci_core", "vfio_pci"];
+
+/// An Arm SoC to be started.
+#[derive(Clone, Debug)]
+pub struct SocConfig {
+    /// What every machine has.
+    pub basics: Basics,
+}
+
+impl SocConfig {
+    /// 2 processors, 1 GiB of RAM, no card.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self { basics: Basics::new(name, 2, 1024) }
+    }
+
+    /// Starts it and waits until it takes calls.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn start(&self) -> Result<Machine, Error> {
+        let qemu = fetch::qemu()?;
+        let kernel = fetch::kernel(Arch::Arm64)?;
+        let init = build::programs(Arch::Arm64, &["testbed-init"])?.remove(0);
+        let args = [
+            "-machine",
+            "virt,accel=tcg,gic-version=3,memory-backend=ram",
+            "-cpu",
+            "cortex-a72",
+            // Not smmuv3: QEMU lets no vfio-user device behind it.
+            "-device",
+            "virtio-iommu-pci",
+        ];
+        Machine::start(
+            &self.basics,
+            &Model {
+                qemu: &qemu,
+                kernel: &kernel,
+                program: "qemu-system-aarch64",
+                args: args.map(str::to_owned).to_vec(),
+                init,
+                modules: &MODULES,
+                command_line: "console=ttyAMA0 quiet panic=-1".to_owned(),
+            },
+        )
+    }
+}

@@ -1,0 +1,95 @@
+//! The emulated machines come up, have what Outboard needs of them, and do what they are asked.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+use testbed::fetch;
+use testbed::machine::Machine;
+use testbed::protocol::Status;
+use testbed::server::ServerConfig;
+use testbed::soc::SocConfig;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whether the machines' parts can be had at all.
+fn parts_are_here(test: &str) -> bool {
+    let parts = fetch::qemu()
+        .and_then(|_| fetch::kernel(fetch::Arch::Amd64))
+        .and_then(|_| fetch::kernel(fetch::Arch::Arm64))
+        .and_then(|_| fetch::cross());
+    match parts {
+        Ok(_) => true,
+        Err(error @ fetch::Error::Unreachable(_)) => {
+            testbed::skip(test, &error.to_string());
+            false
+        }
+        Err(error) => panic!("{error:?}"),
+    }
+}
+
+#[test]
+fn the_server_has_kvm_and_nothing_but_us() {
+    if !parts_are_here("the_server_has_kvm_and_nothing_but_us") {
+        return;
+    }
+    let began = Instant::now();
+    let mut config = ServerConfig::new("test-server");
+    config.basics.files.push(("/bin/busybox".to_owned(), fetch::qemu().unwrap().busybox()));
+    let server = config.start().unwrap();
+    println!("up after {:.1} s", began.elapsed().as_secs_f64());
+
+    let inventory = server.inventory().unwrap();
+    assert!(inventory.kvm && inventory.nested_paging, "{inventory:?}");
+    assert_eq!(inventory.cpu.count, 2);
+    assert_eq!(inventory.hugepages, 512);
+    assert!(inventory.memory_kib > 2_800_000, "{}", inventory.memory_kib);
+    assert_eq!(inventory.nodes.len(), 1);
+    assert!(inventory.pci.iter().all(|f| f.iommu_group.is_some()));
+    let programs = server.programs().unwrap();
+    assert_eq!(programs.len(), 1, "{programs:?}");
+
+    programs_are_driven(&server);
+    ends_when_told(server);
+}
+
+#[test]
+fn the_arm_soc_comes_up() {
+    if !parts_are_here("the_arm_soc_comes_up") {
+        return;
+    }
+    let soc = SocConfig::new("test-soc").start().unwrap();
+    let inventory = soc.inventory().unwrap();
+    assert_eq!(inventory.cpu.count, 2);
+    assert!(inventory.cpu.flags.iter().any(|flag| flag == "asimd"));
+    ends_when_told(soc);
+}
+
+#[test]
+fn a_dropped_server_leaves_nothing_behind() {
+    if !parts_are_here("a_dropped_server_leaves_nothing_behind") {
+        return;
+    }
+    let server = ServerConfig::new("test-drop").start().unwrap();
+    let qemu = Pid::from_raw(i32::try_from(server.id()).unwrap());
+    let socket = server.console().socket().to_path_buf();
+    assert!(socket.exists());
+    drop(server);
+    assert!(kill(qemu, None).is_err());
+    assert!(!socket.exists());
+}
+
+fn programs_are_driven(machine: &Machine) {
+    let shell = |script: &str| machine.exec("/bin/busybox", &["sh", "-c", script], LIMIT).unwrap();
+    let ended = shell("echo out; echo err >&2; exit 3");
+    assert_eq!(ended.status, Status::Code(3));
+    assert_eq!((&*ended.stdout, &*ended.stderr), ("out\n", "err\n"));
+
+    let pid = machine.run("/bin/busybox", &["sh", "-c", "echo up; read x </dev/tty9"], None).unwrap();
+    let line = machine.control().wait_for_output(pid, "up", LIMIT);
+    assert_eq!(line.as_deref(), Some("up"));
+}
+
+fn ends_when_told(machine: Machine) {
+    machine.power_off(LIMIT).unwrap();
+}
