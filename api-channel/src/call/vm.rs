@@ -1,0 +1,194 @@
+//! The VM as a whole, and the host that runs it.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::codec::{Malformed, Reader, Writer};
+
+/// How interrupts get to the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Irqchip {
+    /// PIC, IOAPIC, LAPIC and PIT in KVM.
+    Full = 1,
+    /// LAPIC in KVM, IOAPIC on the SoC: level lines report their EOI as an exit.
+    Split = 2,
+}
+
+/// Creates a VM.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct CreateVm {
+    /// vCPUs, and so lanes: 1–1024, no more than the layout has.
+    pub vcpus: u32,
+    /// An [`Irqchip`].
+    pub irqchip: u32,
+    /// APIC id of vCPU 0 is 0, of vCPU n is n; reserved, 0.
+    pub flags: u64,
+    /// Nanoseconds that a vCPU polls for its completion before it sleeps, at most; 0 lets the host choose.
+    pub spin_ns: u64,
+    /// Reserved, 0.
+    pub reserved: u64,
+}
+
+/// A VM was created. Extents of the lanes' mailbox memory, in IOVAs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct VmCreated {
+    /// Completion lines, 64 bytes a lane.
+    pub completions: u64,
+    /// Credit lines, 64 bytes a lane.
+    pub credits: u64,
+    /// `ins` pages, 4096 bytes a lane.
+    pub ins: u64,
+    /// `outs` pages, 4096 bytes a lane.
+    pub outs: u64,
+    /// The host's TSC frequency, in kHz.
+    pub tsc_khz: u32,
+    /// Vector that wakes lane 0; lane n has the n-th after it. [`VmCreated::SHARED`] vectors are shared by lanes modulo.
+    pub lane_vector: u32,
+    /// How many vectors the lanes have.
+    pub lane_vectors: u32,
+    /// The first vector that is free to be wired to a GSI.
+    pub free_vector: u32,
+    /// How many of them.
+    pub free_vectors: u32,
+    /// Whether host TSCs are synchronised, so that writes may be posted (bit 0); level lines with resample work (bit 1).
+    pub features: u32,
+}
+
+impl VmCreated {
+    /// [`VmCreated::features`]: writes may be posted.
+    pub const POSTING: u32 = 1;
+    /// [`VmCreated::features`]: irqfd with resample reports the guest's EOI.
+    pub const RESAMPLE: u32 = 2;
+
+    /// The vector that wakes `lane`.
+    #[must_use]
+    pub fn vector_of(&self, lane: u32) -> u32 {
+        self.lane_vector + lane % self.lane_vectors.max(1)
+    }
+}
+
+/// A counter by name.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct Statistic {
+    /// Name, padded with zeros: `io_exits`, `mmio_exits`, … (KVM's own), `shim.pio`, `shim.mmio`, … (exits by kind).
+    pub name: [u8; 48],
+    /// vCPU, or [`super::VM`].
+    pub target: u64,
+    /// Value.
+    pub value: u64,
+}
+
+/// A NUMA node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NumaNode {
+    /// Its number.
+    pub node: u32,
+    /// Its memory in KiB.
+    pub memory_kib: u64,
+    /// Its CPUs, as the kernel lists them: `0-3,8`.
+    pub cpus: String,
+}
+
+/// A PCI device, by its address and sysfs ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciDevice {
+    /// `0000:00:1f.2`.
+    pub address: String,
+    /// Vendor id.
+    pub vendor: u16,
+    /// Device id.
+    pub device: u16,
+    /// Class, subclass, programming interface.
+    pub class: u32,
+    /// NUMA node, -1 for none.
+    pub numa_node: i32,
+}
+
+/// A server's inventory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostInfo {
+    /// CPU model name.
+    pub cpu_model: String,
+    /// CPU vendor.
+    pub cpu_vendor: String,
+    /// CPU flags, as /proc/cpuinfo lists them.
+    pub cpu_flags: String,
+    /// Logical CPUs online.
+    pub cpus: u32,
+    /// Memory in KiB, MemTotal.
+    pub memory_kib: u64,
+    /// Kernel release.
+    pub kernel: String,
+    /// NUMA nodes.
+    pub nodes: Vec<NumaNode>,
+    /// PCI devices.
+    pub pci: Vec<PciDevice>,
+}
+
+/// Most bytes of one text.
+const TEXT: usize = 1 << 14;
+/// Most nodes, most devices.
+const MOST: u64 = 4096;
+
+fn put_text(w: Writer, text: &str) -> Writer {
+    w.list(text.as_bytes())
+}
+
+fn take_text(r: &mut Reader<'_>) -> Result<String, Malformed> {
+    String::from_utf8(r.list::<u8>(TEXT)?).map_err(|_| Malformed)
+}
+
+fn take_count(r: &mut Reader<'_>) -> Result<u64, Malformed> {
+    r.take::<u64>().and_then(|n| if n <= MOST { Ok(n) } else { Err(Malformed) })
+}
+
+impl HostInfo {
+    /// The bulk that carries it.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::default();
+        for text in [&self.cpu_model, &self.cpu_vendor, &self.cpu_flags, &self.kernel] {
+            w = put_text(w, text);
+        }
+        w = w.put(&u64::from(self.cpus)).put(&self.memory_kib).put(&(self.nodes.len() as u64));
+        for node in &self.nodes {
+            w = put_text(w.put(&u64::from(node.node)).put(&node.memory_kib), &node.cpus);
+        }
+        w = w.put(&(self.pci.len() as u64));
+        for pci in &self.pci {
+            let ids = u64::from(pci.vendor) | u64::from(pci.device) << 16 | u64::from(pci.class) << 32;
+            w = put_text(w.put(&ids).put(&i64::from(pci.numa_node)), &pci.address);
+        }
+        w.done()
+    }
+
+    /// Reads it back.
+    ///
+    /// # Errors
+    /// It is truncated, too long, or no text where text should be.
+    pub fn decode(bulk: &[u8]) -> Result<Self, Malformed> {
+        let r = &mut Reader::new(bulk);
+        let [cpu_model, cpu_vendor, cpu_flags, kernel] = [take_text(r)?, take_text(r)?, take_text(r)?, take_text(r)?];
+        let cpus = super::narrow(r.take()?)?;
+        let memory_kib = r.take()?;
+        let nodes = (0..take_count(r)?)
+            .map(|_| Ok(NumaNode { node: super::narrow(r.take()?)?, memory_kib: r.take()?, cpus: take_text(r)? }))
+            .collect::<Result<_, Malformed>>()?;
+        let pci = (0..take_count(r)?)
+            .map(|_| {
+                let ids: u64 = r.take()?;
+                let node: i64 = r.take()?;
+                Ok(PciDevice {
+                    address: take_text(r)?,
+                    vendor: ids as u16,
+                    device: (ids >> 16) as u16,
+                    class: (ids >> 32) as u32,
+                    numa_node: i32::try_from(node).map_err(|_| Malformed)?,
+                })
+            })
+            .collect::<Result<_, Malformed>>()?;
+        Ok(Self { cpu_model, cpu_vendor, cpu_flags, cpus, memory_kib, kernel, nodes, pci })
+    }
+}

@@ -1,0 +1,73 @@
+//! What the host reports by itself.
+
+use crate::codec::{Malformed, Reader, Writer};
+
+/// An event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The guest ended a level-triggered interrupt: set the line again if the device still wants it.
+    Eoi {
+        /// The GSI.
+        gsi: u32,
+    },
+    /// A vCPU can't go on; the VM is paused.
+    Failed {
+        /// The vCPU.
+        vcpu: u32,
+        /// Why, in a sentence.
+        why: String,
+    },
+    /// A log record of the shim.
+    Log {
+        /// 1 error, 2 warning, 3 information, 4 detail.
+        level: u8,
+        /// One line.
+        text: String,
+    },
+}
+
+/// Most bytes of a text.
+const TEXT: usize = 1024;
+
+impl Event {
+    /// The event's number on the wire.
+    #[must_use]
+    pub fn opcode(&self) -> u16 {
+        match self {
+            Self::Eoi { .. } => 0x8001,
+            Self::Failed { .. } => 0x8002,
+            Self::Log { .. } => 0x8003,
+        }
+    }
+
+    /// The event's payload.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let w = Writer::default();
+        let text = |w: Writer, text: &str| w.list(&text.as_bytes()[..text.len().min(TEXT)]);
+        match self {
+            Self::Eoi { gsi } => w.put(&u64::from(*gsi)),
+            Self::Failed { vcpu, why } => text(w.put(&u64::from(*vcpu)), why),
+            Self::Log { level, text: line } => text(w.put(&u64::from(*level)), line),
+        }
+        .done()
+    }
+
+    /// Reads an event; `Ok(None)` for one that this build doesn't know. Text that is no UTF-8 is mended, not refused.
+    ///
+    /// # Errors
+    /// The payload is not that event's.
+    pub fn decode(opcode: u16, payload: &[u8]) -> Result<Option<Self>, Malformed> {
+        let mut r = Reader::new(payload);
+        let number = |r: &mut Reader<'_>| r.take::<u64>().and_then(|n| u32::try_from(n).map_err(|_| Malformed));
+        let text = |r: &mut Reader<'_>| r.list::<u8>(TEXT).map(|b| String::from_utf8_lossy(&b).into_owned());
+        let event = match opcode {
+            0x8001 => Self::Eoi { gsi: number(&mut r)? },
+            0x8002 => Self::Failed { vcpu: number(&mut r)?, why: text(&mut r)? },
+            0x8003 => Self::Log { level: number(&mut r)? as u8, text: text(&mut r)? },
+            _ => return Ok(None),
+        };
+        r.end()?;
+        Ok(Some(event))
+    }
+}
