@@ -31,7 +31,8 @@ pub trait BusMemory {
     /// before (release). One transfer where the window is remote.
     fn store_line(&self, offset: usize, words: &[u64]);
 
-    /// Copies `data` into the window, 8-aligned, in no promised order, but before any later store.
+    /// Copies `data` into the window, 8-aligned, in no promised order, but before any later store. The rest of the last word
+    /// becomes 0 where `data` ends within it.
     fn copy_in(&self, offset: usize, data: &[u8]);
 
     /// Copies out of the window, 8-aligned, in no promised order, but after any earlier load. The other side may write

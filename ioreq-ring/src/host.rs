@@ -34,6 +34,7 @@ pub struct HostLane<B, M> {
     completed: u32,
     tail: u32,
     credit: u32,
+    reads_back: bool,
 }
 
 /// What became of a posted write.
@@ -52,7 +53,14 @@ impl<B: BusMemory, M: BusMemory> HostLane<B, M> {
     /// A lane in zeroed windows. Says at once that this end polls: nothing is in flight yet.
     pub fn new(windows: HostWindows<B, M>) -> Self {
         windows.control.store(IDLE, 1);
-        Self { windows, submitted: 0, completed: 0, tail: 0, credit: 0 }
+        Self { windows, submitted: 0, completed: 0, tail: 0, credit: 0, reads_back: false }
+    }
+
+    /// For a card whose DMA reads don't push the host's earlier posted writes ahead of their completions: every request and post
+    /// then loads once across the bus before it looks at the SoC's flag.
+    #[must_use]
+    pub fn reading_back(self) -> Self {
+        Self { reads_back: true, ..self }
     }
 
     /// Submits a synchronous request: four stores, and four more for an exit report. Returns whether the doorbell must be rung.
@@ -117,11 +125,11 @@ impl<B: BusMemory, M: BusMemory> HostLane<B, M> {
     /// once more before sleeping, and call [`HostLane::awake`] afterwards.
     pub fn about_to_sleep(&self) {
         self.windows.control.store(IDLE, 0);
-        // The load returns only when the store has reached the card, and nothing later overtakes it: a completion stored before
-        // the SoC saw the flag is seen by the poll that follows.
+        // In memory that both sides cache the fence keeps the poll that follows behind the flag. Across the bus the load does: it
+        // returns when the flag has reached the card, and no later load overtakes it. So a completion that was sent before the SoC
+        // could see the flag is seen by that poll.
         self.windows.control.fence();
         let _ = self.windows.control.load(IDLE);
-        self.windows.control.fence();
     }
 
     /// Says that this end polls again.
@@ -143,6 +151,9 @@ impl<B: BusMemory, M: BusMemory> HostLane<B, M> {
     /// side sees the other's store.
     fn soc_sleeps(&self) -> bool {
         self.windows.request.fence();
+        if self.reads_back {
+            let _ = self.windows.control.load(IDLE);
+        }
         self.windows.soc_idle.load(0) == 0
     }
 
@@ -150,9 +161,10 @@ impl<B: BusMemory, M: BusMemory> HostLane<B, M> {
         if self.tail.wrapping_sub(self.credit) < POSTED_SLOTS {
             return Ok(true);
         }
-        let credit = self.windows.credit.load(0) as u32;
+        let word = self.windows.credit.load(0);
+        let credit = word as u32;
         let used = self.tail.wrapping_sub(credit);
-        if used > POSTED_SLOTS {
+        if word >> 32 != 0 || used > POSTED_SLOTS {
             return Err(LaneError::Credit { tail: self.tail, credit });
         }
         self.credit = credit;

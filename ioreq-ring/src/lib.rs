@@ -14,6 +14,7 @@ mod bus;
 mod drain;
 mod error;
 mod host;
+mod idle;
 mod soc;
 pub mod wire;
 
@@ -21,5 +22,6 @@ pub use bus::{BusError, BusMemory};
 pub use drain::{PostedWrite, drain};
 pub use error::LaneError;
 pub use host::{HostLane, HostWindows, Posted};
+pub use idle::SocIdle;
 pub use soc::{Phase, SocLane, SocWindows};
 pub use wire::{Completion, Direction, Kind, LineChange, Request, Status};

@@ -70,10 +70,16 @@ impl<C: BusMemory, M: BusMemory, P: BusMemory> SocLane<C, M, P> {
     pub const PRIVATE: usize = 64;
 
     /// A lane as the private words say: all free where they are zeroed, else where the last process left it.
+    ///
+    /// After another process [`SocLane::phase`] says what to do before anything else: [`Phase::Processing`], serve
+    /// [`SocLane::in_flight`]; [`Phase::Answered`], [`SocLane::resend`]. Then raise the lane's vector: whether the last process did
+    /// is not known.
     pub fn new(windows: SocWindows<C, M, P>) -> Self {
         let word = |offset| windows.private.load(offset) as u32;
         let (finished, head) = (word(private::FINISHED), word(private::HEAD));
         let taken = word(private::TAKEN) != finished;
+        // The last process may have consumed more than it gave back; a ring that is full for the host would stay so.
+        windows.credit.store(0, u64::from(head));
         Self { windows, finished, taken, head, credited: head, next: None, tails: [head; 2] }
     }
 
@@ -83,8 +89,7 @@ impl<C: BusMemory, M: BusMemory, P: BusMemory> SocLane<C, M, P> {
     /// # Errors
     /// The line's sequence is neither the last one nor the next, or the request is malformed.
     pub fn poll(&mut self) -> Result<Option<Request>, LaneError> {
-        let line = &self.windows.request;
-        let header = line.load(HEADER);
+        let header = self.windows.request.load(HEADER);
         let found = header as u32;
         let expected = self.finished.wrapping_add(1);
         if found == self.finished && !self.taken || found == expected && self.taken {
@@ -93,8 +98,7 @@ impl<C: BusMemory, M: BusMemory, P: BusMemory> SocLane<C, M, P> {
         if found != expected {
             return Err(LaneError::Sequence { expected, found });
         }
-        let core = [line.load(CORE), line.load(CORE + 8), line.load(CORE + 16), header];
-        let request = Request::parse(core, || core::array::from_fn(|i| line.load(i * 8)))?;
+        let request = self.request(header)?;
         self.taken = true;
         self.windows.private.store(private::TAKEN, u64::from(found));
         Ok(Some(request))
@@ -113,6 +117,29 @@ impl<C: BusMemory, M: BusMemory, P: BusMemory> SocLane<C, M, P> {
             true if answered == self.sequence() => Phase::Answered,
             true => Phase::Processing,
         }
+    }
+
+    /// The request that was taken, read and checked once more: for a process that takes over from the one that took it.
+    ///
+    /// # Errors
+    /// [`LaneError::Order`] unless the phase is [`Phase::Processing`]; else as [`SocLane::poll`].
+    pub fn in_flight(&self) -> Result<Request, LaneError> {
+        if self.phase() != Phase::Processing {
+            return Err(LaneError::Order);
+        }
+        let header = self.windows.request.load(HEADER);
+        let (expected, found) = (self.sequence(), header as u32);
+        if found != expected {
+            return Err(LaneError::Sequence { expected, found });
+        }
+        self.request(header)
+    }
+
+    /// The rest of the request line under `header`, copied once, then checked.
+    fn request(&self, header: u64) -> Result<Request, LaneError> {
+        let line = &self.windows.request;
+        let core = [line.load(CORE), line.load(CORE + 8), line.load(CORE + 16), header];
+        Request::parse(core, || core::array::from_fn(|i| line.load(i * 8)))
     }
 
     /// Finishes the request that was taken: one write of four words. [`SocLane::host_sleeps`] then tells whether the vector
