@@ -2,7 +2,9 @@
 //!
 //! What they are made of is fetched by [`fetch`], all from Debian's archive, without root.
 
+pub mod bed;
 pub mod build;
+pub mod card;
 pub mod console;
 pub mod control;
 pub mod fetch;

@@ -22,7 +22,7 @@ use crate::control::{CallError, Control};
 use crate::fetch::{self, Kernel, QemuRoot};
 use crate::initramfs::Initramfs;
 use crate::process::{Child, CommandError};
-use crate::{build, modules, paths};
+use crate::{build, guest, modules, paths};
 
 /// How long a machine may take to its first line of control: seconds on an idle host, more where two cores are shared.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
@@ -38,6 +38,9 @@ pub enum Error {
     /// A program for it can't be built.
     #[error("building for the testbed")]
     Build(#[from] build::Error),
+    /// The guest's image can't be made.
+    #[error(transparent)]
+    Guest(#[from] guest::Error),
     /// A kernel module for it isn't there.
     #[error(transparent)]
     Modules(#[from] modules::Error),

@@ -6,6 +6,11 @@ use crate::machine::{Basics, Error, Machine, Model};
 
 const MODULES: [&str; 5] = ["virtio_iommu", "vfio", "vfio_iommu_type1", "vfio_pci_core", "vfio_pci"];
 
+/// Turns on Access Control Services of QEMU's root ports (1b36:000c): source validation, request and completion redirect,
+/// upstream forwarding. The kernel does so by itself only where it knows of an IOMMU before it looks for devices; without, a
+/// function shares its IOMMU group with its port.
+const ACS_OF_PORTS: &str = "pci=config_acs=xx111x1@pci:1b36:c";
+
 /// An Arm SoC to be started.
 #[derive(Clone, Debug)]
 pub struct SocConfig {
@@ -46,7 +51,7 @@ impl SocConfig {
                 args: args.map(str::to_owned).to_vec(),
                 init,
                 modules: &MODULES,
-                command_line: "console=ttyAMA0 quiet panic=-1".to_owned(),
+                command_line: format!("console=ttyAMA0 quiet panic=-1 {ACS_OF_PORTS}"),
             },
         )
     }

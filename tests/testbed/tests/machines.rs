@@ -4,9 +4,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
+use testbed::card::{Card, HOST_HOST, HOST_VM, SOC_HOST, SOC_VM};
 use testbed::fetch;
 use testbed::machine::Machine;
-use testbed::protocol::Status;
+use testbed::protocol::{PciId, Status};
 use testbed::server::ServerConfig;
 use testbed::soc::SocConfig;
 
@@ -92,4 +93,42 @@ fn programs_are_driven(machine: &Machine) {
 
 fn ends_when_told(machine: Machine) {
     machine.power_off(LIMIT).unwrap();
+}
+
+#[test]
+fn the_cards_functions_reach_vfio_on_both_sides() {
+    if !parts_are_here("the_cards_functions_reach_vfio_on_both_sides") {
+        return;
+    }
+    const FUNCTIONS: u32 = 4;
+    let card = Card::start(FUNCTIONS).unwrap();
+
+    let mut server = ServerConfig::new("test-card-server");
+    server.basics.cards = card.host_sockets();
+    server.basics.bind = vec![HOST_VM, HOST_HOST];
+    let server = server.start().unwrap();
+    functions_are_isolated(&server, &[HOST_VM; FUNCTIONS as usize], HOST_HOST);
+    ends_when_told(server);
+
+    let mut soc = SocConfig::new("test-card-soc");
+    soc.basics.cards = card.soc_sockets();
+    soc.basics.bind = vec![SOC_VM, SOC_HOST];
+    let soc = soc.start().unwrap();
+    functions_are_isolated(&soc, &[SOC_VM; FUNCTIONS as usize], SOC_HOST);
+    ends_when_told(soc);
+}
+
+/// The card's functions are there in the order of their slots, held by vfio-pci, each in an IOMMU group of its own.
+fn functions_are_isolated(machine: &Machine, vms: &[PciId], host: PciId) {
+    let pci = machine.inventory().unwrap().pci;
+    let functions: Vec<_> = pci.iter().filter(|function| function.id.vendor == host.vendor).collect();
+    let ids: Vec<PciId> = functions.iter().map(|function| function.id).collect();
+    assert_eq!(ids, [vms, &[host]].concat());
+    for function in functions {
+        assert_eq!(function.driver.as_deref(), Some("vfio-pci"), "{function:?}");
+        let group = function.iommu_group;
+        assert!(group.is_some(), "{function:?}");
+        let members = pci.iter().filter(|other| other.iommu_group == group);
+        assert_eq!(members.count(), 1, "{pci:?}");
+    }
 }

@@ -1,0 +1,107 @@
+//! A whole DPU server: the card, the host server it is plugged into, and, where it is asked for, an Arm SoC on its other
+//! side.
+
+use crate::card::{Card, HOST_HOST, HOST_VM, SOC_HOST, SOC_VM};
+use crate::fetch::Arch;
+use crate::machine::{Error, Machine};
+use crate::protocol::Start;
+use crate::server::ServerConfig;
+use crate::soc::SocConfig;
+use crate::{build, guest};
+
+/// Where the shim lies in the server.
+pub const SHIM: &str = "/bin/host-kvm-shim";
+/// Where soc-vmm lies in the SoC.
+pub const SOC_VMM: &str = "/bin/soc-vmm";
+/// Where the guest's kernel lies in the SoC.
+pub const GUEST_KERNEL: &str = "/guest/vmlinuz";
+/// Where the guest's initramfs lies in the SoC.
+pub const GUEST_INITRD: &str = "/guest/initrd";
+/// A virtio-serial port of the SoC for the standard streams of one soc-vmm.
+pub const SOC_CHANNEL: &str = "soc-vmm";
+
+/// A DPU server to be started.
+#[derive(Clone, Debug)]
+pub struct BedConfig {
+    /// Vm functions of the card.
+    pub functions: u32,
+    /// The host server; the card's functions and a shim for each of them are added to it.
+    pub server: ServerConfig,
+    /// Further arguments of every shim.
+    pub shim_args: Vec<String>,
+    /// The Arm SoC, if there is to be one; the card's functions, soc-vmm and the guest's image are added to it. Without it the
+    /// card's SoC side is reached from this machine, by [`Card::soc_socket`].
+    pub soc: Option<SocConfig>,
+}
+
+/// A running DPU server.
+#[derive(Debug)]
+pub struct Bed {
+    // Dropped in this order: the machines before the card that they are clients of.
+    /// The host server.
+    pub server: Machine,
+    /// The Arm SoC, if there is one.
+    pub soc: Option<Machine>,
+    /// The card.
+    pub card: Card,
+}
+
+impl BedConfig {
+    /// One server with `functions` vm functions, served from this machine.
+    #[must_use]
+    pub fn new(name: &str, functions: u32) -> Self {
+        Self { functions, server: ServerConfig::new(name), shim_args: Vec::new(), soc: None }
+    }
+
+    /// Adds an Arm SoC.
+    #[must_use]
+    pub fn with_arm_soc(mut self) -> Self {
+        let name = format!("{}-soc", self.server.basics.name);
+        self.soc = Some(SocConfig::new(&name));
+        self
+    }
+
+    /// Starts the card, then the machines.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn start(&self) -> Result<Bed, Error> {
+        let card = Card::start(self.functions)?;
+        Ok(Bed {
+            server: self.server_on(&card)?.start()?,
+            soc: match &self.soc {
+                Some(soc) => Some(soc_on(soc.clone(), &card)?.start()?),
+                None => None,
+            },
+            card,
+        })
+    }
+
+    fn server_on(&self, card: &Card) -> Result<ServerConfig, Error> {
+        let shim = build::programs(Arch::Amd64, &["host-kvm-shim"])?.remove(0);
+        let mut server = self.server.clone();
+        let basics = &mut server.basics;
+        basics.cards = card.host_sockets();
+        basics.files.push((SHIM.to_owned(), shim));
+        basics.bind.extend([HOST_VM, HOST_HOST]);
+        let mut args = vec!["--function".to_owned(), "pci:{}".to_owned()];
+        args.extend(self.shim_args.iter().cloned());
+        basics.start.extend([HOST_VM, HOST_HOST].map(|id| Start { id, program: SHIM.to_owned(), args: args.clone() }));
+        Ok(server)
+    }
+}
+
+fn soc_on(mut soc: SocConfig, card: &Card) -> Result<SocConfig, Error> {
+    let soc_vmm = build::programs(Arch::Arm64, &["soc-vmm"])?.remove(0);
+    let image = guest::image()?;
+    let basics = &mut soc.basics;
+    basics.cards = card.soc_sockets();
+    basics.files.extend([
+        (SOC_VMM.to_owned(), soc_vmm),
+        (GUEST_KERNEL.to_owned(), image.kernel),
+        (GUEST_INITRD.to_owned(), image.initrd),
+    ]);
+    basics.bind.extend([SOC_VM, SOC_HOST]);
+    basics.channels.push(SOC_CHANNEL.to_owned());
+    Ok(soc)
+}
