@@ -66,7 +66,7 @@ pub mod register {
     pub const GENERATION: u64 = 0x34;
     /// SoC side, 4 bytes, write one to clear: [`super::event`] bits.
     pub const EVENTS: u64 = 0x38;
-    /// Host side, 4 bytes, write-only: rings the SoC.
+    /// Host side, 4 bytes, write-only: rings the doorbell of this number.
     pub const DOORBELL: u64 = 0x1000;
     /// SoC side, 4 bytes, write-only: raises this host vector at once.
     pub const RAISE: u64 = 0x1000;
@@ -139,16 +139,16 @@ pub mod queue_error {
     pub const RING_FAULT: u32 = 3;
 }
 
-/// Vectors of the SoC function (docs/card.md §3).
+/// Vectors of the SoC function (docs/card.md §3). Vector *n* below [`soc_vector::DOORBELLS`] is doorbell *n*.
 pub mod soc_vector {
-    /// The host rang its doorbell.
-    pub const DOORBELL: u32 = 0;
+    /// How many doorbells the host has.
+    pub const DOORBELLS: u32 = 4;
     /// A done record with [`super::queue::flag::INTERRUPT`] was stored.
-    pub const DMA_DONE: u32 = 1;
+    pub const DMA_DONE: u32 = 4;
     /// An `EVENTS` bit was set.
-    pub const EVENT: u32 = 2;
+    pub const EVENT: u32 = 5;
     /// How many there are.
-    pub const COUNT: u32 = 4;
+    pub const COUNT: u32 = 8;
 }
 
 /// The least number of vectors a host function has.
