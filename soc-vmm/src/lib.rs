@@ -2,6 +2,7 @@
 
 pub mod bus;
 pub mod control;
+pub mod devices;
 pub mod interrupt;
 pub mod memory;
 pub mod power;

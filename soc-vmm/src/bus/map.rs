@@ -1,5 +1,7 @@
 //! Which device claims an address: a sorted list of ranges that don't overlap.
 
+use std::time::Instant;
+
 use super::{Access, Answer, Deferred, Device};
 
 /// A claim of `len` addresses from `base`.
@@ -34,10 +36,17 @@ struct Entry {
     at: u64,
 }
 
+struct Slot {
+    device: Box<dyn Device>,
+    deadline: Option<Instant>,
+}
+
 /// One address space (ports, or memory) and the devices in it.
 #[derive(Default)]
 pub struct Bus {
-    devices: Vec<Box<dyn Device>>,
+    devices: Vec<Slot>,
+    /// The earliest of the devices' deadlines.
+    deadline: Option<Instant>,
     /// Sorted by base.
     entries: Vec<Entry>,
 }
@@ -59,13 +68,14 @@ impl Bus {
             }
         }
         let index = self.devices.len();
-        self.devices.push(device);
+        self.devices.push(Slot { device, deadline: None });
         let mut at = 0;
         for claim in claims {
             self.entries.push(Entry { claim: *claim, device: index, at });
             at += claim.len;
         }
         self.entries.sort_by_key(|e| e.claim.base);
+        self.note_deadline(index);
         Ok(())
     }
 
@@ -73,7 +83,11 @@ impl Bus {
     /// the device's to judge (`offset + len`).
     pub fn read(&mut self, addr: u64, access: &Access, reply: Deferred<'_>) -> Answer {
         match self.find(addr) {
-            Some((device, offset)) => device.read(access, offset, reply),
+            Some((index, offset)) => {
+                let answer = self.devices[index].device.read(access, offset, reply);
+                self.note_deadline(index);
+                answer
+            }
             None => Answer::Unclaimed,
         }
     }
@@ -81,19 +95,50 @@ impl Bus {
     /// Writes at `addr`, likewise.
     pub fn write(&mut self, addr: u64, data: u64, access: &Access, reply: Deferred<'_>) -> Answer {
         match self.find(addr) {
-            Some((device, offset)) => device.write(access, offset, data, reply),
+            Some((index, offset)) => {
+                let answer = self.devices[index].device.write(access, offset, data, reply);
+                self.note_deadline(index);
+                answer
+            }
             None => Answer::Unclaimed,
         }
     }
 
-    fn find(&mut self, addr: u64) -> Option<(&mut (dyn Device + '_), u64)> {
+    /// Polls every device: after a wake-up, and once [`Bus::deadline`] has passed.
+    pub fn poll(&mut self) {
+        for index in 0..self.devices.len() {
+            self.devices[index].device.poll();
+            self.note_deadline(index);
+        }
+    }
+
+    /// When [`Bus::poll`] must be called at the latest; none: not before a wake-up.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Resets every device.
+    pub fn reset(&mut self) {
+        for index in 0..self.devices.len() {
+            self.devices[index].device.reset();
+            self.note_deadline(index);
+        }
+    }
+
+    fn note_deadline(&mut self, index: usize) {
+        let deadline = self.devices[index].device.deadline();
+        if self.devices[index].deadline != deadline {
+            self.devices[index].deadline = deadline;
+            self.deadline = self.devices.iter().filter_map(|slot| slot.deadline).min();
+        }
+    }
+
+    /// The device behind `addr`, and the offset in it.
+    fn find(&self, addr: u64) -> Option<(usize, u64)> {
         let i = self.entries.partition_point(|e| e.claim.base <= addr).checked_sub(1)?;
         let entry = &self.entries[i];
         let within = addr - entry.claim.base;
-        if within >= entry.claim.len {
-            return None;
-        }
-        Some((&mut *self.devices[entry.device], entry.at + within))
+        (within < entry.claim.len).then(|| (entry.device, entry.at + within))
     }
 }
 

@@ -4,6 +4,9 @@
 //! registers. A device that can't answer at once (a disk, a peer) *defers*: it keeps the [`Ticket`] and answers later, from any
 //! thread, while the other vCPUs go on.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
 mod map;
 mod reply;
 
@@ -28,4 +31,44 @@ pub trait Device: Send {
 
     /// The guest writes the low `8 × len` bits of `data` at `offset` from the range's start.
     fn write(&mut self, access: &Access, offset: u64, data: u64, reply: Deferred<'_>) -> Answer;
+
+    /// Takes what other threads sent to the device (input, a button) and what its timers owe. Called on the thread that serves
+    /// IOREQs, after a [`Wake`] and once [`Device::deadline`] has passed; a call too many costs nothing.
+    fn poll(&mut self) {}
+
+    /// When the device must be polled at the latest, without being woken. Cheap: the bus asks after each call.
+    fn deadline(&self) -> Option<Instant> {
+        None
+    }
+
+    /// Machine reset: back to the state after power on, but for what a battery keeps.
+    fn reset(&mut self) {}
+}
+
+/// A device that its machine also holds by its own type, to save and restore it. The lock is contended only then.
+impl<D: Device> Device for Arc<Mutex<D>> {
+    fn read(&mut self, access: &Access, offset: u64, reply: Deferred<'_>) -> Answer {
+        lock(self).read(access, offset, reply)
+    }
+
+    fn write(&mut self, access: &Access, offset: u64, data: u64, reply: Deferred<'_>) -> Answer {
+        lock(self).write(access, offset, data, reply)
+    }
+
+    fn poll(&mut self) {
+        lock(self).poll();
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        lock(self).deadline()
+    }
+
+    fn reset(&mut self) {
+        lock(self).reset();
+    }
+}
+
+fn lock<D>(device: &Mutex<D>) -> MutexGuard<'_, D> {
+    // A panic inside a device ends the process; a poisoned lock is met only while that goes on.
+    device.lock().unwrap_or_else(PoisonError::into_inner)
 }

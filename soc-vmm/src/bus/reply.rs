@@ -37,9 +37,9 @@ pub struct LateAnswer {
 /// The right to defer one access. Dropping it without [`Deferred::ticket`] costs nothing.
 #[derive(Debug)]
 pub struct Deferred<'a> {
-    pub(crate) id: RequestId,
-    pub(crate) late: &'a Sender<LateAnswer>,
-    pub(crate) wake: &'a std::sync::Arc<dyn Wake>,
+    id: RequestId,
+    late: &'a Sender<LateAnswer>,
+    wake: &'a std::sync::Arc<dyn Wake>,
 }
 
 /// Wakes the thread that serves IOREQs.
@@ -48,7 +48,12 @@ pub trait Wake: Send + Sync + std::fmt::Debug {
     fn wake(&self);
 }
 
-impl Deferred<'_> {
+impl<'a> Deferred<'a> {
+    /// The right to defer the request `id`: the late answer goes to `late`, and `wake` is called then.
+    pub fn new(id: RequestId, late: &'a Sender<LateAnswer>, wake: &'a std::sync::Arc<dyn Wake>) -> Self {
+        Self { id, late, wake }
+    }
+
     /// Takes the ticket; the device must then return [`Answer::Deferred`].
     pub fn ticket(self) -> Ticket {
         Ticket { id: self.id, late: self.late.clone(), wake: self.wake.clone(), spent: false }

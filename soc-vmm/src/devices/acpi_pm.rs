@@ -1,0 +1,348 @@
+//! ACPI fixed hardware as the ICH9 has it (ACPI 6.5 §4.8; ICH9 datasheet §13.8): PM1a event and control, PM timer, GPE0, and the
+//! SMI command port that turns ACPI on.
+//!
+//! The PM timer derives from the host's TSC at the guest's access, never from the SoC's clock: a guest that measures one against
+//! the other sees no drift. Only its overflow interrupt, which nobody's access triggers, is timed by the SoC.
+
+mod timer;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::wire::Wire;
+use super::{Clock, Persist, Ranges, RestoreError, bytes, check, claim};
+use crate::bus::{Access, Answer, Deferred, Device, Wake};
+use crate::interrupt::InterruptLine;
+use crate::power::{PowerEvent, PowerSink};
+use timer::PmTimer;
+
+pub use timer::PmTimerWidth;
+
+/// First port of the block.
+pub const PM_BASE: u16 = 0x600;
+/// PM1a event block for the FADT: 2 bytes status, 2 bytes enable.
+pub const PM1A_EVENT: u16 = PM_BASE;
+/// PM1a control block: 2 bytes.
+pub const PM1A_CONTROL: u16 = PM_BASE + CONTROL as u16;
+/// PM timer: 4 bytes.
+pub const PM_TIMER: u16 = PM_BASE + TIMER as u16;
+/// GPE0 block.
+pub const GPE0_BLOCK: u16 = PM_BASE + GPE_STATUS as u16;
+/// Bytes of the GPE0 block: half status, half enable.
+pub const GPE0_LEN: u8 = 16;
+/// SMI command port.
+pub const SMI_COMMAND: u16 = 0xb2;
+/// What turns ACPI on (sets SCI_EN) at the SMI command port.
+pub const ACPI_ENABLE: u8 = 0x02;
+/// What turns it off.
+pub const ACPI_DISABLE: u8 = 0x03;
+/// SLP_TYP of S5 (soft off) for the DSDT's `_S5`; other types do nothing.
+pub const SLEEP_TYPE_S5: u8 = 0;
+/// The SCI's GSI: level, active high, shared.
+pub const SCI_GSI: u32 = 9;
+
+// Offsets of registers; beyond the block of 0x80 ports, the SMI command port and its status byte.
+const STATUS: u64 = 0x00;
+const ENABLE: u64 = 0x02;
+const CONTROL: u64 = 0x04;
+const TIMER: u64 = 0x08;
+const GPE_STATUS: u64 = 0x20;
+const GPE_ENABLE: u64 = 0x28;
+const SMI_ENABLE: u64 = 0x30;
+const BLOCK: u64 = 0x80;
+const APM: u64 = BLOCK;
+const END: u64 = BLOCK + 2;
+
+/// PM1 status and enable.
+mod event {
+    pub(super) const TIMER: u16 = 1 << 0;
+    pub(super) const GLOBAL: u16 = 1 << 5;
+    pub(super) const POWER_BUTTON: u16 = 1 << 8;
+    pub(super) const SLEEP_BUTTON: u16 = 1 << 9;
+    pub(super) const RTC: u16 = 1 << 10;
+    pub(super) const ENABLES: u16 = TIMER | GLOBAL | POWER_BUTTON | SLEEP_BUTTON | RTC;
+}
+
+/// PM1 control.
+mod control {
+    pub(super) const SCI_ENABLE: u16 = 1 << 0;
+    pub(super) const BUS_MASTER_RELOAD: u16 = 1 << 1;
+    pub(super) const SLEEP_TYPE: u16 = 7 << 10;
+    pub(super) const SLEEP_TYPE_SHIFT: u32 = 10;
+    pub(super) const SLEEP: u16 = 1 << 13;
+    /// What can be read back.
+    pub(super) const KEPT: u16 = SCI_ENABLE | BUS_MASTER_RELOAD | SLEEP_TYPE;
+}
+
+/// SMI_EN says APMC_EN: whoever set up SMM did so, and firmware leaves it alone. There is none.
+const SMI_ENABLE_VALUE: u64 = 1 << 5;
+
+/// The block at [`PM_BASE`], and ports 0xb2 and 0xb3.
+pub struct AcpiPm {
+    registers: Registers,
+    timer: PmTimer,
+    deadline: Option<Instant>,
+    pending: Arc<Pending>,
+    clock: Arc<dyn Clock>,
+    power: Arc<dyn PowerSink>,
+    sci: Wire,
+}
+
+/// Saved state of an [`AcpiPm`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcpiPmState {
+    /// PM1 status.
+    pub status: u16,
+    /// PM1 enable.
+    pub enable: u16,
+    /// PM1 control.
+    pub control: u16,
+    /// GPE0 status.
+    pub gpe_status: u64,
+    /// GPE0 enable.
+    pub gpe_enable: u64,
+    /// Ports 0xb2 and 0xb3.
+    pub apm: [u8; 2],
+    /// The host's TSC rate under which `timer_offset` holds, in kHz.
+    pub tsc_khz: u64,
+    /// The PM timer's count at host TSC 0 (modulo 2⁶⁴).
+    pub timer_offset: u64,
+    /// The count (modulo 2⁶⁴) at which the timer's status bit is set next; none before the first access.
+    pub timer_carry: Option<u64>,
+    /// ns until the overflow interrupt, where it is enabled.
+    pub carry_in: Option<u64>,
+}
+
+impl AcpiPmState {
+    /// The PM timer's count when this state's host had the TSC `host_tsc`: what [`AcpiPm::set_timer`] wants on another host.
+    pub fn timer_at(&self, host_tsc: u64) -> u64 {
+        timer::ticks(host_tsc, self.tsc_khz).wrapping_add(self.timer_offset)
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Registers {
+    status: u16,
+    enable: u16,
+    control: u16,
+    gpe_status: u64,
+    gpe_enable: u64,
+    apm: [u8; 2],
+}
+
+impl Registers {
+    fn sci(&self) -> bool {
+        self.control & control::SCI_ENABLE != 0
+            && (self.status & self.enable != 0 || self.gpe_status & self.gpe_enable != 0)
+    }
+}
+
+/// What other threads have for the device; bits, so that it is bounded.
+#[derive(Debug, Default)]
+struct Pending {
+    power_button: AtomicBool,
+    gpes: AtomicU64,
+}
+
+/// The outside of an [`AcpiPm`], for any thread.
+#[derive(Clone, Debug)]
+pub struct AcpiHandle {
+    pending: Arc<Pending>,
+    wake: Arc<dyn Wake>,
+}
+
+impl AcpiHandle {
+    /// Presses the power button. What follows is the guest's decision.
+    pub fn press_power_button(&self) {
+        self.pending.power_button.store(true, Ordering::Release);
+        self.wake.wake();
+    }
+
+    /// Sets the status bit of general-purpose event `gpe`, 0–63.
+    pub fn raise_gpe(&self, gpe: u8) {
+        self.pending.gpes.fetch_or(1 << (gpe % 64), Ordering::AcqRel);
+        self.wake.wake();
+    }
+}
+
+impl AcpiPm {
+    /// What it claims.
+    pub const RANGES: Ranges = Ranges::ports(&[claim(PM_BASE as u64, BLOCK), claim(SMI_COMMAND as u64, 2)]);
+
+    /// The block after power on, on a host whose TSC runs at `tsc_khz` kHz (at least 1), with a PM timer of `width` bits.
+    /// `wake` brings the thread that serves IOREQs to poll the device.
+    pub fn new(
+        tsc_khz: u64,
+        width: PmTimerWidth,
+        clock: Arc<dyn Clock>,
+        sci: InterruptLine,
+        power: Arc<dyn PowerSink>,
+        wake: Arc<dyn Wake>,
+    ) -> (Self, AcpiHandle) {
+        let pending = Arc::new(Pending::default());
+        let handle = AcpiHandle { pending: pending.clone(), wake };
+        let timer = PmTimer::new(tsc_khz.max(1), width);
+        let registers = Registers::default();
+        (Self { registers, timer, deadline: None, pending, clock, power, sci: Wire::new(sci) }, handle)
+    }
+
+    /// Makes the PM timer show `count` at host TSC `host_tsc`: after a restore on a host whose TSC is another.
+    pub fn set_timer(&mut self, count: u64, host_tsc: u64) {
+        self.timer.set(count, host_tsc);
+        self.update(host_tsc);
+    }
+
+    fn read_register(&self, offset: u64, timer: u32) -> u8 {
+        let registers = &self.registers;
+        match offset {
+            STATUS..ENABLE => bytes::get(registers.status.into(), offset - STATUS),
+            ENABLE..CONTROL => bytes::get(registers.enable.into(), offset - ENABLE),
+            CONTROL..0x06 => bytes::get(registers.control.into(), offset - CONTROL),
+            TIMER..0x0c => bytes::get(timer.into(), offset - TIMER),
+            GPE_STATUS..GPE_ENABLE => bytes::get(registers.gpe_status, offset - GPE_STATUS),
+            GPE_ENABLE..SMI_ENABLE => bytes::get(registers.gpe_enable, offset - GPE_ENABLE),
+            SMI_ENABLE..0x34 => bytes::get(SMI_ENABLE_VALUE, offset - SMI_ENABLE),
+            APM.. => registers.apm[(offset - APM) as usize % 2],
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, byte: u8) {
+        let registers = &mut self.registers;
+        match offset {
+            STATUS..ENABLE => registers.status &= !(bytes::put(0, offset - STATUS, byte) as u16),
+            ENABLE..CONTROL => {
+                registers.enable = bytes::put(registers.enable.into(), offset - ENABLE, byte) as u16 & event::ENABLES;
+            }
+            CONTROL..0x06 => {
+                let value = bytes::put(registers.control.into(), offset - CONTROL, byte) as u16;
+                registers.control = value & control::KEPT;
+                let kind = (value & control::SLEEP_TYPE) >> control::SLEEP_TYPE_SHIFT;
+                if value & control::SLEEP != 0 && kind == u16::from(SLEEP_TYPE_S5) {
+                    self.power.power(PowerEvent::PowerOff);
+                }
+            }
+            GPE_STATUS..GPE_ENABLE => registers.gpe_status &= !bytes::put(0, offset - GPE_STATUS, byte),
+            GPE_ENABLE..SMI_ENABLE => {
+                registers.gpe_enable = bytes::put(registers.gpe_enable, offset - GPE_ENABLE, byte);
+            }
+            APM.. => {
+                match (offset - APM, byte) {
+                    (0, ACPI_ENABLE) => registers.control |= control::SCI_ENABLE,
+                    (0, ACPI_DISABLE) => registers.control &= !control::SCI_ENABLE,
+                    _ => {}
+                }
+                registers.apm[(offset - APM) as usize % 2] = byte;
+            }
+            _ => {}
+        }
+    }
+
+    /// The SCI and the overflow's deadline, after a change at `host_tsc`.
+    fn update(&mut self, host_tsc: u64) {
+        self.sci.set(self.registers.sci());
+        self.deadline = self.wants_carry().then(|| self.clock.monotonic() + self.timer.until_carry(host_tsc));
+    }
+
+    /// The timer's overflow would be an interrupt.
+    fn wants_carry(&self) -> bool {
+        self.registers.enable & !self.registers.status & event::TIMER != 0
+    }
+
+    /// Brings the timer's status bit up to `host_tsc`.
+    fn observe(&mut self, host_tsc: u64) {
+        if self.timer.carried(host_tsc) {
+            self.registers.status |= event::TIMER;
+            self.deadline = None;
+        }
+    }
+}
+
+/// The end of the claim that `offset` lies in.
+fn end(offset: u64) -> u64 {
+    if offset < BLOCK { BLOCK } else { END }
+}
+
+impl Device for AcpiPm {
+    fn read(&mut self, access: &Access, offset: u64, _: Deferred<'_>) -> Answer {
+        self.observe(access.host_tsc);
+        let timer = self.timer.read(access.host_tsc);
+        let value = bytes::read(access, offset, end(offset), |at| self.read_register(at, timer));
+        self.sci.set(self.registers.sci());
+        Answer::Done(value)
+    }
+
+    fn write(&mut self, access: &Access, offset: u64, data: u64, _: Deferred<'_>) -> Answer {
+        self.observe(access.host_tsc);
+        bytes::write(access, offset, end(offset), data, |at, byte| self.write_register(at, byte));
+        self.update(access.host_tsc);
+        Answer::Done(0)
+    }
+
+    fn poll(&mut self) {
+        if self.pending.power_button.swap(false, Ordering::AcqRel) {
+            self.registers.status |= event::POWER_BUTTON;
+        }
+        self.registers.gpe_status |= self.pending.gpes.swap(0, Ordering::AcqRel);
+        if self.deadline.is_some_and(|deadline| deadline <= self.clock.monotonic()) {
+            self.deadline = None;
+            self.timer.carry();
+            self.registers.status |= event::TIMER;
+        }
+        self.sci.set(self.registers.sci());
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// The timer runs on; events that were under way are gone.
+    fn reset(&mut self) {
+        self.pending.power_button.store(false, Ordering::Release);
+        self.pending.gpes.store(0, Ordering::Release);
+        self.registers = Registers::default();
+        self.deadline = None;
+        self.sci.set(false);
+    }
+}
+
+impl Persist for AcpiPm {
+    type State = AcpiPmState;
+
+    fn save(&self) -> AcpiPmState {
+        let registers = self.registers;
+        let now = self.clock.monotonic();
+        AcpiPmState {
+            status: registers.status,
+            enable: registers.enable,
+            control: registers.control,
+            gpe_status: registers.gpe_status,
+            gpe_enable: registers.gpe_enable,
+            apm: registers.apm,
+            tsc_khz: self.timer.tsc_khz(),
+            timer_offset: self.timer.offset(),
+            timer_carry: self.timer.next_carry(),
+            // The longest wait is the timer's range, twenty minutes: it fits.
+            carry_in: self.deadline.map(|deadline| deadline.saturating_duration_since(now).as_nanos() as u64),
+        }
+    }
+
+    /// Goes on with the host TSC of the state's host; on another one [`AcpiPm::set_timer`] follows.
+    fn restore(&mut self, state: &AcpiPmState) -> Result<(), RestoreError> {
+        let ok = |condition, what| check(condition, "acpi pm", what);
+        ok(state.enable & !event::ENABLES == 0, "PM1 enable has reserved bits")?;
+        ok(state.control & !control::KEPT == 0, "PM1 control has reserved bits")?;
+        let longest = self.timer.longest_wait();
+        ok(state.carry_in.is_none_or(|ns| Duration::from_nanos(ns) <= longest), "the timer overflows too late")?;
+        let AcpiPmState { status, enable, control, gpe_status, gpe_enable, apm, .. } = *state;
+        self.registers = Registers { status, enable, control, gpe_status, gpe_enable, apm };
+        self.timer.restore(state.timer_offset, state.timer_carry);
+        let now = self.clock.monotonic();
+        self.deadline = state.carry_in.filter(|_| self.wants_carry()).map(|ns| now + Duration::from_nanos(ns));
+        self.sci.force(self.registers.sci());
+        Ok(())
+    }
+}

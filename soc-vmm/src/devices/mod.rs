@@ -1,0 +1,126 @@
+//! The PC's platform devices, as a q35 machine of QEMU has them: names, ports and behaviour.
+//!
+//! | device | ports or memory | GSI | posted |
+//! | --- | --- | --- | --- |
+//! | [`Serial`] COM1–COM4 | 0x3f8, 0x2f8, 0x3e8, 0x2e8 | 4, 3, 4, 3 | none |
+//! | [`Rtc`] | 0x70–0x71 | 8 | none |
+//! | [`I8042`] | 0x60, 0x64 | 1, 12 | none |
+//! | [`Port92`] | 0x92 | | none |
+//! | [`ResetControl`] | 0xcf9 | | none |
+//! | [`AcpiPm`] | 0x600–0x67f, 0xb2–0xb3 | 9 | none |
+//! | [`DebugConsole`] | 0x402 | | all |
+//! | [`DebugExit`] | 0xf4–0xf7 | | none |
+//! | [`DelayPort`] | 0x80 | | all |
+//! | [`PcTestPorts`] | 0xe0–0xeb, 0x2000–0x2017 | 0–23 | none |
+//! | [`PcTestMemory`] | 0xff000000–0xff00ffff | | none |
+//!
+//! PIC, IOAPIC, PIT and port 0x61 are not here: KVM's in-kernel irqchip and PIT (with `KVM_PIT_SPEAKER_DUMMY`) answer those, KVM
+//! api.rst §4.71.
+//!
+//! Each device lives on the thread that serves IOREQs. What other threads have for it (input, a button) goes through a handle
+//! into a bounded queue and wakes that thread, which polls the device; timers are deadlines that the same thread keeps. A device
+//! says what it claims ([`Ranges`]), and can be saved and restored ([`Persist`]) between two accesses.
+
+mod acpi_pm;
+mod bytes;
+mod clock;
+mod debug_console;
+mod debug_exit;
+mod delay_port;
+mod i8042;
+mod pc_testdev;
+mod pipe;
+mod port92;
+mod reset_control;
+mod rtc;
+mod serial;
+mod wire;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::bus::Claim;
+
+pub use acpi_pm::{AcpiHandle, AcpiPm, AcpiPmState, PmTimerWidth};
+pub use clock::{Clock, SystemClock};
+pub use debug_console::DebugConsole;
+pub use debug_exit::DebugExit;
+pub use delay_port::DelayPort;
+pub use i8042::{I8042, I8042State};
+pub use pc_testdev::{PcTestMemory, PcTestMemoryState, PcTestPorts, PcTestPortsState};
+pub use pipe::{Closed, InputQueue, InputWriter, OutputQueue, OutputReader, input_pipe, output_pipe};
+pub use port92::{Port92, Port92State};
+pub use reset_control::{ResetControl, ResetControlState};
+pub use rtc::{BootDevice, Cmos, Rtc, RtcState};
+pub use serial::{Com, Serial, SerialState};
+
+pub use acpi_pm::{
+    ACPI_DISABLE, ACPI_ENABLE, GPE0_BLOCK, GPE0_LEN, PM_BASE, PM_TIMER, PM1A_CONTROL, PM1A_EVENT, SCI_GSI,
+    SLEEP_TYPE_S5, SMI_COMMAND,
+};
+pub use reset_control::{RESET_PORT, RESET_VALUE};
+
+/// What a device claims, and which of it is *postable*: a write there may finish at once, because nothing relies on its order
+/// (no DMA, interrupt, ioeventfd or sibling register). The machine builds its buses and the host's posted ranges from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ranges {
+    /// Ports, in the order of the device's offsets.
+    pub ports: &'static [Claim],
+    /// Guest-physical memory, likewise.
+    pub memory: &'static [Claim],
+    /// The part of `ports` whose writes may be posted.
+    pub posted_ports: &'static [Claim],
+    /// The part of `memory` whose writes may be posted.
+    pub posted_memory: &'static [Claim],
+}
+
+impl Ranges {
+    const fn ports(ports: &'static [Claim]) -> Self {
+        Self { ports, memory: &[], posted_ports: &[], posted_memory: &[] }
+    }
+
+    const fn posted(ports: &'static [Claim]) -> Self {
+        Self { ports, memory: &[], posted_ports: ports, posted_memory: &[] }
+    }
+
+    const fn memory(memory: &'static [Claim]) -> Self {
+        Self { ports: &[], memory, posted_ports: &[], posted_memory: &[] }
+    }
+}
+
+const fn claim(base: u64, len: u64) -> Claim {
+    Claim { base, len }
+}
+
+/// A device whose state can be taken out and put back, here or in another process.
+///
+/// Between `save` and `restore` no access may be in flight. `restore` raises the device's lines as they were: the irqchip's state
+/// goes first. Afterwards the bus must be polled once, for timers.
+pub trait Persist {
+    /// All that the guest can tell, as plain data.
+    type State: Serialize + DeserializeOwned;
+
+    /// Takes the state.
+    fn save(&self) -> Self::State;
+
+    /// Puts the state back. It may come from a peer: it is checked before anything is changed.
+    ///
+    /// # Errors
+    /// The state is none that the device can have.
+    fn restore(&mut self, state: &Self::State) -> Result<(), RestoreError>;
+}
+
+/// A saved state that no device of the kind can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("saved state of {device}: {what}")]
+pub struct RestoreError {
+    /// Which device.
+    pub device: &'static str,
+    /// What is wrong with it.
+    pub what: &'static str,
+}
+
+/// `Ok` where `condition` holds, else the error that names it.
+fn check(condition: bool, device: &'static str, what: &'static str) -> Result<(), RestoreError> {
+    if condition { Ok(()) } else { Err(RestoreError { device, what }) }
+}

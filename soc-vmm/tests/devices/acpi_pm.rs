@@ -1,0 +1,200 @@
+//! ACPI fixed hardware: what Linux' ACPICA, acpi_pm clocksource and SeaBIOS do.
+
+use std::time::Duration;
+
+use soc_vmm::devices::{
+    ACPI_DISABLE, ACPI_ENABLE, GPE0_BLOCK, GPE0_LEN, PM_TIMER, PM1A_CONTROL, PM1A_EVENT, Persist, PmTimerWidth,
+    SCI_GSI, SLEEP_TYPE_S5, SMI_COMMAND,
+};
+use soc_vmm::power::PowerEvent;
+
+use crate::rig::{HandClock, Rig, TSC_KHZ};
+
+const STATUS: u64 = PM1A_EVENT as u64;
+const ENABLE: u64 = STATUS + 2;
+const CONTROL: u64 = PM1A_CONTROL as u64;
+const TIMER: u64 = PM_TIMER as u64;
+const GPE_STATUS: u64 = GPE0_BLOCK as u64;
+const GPE_ENABLE: u64 = GPE_STATUS + GPE0_LEN as u64 / 2;
+
+const SCI_EN: u64 = 1;
+const TMR: u64 = 1 << 0;
+const PWRBTN: u64 = 1 << 8;
+const SLP_EN: u64 = 1 << 13;
+
+const HALF_24: f64 = (1 << 23) as f64 / 3_579_545.0;
+
+fn enable_acpi(rig: &mut Rig) {
+    assert_eq!(rig.inp(CONTROL, 2) & SCI_EN, 0);
+    rig.outb(SMI_COMMAND.into(), ACPI_ENABLE);
+    assert_eq!(rig.inp(CONTROL, 2) & SCI_EN, SCI_EN);
+}
+
+#[test]
+fn s5_powers_off() {
+    let mut rig = Rig::new();
+    enable_acpi(&mut rig);
+    // ACPICA: the type first, then the type with SLP_EN.
+    let kind = u64::from(SLEEP_TYPE_S5) << 10;
+    let control = rig.inp(CONTROL, 2);
+    rig.out(CONTROL, 2, control | kind);
+    assert_eq!(rig.power.take(), []);
+    rig.out(CONTROL, 2, control | kind | SLP_EN);
+    assert_eq!(rig.power.take(), [PowerEvent::PowerOff]);
+    assert_eq!(rig.inp(CONTROL, 2), control | kind, "SLP_EN reads 0");
+    // Another type is no state that the machine has.
+    rig.out(CONTROL, 2, control | 5 << 10 | SLP_EN);
+    assert_eq!(rig.power.take(), []);
+}
+
+#[test]
+fn power_button_is_an_sci() {
+    let mut rig = Rig::new();
+    enable_acpi(&mut rig);
+    rig.out(ENABLE, 2, PWRBTN);
+    rig.acpi_handle.press_power_button();
+    assert!(!rig.lines.high(SCI_GSI));
+    rig.settle();
+    assert!(rig.lines.high(SCI_GSI));
+    assert_eq!(rig.inp(STATUS, 2), PWRBTN);
+    rig.out(STATUS, 2, PWRBTN);
+    assert!(!rig.lines.high(SCI_GSI));
+    assert_eq!(rig.inp(STATUS, 2), 0);
+}
+
+#[test]
+fn a_button_pressed_before_acpi_waits_and_no_sci_comes_without_acpi() {
+    let mut rig = Rig::new();
+    rig.acpi_handle.press_power_button();
+    rig.settle();
+    rig.out(ENABLE, 2, PWRBTN);
+    assert!(!rig.lines.high(SCI_GSI));
+    enable_acpi(&mut rig);
+    assert!(rig.lines.high(SCI_GSI));
+    rig.outb(SMI_COMMAND.into(), ACPI_DISABLE);
+    assert!(!rig.lines.high(SCI_GSI));
+    rig.outb(SMI_COMMAND.into(), ACPI_ENABLE);
+    rig.ports.reset();
+    assert!(!rig.lines.high(SCI_GSI));
+    assert_eq!(rig.inp(STATUS, 4), 0);
+    assert_eq!(rig.inp(CONTROL, 2), 0);
+}
+
+#[test]
+fn the_timer_counts_the_hosts_tsc() {
+    let mut rig = Rig::new();
+    let mut last = rig.inp(TIMER, 4);
+    assert_eq!(last, 0);
+    for _ in 0..100 {
+        rig.pass(Duration::from_millis(100));
+        let now = rig.inp(TIMER, 4);
+        assert_eq!(now >> 24, 0);
+        let ticks = now.wrapping_sub(last) & 0xff_ffff;
+        assert!((357_954..=357_955).contains(&ticks), "{ticks}");
+        last = now;
+    }
+    assert_eq!(last, 35_795_450 % (1 << 24), "exact over ten seconds");
+    assert_eq!(rig.inp(TIMER, 2), last & 0xffff);
+    rig.out(TIMER, 4, 0);
+    assert_eq!(rig.inp(TIMER, 4), last, "read-only");
+    // The SoC's clock has no say.
+    rig.clock.step_real(Duration::from_secs(1));
+    assert_eq!(rig.inp(TIMER, 4), last);
+}
+
+#[test]
+fn a_timer_of_32_bits_uses_them() {
+    let mut rig = Rig::with(HandClock::new(), PmTimerWidth::Bits32);
+    rig.pass(Duration::from_secs(1000));
+    assert_eq!(rig.inp(TIMER, 4), 3_579_545_000);
+    rig.pass(Duration::from_secs(1000));
+    assert_eq!(rig.inp(TIMER, 4), 7_159_090_000 % (1 << 32));
+}
+
+#[test]
+fn the_timers_carry_is_a_status_bit_and_an_sci() {
+    let mut rig = Rig::new();
+    enable_acpi(&mut rig);
+    assert_eq!(rig.ports.deadline(), None, "nobody waits for it");
+    rig.pass(Duration::from_secs(3));
+    assert_eq!(rig.inp(STATUS, 2) & TMR, TMR, "bit 23 toggled");
+    rig.out(STATUS, 2, TMR);
+    assert_eq!(rig.inp(STATUS, 2) & TMR, 0);
+    rig.out(ENABLE, 2, TMR);
+    for nth in 2..20 {
+        let at = rig.ports.deadline().unwrap();
+        rig.pass(at - soc_vmm::devices::Clock::monotonic(&*rig.clock));
+        assert!(rig.lines.high(SCI_GSI));
+        let seconds = rig.clock.host_tsc() as f64 / (TSC_KHZ as f64 * 1000.0);
+        assert!((seconds - HALF_24 * f64::from(nth)).abs() < 1e-5, "carry {nth} at {seconds}");
+        assert_eq!(rig.ports.deadline(), None, "none more while it is pending");
+        rig.out(STATUS, 2, TMR);
+        assert!(!rig.lines.high(SCI_GSI));
+    }
+}
+
+#[test]
+fn a_carry_seen_by_an_access_is_not_told_again_by_the_deadline() {
+    let mut rig = Rig::new();
+    enable_acpi(&mut rig);
+    rig.out(ENABLE, 2, TMR);
+    // The thread is late: the guest looks first.
+    rig.clock.pass(Duration::from_secs_f64(HALF_24 + 0.001));
+    assert_eq!(rig.inp(STATUS, 2) & TMR, TMR);
+    assert!(rig.lines.high(SCI_GSI));
+    rig.out(STATUS, 2, TMR);
+    rig.ports.poll();
+    assert!(!rig.lines.high(SCI_GSI));
+    assert!(rig.ports.deadline().is_some());
+}
+
+#[test]
+fn general_purpose_events() {
+    let mut rig = Rig::new();
+    enable_acpi(&mut rig);
+    rig.out(GPE_ENABLE, 4, 1 << 3);
+    rig.acpi_handle.raise_gpe(3);
+    rig.acpi_handle.raise_gpe(63);
+    rig.settle();
+    assert!(rig.lines.high(SCI_GSI));
+    assert_eq!(rig.inb(GPE_STATUS), 1 << 3);
+    assert_eq!(rig.inb(GPE_STATUS + 7), 0x80);
+    rig.outb(GPE_STATUS, 1 << 3);
+    assert!(!rig.lines.high(SCI_GSI), "the other one is not enabled");
+    rig.outb(GPE_ENABLE + 7, 0x80);
+    assert!(rig.lines.high(SCI_GSI));
+}
+
+#[test]
+fn the_timer_goes_on_on_another_host() {
+    let mut from = Rig::new();
+    enable_acpi(&mut from);
+    from.out(ENABLE, 2, TMR);
+    from.pass(Duration::from_millis(700));
+    let (shown, tsc) = (from.inp(TIMER, 4), from.clock.host_tsc());
+    let state = from.acpi.lock().unwrap().save();
+    // Its TSC has run for two days, and is read 50 µs after the other one.
+    let mut to = Rig::new();
+    to.clock.pass(Duration::from_secs(172_800));
+    to.acpi.lock().unwrap().restore(&state).unwrap();
+    let later = state.timer_at(tsc + TSC_KHZ / 20);
+    to.acpi.lock().unwrap().set_timer(later, to.clock.host_tsc());
+    let ticks = to.inp(TIMER, 4) - shown;
+    assert!((178..=180).contains(&ticks), "50 µs are {ticks} ticks");
+    to.ports.poll();
+    to.pass(Duration::from_secs_f64(HALF_24 - 0.7));
+    assert!(to.lines.high(SCI_GSI), "and its carry comes in time");
+}
+
+#[test]
+fn registers_that_do_nothing() {
+    let mut rig = Rig::new();
+    assert_eq!(rig.inp(0x630, 4), 0x20, "SMIs are somebody else's");
+    rig.out(0x630, 4, 0xffff_ffff);
+    assert_eq!(rig.inp(0x630, 4), 0x20);
+    rig.outb(0xb3, 0x77);
+    assert_eq!(rig.inb(0xb3), 0x77);
+    assert_eq!(rig.inp(0x67e, 4), 0xffff_0000, "the block's end is not the SMI port");
+    rig.out(0x67e, 4, 0x0202_0202);
+    assert_eq!(rig.inp(CONTROL, 2), 0);
+}
