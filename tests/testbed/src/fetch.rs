@@ -76,6 +76,18 @@ impl Arch {
     }
 }
 
+/// Fetches every part.
+///
+/// # Errors
+/// [`Error`].
+pub fn everything() -> Result<(), Error> {
+    qemu()?;
+    kernel(Arch::Amd64)?;
+    kernel(Arch::Arm64)?;
+    cross()?;
+    Ok(())
+}
+
 /// Programs and firmware of a newer Debian than the machine's.
 #[derive(Clone, Debug)]
 pub struct QemuRoot {

@@ -24,6 +24,28 @@ use std::io::Write;
 
 /// Names the file to which [`skip`] adds a line.
 pub const SKIPS_VARIABLE: &str = "OUTBOARD_SKIPS";
+/// Set where emulated machines are to be left out.
+pub const QUICK_VARIABLE: &str = "OUTBOARD_QUICK";
+
+/// Whether a test may start emulated machines. If not, it has said why and the test is to return.
+///
+/// # Panics
+/// The machines' parts are there or could be had, but are not as they should be.
+#[must_use]
+pub fn machines_or_skip(test: &str) -> bool {
+    if std::env::var_os(QUICK_VARIABLE).is_some() {
+        skip(test, "emulated machines are left out (--quick)");
+        return false;
+    }
+    match fetch::everything() {
+        Ok(()) => true,
+        Err(error @ fetch::Error::Unreachable(_)) => {
+            skip(test, &error.to_string());
+            false
+        }
+        Err(error) => panic!("{error:?}"),
+    }
+}
 
 /// Says that the test `name` can't run here, and why. `cargo xtask test` counts and shows it; Rust's test harness would call
 /// the test passed.

@@ -12,14 +12,10 @@ use testbed::process::Child;
 
 #[test]
 fn the_guest_image_lives() {
-    let image = match guest::image() {
-        Ok(image) => image,
-        Err(guest::Error::Fetch(error @ fetch::Error::Unreachable(_))) => {
-            testbed::skip("the_guest_image_lives", &error.to_string());
-            return;
-        }
-        Err(error) => panic!("{error:?}"),
-    };
+    if !testbed::machines_or_skip("the_guest_image_lives") {
+        return;
+    }
+    let image = guest::image().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
     let mut qemu: Command = fetch::qemu().unwrap().command("qemu-system-x86_64");

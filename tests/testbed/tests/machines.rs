@@ -13,25 +13,9 @@ use testbed::soc::SocConfig;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Whether the machines' parts can be had at all.
-fn parts_are_here(test: &str) -> bool {
-    let parts = fetch::qemu()
-        .and_then(|_| fetch::kernel(fetch::Arch::Amd64))
-        .and_then(|_| fetch::kernel(fetch::Arch::Arm64))
-        .and_then(|_| fetch::cross());
-    match parts {
-        Ok(_) => true,
-        Err(error @ fetch::Error::Unreachable(_)) => {
-            testbed::skip(test, &error.to_string());
-            false
-        }
-        Err(error) => panic!("{error:?}"),
-    }
-}
-
 #[test]
 fn the_server_has_kvm_and_nothing_but_us() {
-    if !parts_are_here("the_server_has_kvm_and_nothing_but_us") {
+    if !testbed::machines_or_skip("the_server_has_kvm_and_nothing_but_us") {
         return;
     }
     let began = Instant::now();
@@ -51,12 +35,13 @@ fn the_server_has_kvm_and_nothing_but_us() {
     assert_eq!(programs.len(), 1, "{programs:?}");
 
     programs_are_driven(&server);
+    a_person_is_served(&server);
     ends_when_told(server);
 }
 
 #[test]
 fn the_arm_soc_comes_up() {
-    if !parts_are_here("the_arm_soc_comes_up") {
+    if !testbed::machines_or_skip("the_arm_soc_comes_up") {
         return;
     }
     let soc = SocConfig::new("test-soc").start().unwrap();
@@ -68,7 +53,7 @@ fn the_arm_soc_comes_up() {
 
 #[test]
 fn a_dropped_server_leaves_nothing_behind() {
-    if !parts_are_here("a_dropped_server_leaves_nothing_behind") {
+    if !testbed::machines_or_skip("a_dropped_server_leaves_nothing_behind") {
         return;
     }
     let server = ServerConfig::new("test-drop").start().unwrap();
@@ -91,13 +76,21 @@ fn programs_are_driven(machine: &Machine) {
     assert_eq!(line.as_deref(), Some("up"));
 }
 
+fn a_person_is_served(machine: &Machine) {
+    machine.console().send("busybox expr 6 + 36\n").unwrap();
+    machine.wait_for_line("42", LIMIT).unwrap();
+    machine.wait_for_line("Code(0)", LIMIT).unwrap();
+    machine.console().send("no-such-word\n").unwrap();
+    machine.wait_for_line("neither a word", LIMIT).unwrap();
+}
+
 fn ends_when_told(machine: Machine) {
     machine.power_off(LIMIT).unwrap();
 }
 
 #[test]
 fn the_cards_functions_reach_vfio_on_both_sides() {
-    if !parts_are_here("the_cards_functions_reach_vfio_on_both_sides") {
+    if !testbed::machines_or_skip("the_cards_functions_reach_vfio_on_both_sides") {
         return;
     }
     const FUNCTIONS: u32 = 4;

@@ -48,7 +48,8 @@ pub(crate) fn serve(control: &Arc<Port>, programs: &Programs) {
     }
 }
 
-fn answer(request: Request, programs: &Programs) -> Result<Answer, String> {
+/// Does what is asked.
+pub(crate) fn answer(request: Request, programs: &Programs) -> Result<Answer, String> {
     match request {
         Request::Inventory => inspect::inventory().map(Answer::Inventory),
         Request::List => inspect::programs().map(Answer::Programs),

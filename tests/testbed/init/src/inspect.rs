@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use testbed_init::{Cpu, Inventory, Mapping, Memory, Node, PciFunction, PciId, Program, Thread};
@@ -110,6 +111,11 @@ pub(crate) fn programs() -> Result<Vec<Program>, String> {
     }
     programs.sort_by_key(|program| program.pid);
     Ok(programs)
+}
+
+/// Whether there is an executable file.
+pub(crate) fn is_program(path: &str) -> bool {
+    fs::metadata(path).is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
 }
 
 /// The memory of process `pid`.

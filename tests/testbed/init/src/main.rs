@@ -6,6 +6,7 @@
 
 mod boot;
 mod calls;
+mod console;
 mod inspect;
 mod port;
 mod programs;
@@ -53,6 +54,8 @@ fn serve() -> Result<(), String> {
     let text = serde_json::to_string(&inventory).map_err(|e| format!("inventory: {e}"))?;
     println!("{INVENTORY_MARK}{text}");
     println!("{READY_MARK}");
+    let for_console = programs.clone();
+    in_background("console", move || console::serve(&for_console));
     calls::serve(&control, &programs);
     Ok(())
 }

@@ -107,6 +107,13 @@ impl Programs {
         Ok(Ended { status, stdout: text(stdout), stderr: text(stderr) })
     }
 
+    /// Runs a program on the console to its end.
+    pub(crate) fn foreground(&self, program: &str, args: &[&str]) -> Result<Status, String> {
+        let (ended, end) = channel();
+        self.start(Command::new(program).args(args), ended)?;
+        end.recv().map_err(|e| format!("{program}: {e}"))
+    }
+
     fn start(&self, command: &mut Command, ended: Sender<Status>) -> Result<Child, String> {
         let mut running = self.shared.lock();
         let child = command.spawn().map_err(|e| format!("{}: {e}", command.get_program().display()))?;
