@@ -1,1 +1,3 @@
 //! Benchmarks beside peers.
+
+pub mod bare;

@@ -1,0 +1,11 @@
+//! One module a payload, or a few of a kind.
+
+pub mod dirty;
+pub mod hot;
+pub mod interrupts;
+pub mod mmio;
+pub mod order;
+pub mod pio;
+pub mod real;
+pub mod smp;
+pub mod string_io;
