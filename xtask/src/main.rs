@@ -1,3 +1,92 @@
-//! What a person types.
+//! `cargo xtask`: what a person types.
 
-fn main() {}
+mod counts;
+mod hold;
+mod step;
+mod suite;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Builds, tests and shows Outboard")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Fetch what is missing and run what CI runs.
+    Test {
+        /// Leave out the emulated machines.
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Emulated DPU servers that stay up.
+    Testbed {
+        #[command(subcommand)]
+        command: Testbed,
+    },
+}
+
+#[derive(Subcommand)]
+enum Testbed {
+    /// Start servers and print how to reach each function.
+    Up(Up),
+    /// Stop them all.
+    Down,
+    /// Connect this terminal to a server's console; Ctrl-] leaves it.
+    Console {
+        /// Which server, counted from 1.
+        server: usize,
+        /// The console of its SoC instead.
+        #[arg(long)]
+        soc: bool,
+    },
+    /// Keep servers up until told to stop: what `up` starts.
+    #[command(hide = true)]
+    Hold(Up),
+}
+
+#[derive(clap::Args, Clone, Debug)]
+struct Up {
+    /// How many servers.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
+    servers: u32,
+    /// Vm functions of each server's card.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=16))]
+    functions: u32,
+    /// Where soc-vmm runs.
+    #[arg(long, value_enum, default_value_t = Soc::Native)]
+    soc: Soc,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum Soc {
+    /// On this machine.
+    Native,
+    /// On an emulated Arm SoC, one for each server.
+    Arm64,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Task::Test { quick } => suite::run(quick),
+        Task::Testbed { command } => match command {
+            Testbed::Up(up) => hold::up(&up),
+            Testbed::Down => hold::down(),
+            Testbed::Console { server, soc } => hold::console(server, soc),
+            Testbed::Hold(up) => hold::hold(&up),
+        },
+    };
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

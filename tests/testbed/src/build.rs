@@ -1,7 +1,7 @@
 //! Programs of this workspace built for the emulated machines: static, optimized, in a target directory of their own.
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::fetch::{self, Arch};
 use crate::paths;
@@ -24,11 +24,12 @@ pub enum Error {
 /// [`Error`].
 pub fn programs(arch: Arch, packages: &[&str]) -> Result<Vec<PathBuf>, Error> {
     let mut cargo = cargo(arch)?;
-    cargo.args(["build", "--quiet", "--release", "--bins"]);
+    cargo.args(["build", "--release", "--bins"]);
     for package in packages {
         cargo.args(["--package", package]);
     }
-    run(&mut cargo)?;
+    // What it compiles, and what is wrong with that, is for a person to see.
+    run(cargo.stderr(Stdio::inherit()))?;
     let out = target_dir().join(triple(arch)).join("release");
     Ok(packages.iter().map(|package| out.join(package)).collect())
 }

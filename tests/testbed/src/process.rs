@@ -28,13 +28,13 @@ pub enum CommandError {
         source: io::Error,
     },
     /// It ran and failed.
-    #[error("{command} failed ({status}): {output}")]
+    #[error("{command} failed ({status}){output}")]
     Failed {
         /// The command line.
         command: String,
         /// Its exit status.
         status: ExitStatus,
-        /// The last lines of its standard error.
+        /// The last lines of its standard error after a colon, if they were captured.
         output: String,
     },
 }
@@ -59,10 +59,11 @@ pub fn run_bytes(command: &mut Command) -> Result<Vec<u8>, CommandError> {
     }
     let text = String::from_utf8_lossy(&output.stderr);
     let lines: Vec<&str> = text.trim().lines().collect();
+    let last = lines[lines.len().saturating_sub(8)..].join("; ");
     Err(CommandError::Failed {
         command: line_of(command),
         status: output.status,
-        output: lines[lines.len().saturating_sub(8)..].join("; "),
+        output: if last.is_empty() { last } else { format!(": {last}") },
     })
 }
 

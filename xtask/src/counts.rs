@@ -1,0 +1,90 @@
+//! How many tests ran, from what their runners print.
+
+use std::ops::AddAssign;
+
+/// Tests by how they ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    pub(crate) skipped: u64,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+impl Counts {
+    /// From the output of Rust's test harness (a "test result" line for each binary) or of nextest (one "Summary" line).
+    pub(crate) fn of(output: &str) -> Self {
+        let mut counts = Self::default();
+        for line in output.lines() {
+            let line = line.trim_start();
+            if let Some(result) = line.strip_prefix("test result:") {
+                counts += Self {
+                    passed: before(result, "passed"),
+                    failed: before(result, "failed"),
+                    skipped: before(result, "ignored"),
+                };
+            } else if line.starts_with("Summary [") {
+                counts += Self {
+                    passed: before(line, "passed"),
+                    failed: before(line, "failed") + before(line, "timed out"),
+                    skipped: before(line, "skipped"),
+                };
+            }
+        }
+        counts
+    }
+
+    /// Counts `tests` that said they can't run as skipped: their runner called them passed.
+    pub(crate) fn without(mut self, tests: u64) -> Self {
+        let tests = tests.min(self.passed);
+        self.passed -= tests;
+        self.skipped += tests;
+        self
+    }
+}
+
+/// The number in front of `word`.
+fn before(line: &str, word: &str) -> u64 {
+    line.find(word).and_then(|at| line[..at].split_whitespace().next_back()?.parse().ok()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_harness_lines_are_added_up() {
+        let output = "\
+running 3 tests
+test a ... ok
+test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s
+test result: FAILED. 4 passed; 1 failed; 0 ignored; 0 measured; 9 filtered out; finished in 1s
+";
+        let counts = Counts { passed: 6, failed: 1, skipped: 1 };
+        assert_eq!(Counts::of(output), counts);
+    }
+
+    #[test]
+    fn nextests_summary_is_enough() {
+        let output = "\
+        PASS [   0.010s] ( 1/23) api-channel a
+     Summary [  12.345s] 23 tests run: 19 passed (1 slow), 3 failed, 1 timed out, 5 skipped
+";
+        let counts = Counts { passed: 19, failed: 4, skipped: 5 };
+        assert_eq!(Counts::of(output), counts);
+    }
+
+    #[test]
+    fn a_test_that_said_it_cant_run_did_not_pass() {
+        let counts = Counts { passed: 3, failed: 1, skipped: 0 };
+        let corrected = Counts { passed: 1, failed: 1, skipped: 2 };
+        assert_eq!(counts.without(2), corrected);
+    }
+}

@@ -1,0 +1,216 @@
+//! `cargo xtask test`: what CI runs, step by step, with every skip and its reason at the end.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+use std::{env, fs};
+
+use serde_json::Value;
+use testbed::fetch::{self, Arch};
+use testbed::{QUICK_VARIABLE, SKIPS_VARIABLE, build, paths};
+
+use crate::counts::Counts;
+use crate::step::{self, with_sources};
+
+const MINUTE: Duration = Duration::from_secs(60);
+/// How long each fuzz target runs on top of replaying its corpus.
+const FUZZ_SECONDS: u32 = 5;
+/// What a fuzz target needs of the compiler: libFuzzer's coverage, which stable Rust can give.
+const FUZZ_FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module \
+    -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+    -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares \
+    -Cdebug-assertions -Coverflow-checks";
+/// What has unit tests that mean something on an Arm SoC: everything that runs there.
+const ON_ARM: [&str; 5] = ["ioreq-ring", "api-channel", "pcie-function", "pcie-function-card", "soc-vmm"];
+
+/// Runs everything; `quick` leaves out emulated machines.
+pub(crate) fn run(quick: bool) -> Result<ExitCode, String> {
+    let skips = tempfile::NamedTempFile::new().map_err(|e| format!("temporary file: {e}"))?;
+    let mut suite = Suite {
+        quick,
+        skips: skips.path().to_path_buf(),
+        counts: Counts::default(),
+        failed: Vec::new(),
+        skipped: Vec::new(),
+    };
+    let began = Instant::now();
+    suite.prepare();
+    suite.check("format", cargo(["fmt", "--all", "--check"]), 2 * MINUTE)?;
+    let lints = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    suite.check("lints", cargo(lints), 15 * MINUTE)?;
+    suite.workspace_tests()?;
+    suite.models()?;
+    suite.fuzz()?;
+    suite.arm()?;
+    Ok(suite.summary(began.elapsed()))
+}
+
+struct Suite {
+    quick: bool,
+    /// Where tests say that they can't run.
+    skips: PathBuf,
+    counts: Counts,
+    failed: Vec<String>,
+    skipped: Vec<String>,
+}
+
+impl Suite {
+    /// Fetches what is missing. Without it the tests that need it skip themselves.
+    fn prepare(&mut self) {
+        let fetched = if self.quick { fetch::cross().map(|_| ()) } else { fetch::everything() };
+        if let Err(error) = fetched {
+            println!("testbed: {}", with_sources(&error));
+        }
+    }
+
+    /// A step that isn't made of tests.
+    fn check(&mut self, title: &str, command: Command, limit: Duration) -> Result<(), String> {
+        if !step::run(title, command, limit)?.ok {
+            self.failed.push(title.to_owned());
+        }
+        Ok(())
+    }
+
+    /// A step that is made of tests.
+    fn tests(&mut self, title: &str, mut command: Command, limit: Duration) -> Result<(), String> {
+        command.env(SKIPS_VARIABLE, &self.skips);
+        if self.quick {
+            command.env(QUICK_VARIABLE, "1");
+        }
+        let outcome = step::run(title, command, limit)?;
+        let said = fs::read_to_string(&self.skips).unwrap_or_default();
+        // Read: the next step starts with none.
+        fs::write(&self.skips, "").map_err(|e| format!("{}: {e}", self.skips.display()))?;
+        self.skipped.extend(said.lines().map(str::to_owned));
+        let skipped = u64::try_from(said.lines().count()).unwrap_or(u64::MAX);
+        let mut counts = Counts::of(&outcome.output).without(skipped);
+        if !outcome.ok {
+            self.failed.push(title.to_owned());
+            // It may have failed before it came to its tests.
+            counts.failed = counts.failed.max(1);
+        }
+        self.counts += counts;
+        Ok(())
+    }
+
+    fn workspace_tests(&mut self) -> Result<(), String> {
+        let nextest = Command::new(cargo_program())
+            .args(["nextest", "--version"])
+            .output()
+            .is_ok_and(|output| output.status.success());
+        let limit = 30 * MINUTE;
+        if nextest {
+            // nextest leaves out examples in documentation.
+            self.tests("tests", cargo(["nextest", "run", "--workspace"]), limit)?;
+            let docs = cargo(["test", "--workspace", "--doc"]);
+            self.tests("documentation's examples", docs, limit)
+        } else {
+            self.tests("tests", cargo(["test", "--workspace", "--no-fail-fast"]), limit)
+        }
+    }
+
+    fn models(&mut self) -> Result<(), String> {
+        let mut command = cargo(["test", "--release", "--package", "ioreq-ring", "--test", "loom"]);
+        command.env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", paths::target().join("loom"));
+        self.tests("models (loom)", command, 15 * MINUTE)
+    }
+
+    /// Replays the kept inputs of every fuzz target, then lets it look for more. What it finds stays out of the tree.
+    fn fuzz(&mut self) -> Result<(), String> {
+        let dir = paths::workspace().join("tests/fuzz");
+        let target_dir = paths::target().join("fuzz");
+        let manifest = dir.join("Cargo.toml");
+        let mut command = cargo(["build", "--release", "--bins", "--manifest-path"]);
+        command.arg(&manifest).env("RUSTFLAGS", FUZZ_FLAGS).env("CARGO_TARGET_DIR", &target_dir);
+        if !step::run("fuzz targets: build", command, 15 * MINUTE)?.ok {
+            self.failed.push("fuzz targets: build".to_owned());
+            self.counts.failed += 1;
+            return Ok(());
+        }
+        for target in programs_of(&manifest)? {
+            let found = target_dir.join("found").join(&target);
+            fs::create_dir_all(&found).map_err(|e| format!("{}: {e}", found.display()))?;
+            let mut command = Command::new(target_dir.join("release").join(&target));
+            command
+                .arg(format!("-max_total_time={FUZZ_SECONDS}"))
+                .args(["-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"])
+                .arg(format!("-artifact_prefix={}/crash-", found.display()))
+                .arg(&found);
+            // Kept inputs of this target, if it has any.
+            let corpus = dir.join("corpus").join(&target);
+            if corpus.is_dir() {
+                command.arg(corpus);
+            }
+            let title = format!("fuzz {target}");
+            if step::run(&title, command, 3 * MINUTE)?.ok {
+                self.counts.passed += 1;
+            } else {
+                self.counts.failed += 1;
+                self.failed.push(title);
+            }
+        }
+        Ok(())
+    }
+
+    fn arm(&mut self) -> Result<(), String> {
+        let command = match build::cargo(Arch::Arm64) {
+            Ok(mut command) => {
+                command.args(["test", "--release", "--no-fail-fast", "--lib", "--bins"]);
+                for package in ON_ARM {
+                    command.args(["--package", package]);
+                }
+                command
+            }
+            Err(error) => {
+                self.counts.skipped += 1;
+                self.skipped.push(format!("Arm build and its tests: {}", with_sources(&error)));
+                return Ok(());
+            }
+        };
+        self.tests("Arm build and its tests", command, 20 * MINUTE)
+    }
+
+    fn summary(&self, elapsed: Duration) -> ExitCode {
+        println!();
+        for skipped in &self.skipped {
+            println!("skipped  {skipped}");
+        }
+        for failed in &self.failed {
+            println!("failed   {failed}");
+        }
+        let seconds = elapsed.as_secs();
+        println!("took {} min {} s", seconds / 60, seconds % 60);
+        let Counts { passed, failed, skipped } = self.counts;
+        // A step that isn't a test may have failed alone.
+        let others = u64::try_from(self.failed.len()).unwrap_or(u64::MAX);
+        let failed = if failed == 0 { others } else { failed };
+        println!("{passed} passed, {failed} failed, {skipped} skipped");
+        if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+}
+
+fn cargo<const N: usize>(args: [&str; N]) -> Command {
+    let mut command = Command::new(cargo_program());
+    command.args(args).current_dir(paths::workspace());
+    command
+}
+
+fn cargo_program() -> std::ffi::OsString {
+    env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+/// The names of a package's programs.
+fn programs_of(manifest: &Path) -> Result<Vec<String>, String> {
+    let mut command = cargo(["metadata", "--no-deps", "--format-version", "1"]);
+    command.arg("--manifest-path").arg(manifest);
+    let text = testbed::process::run(&mut command).map_err(|e| with_sources(&e))?;
+    let metadata: Value = serde_json::from_str(&text).map_err(|e| format!("cargo metadata: {e}"))?;
+    let packages = metadata["packages"].as_array().into_iter().flatten();
+    let targets = packages.flat_map(|package| package["targets"].as_array().into_iter().flatten());
+    let names = targets
+        .filter(|target| target["kind"][0] == "bin")
+        .filter_map(|target| Some(target["name"].as_str()?.to_owned()));
+    Ok(names.collect())
+}
