@@ -1,1 +1,1 @@
-//! Tests of the whole path.
+//! What the tests of the whole path share.
