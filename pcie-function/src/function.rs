@@ -8,7 +8,7 @@ use ioreq_ring::{BusError, BusMemory};
 pub type Iova = u64;
 
 /// Shared memory that can be cut into smaller windows.
-pub trait Windowed: BusMemory + Clone + Send + Sync + 'static {
+pub trait Windowed: BusMemory + Clone + std::fmt::Debug + Send + Sync + 'static {
     /// The `len` bytes from `offset`; `None` if they are not all within, or `offset` is no word's.
     fn cut(&self, offset: usize, len: usize) -> Option<Self>;
 }
@@ -91,7 +91,7 @@ pub trait HostFunction: Send {
 }
 
 /// The SoC's end, held by soc-vmm. Shared by its threads; transfers of one function keep their order.
-pub trait SocFunction: Send + Sync + 'static {
+pub trait SocFunction: std::fmt::Debug + Send + Sync + 'static {
     /// Card memory as the SoC maps it: loads are local.
     type Card: Windowed;
     /// A window of host memory: stores are DMA writes in order, loads are DMA reads.

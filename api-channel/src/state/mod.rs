@@ -12,7 +12,7 @@ mod chips;
 mod cpu;
 
 pub use chips::{Clock, IoApic, Pic, Pit, PitChannel};
-pub use cpu::{DebugRegs, Events, Lapic, MpState, Msr, Regs, Segment, Sregs, Table, Xcr, reset};
+pub use cpu::{DebugRegs, Events, Lapic, MpState, Msr, Regs, Segment, Sregs, Table, Xcr};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 

@@ -3,7 +3,7 @@
 use std::sync::mpsc::Sender;
 
 /// A device's answer to one access.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 #[must_use]
 pub enum Answer {
     /// Finished; the value counts for reads only.

@@ -1,0 +1,8 @@
+//! The connection to the host through one function: who is there, where everything lies, and the channel to ask it.
+
+mod bell;
+mod channel;
+mod open;
+
+pub use channel::{CallError, Channel, Notice, Reply};
+pub use open::{Link, LinkError};

@@ -1,0 +1,194 @@
+//! The VM as the host holds it: made, filled, started and stopped by calls.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use api_channel::call::{
+    Call, CpuidEntry, CreateVm, Extent, Groups, Irqchip, Memslot, PostedRange, RamRequest, SlotFlags, StateRequest,
+    VCPU_ALL, VM, VmCreated,
+};
+use api_channel::codec::Reader;
+use ioreq_ring::wire::{LINE, POSTED_RING, STRING_PAGE};
+use ioreq_ring::{SocLane, SocWindows};
+use pcie_function::local::sealed_memfd;
+use pcie_function::regions::Type;
+use pcie_function::{Mapping, Reach, SocFunction, Windowed};
+
+use super::ram::GuestRam;
+use super::worker::Lane;
+use crate::boot::Rom;
+use crate::cli::Memory;
+use crate::layout::{FOUR_GIB, MemoryLayout};
+use crate::link::{CallError, Channel, Link, LinkError};
+
+/// Allocation of RAM below 4 GiB.
+const LOW: u32 = 0;
+/// Allocation of RAM above.
+const HIGH: u32 = 1;
+/// Allocation of ROM.
+const ROM: u32 = 2;
+
+/// The VM on the host.
+#[derive(Debug)]
+pub(super) struct HostVm<F: SocFunction> {
+    channel: Channel<F>,
+    /// What the host made.
+    pub(super) created: VmCreated,
+    /// Its memory by DMA.
+    pub(super) ram: Arc<GuestRam<F>>,
+    vcpus: u32,
+}
+
+impl<F: SocFunction> HostVm<F> {
+    /// Makes a VM with `vcpus` paused vCPUs and its memory.
+    ///
+    /// # Errors
+    /// The host refused; its sentence.
+    pub(super) async fn create(
+        link: &Link<F>,
+        channel: Channel<F>,
+        vcpus: u32,
+        layout: &MemoryLayout,
+        memory: &Memory,
+        rom: Option<Rom>,
+    ) -> Result<Self, CallError> {
+        let create = CreateVm { vcpus, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 0, reserved: 0 };
+        let reply = channel.call(&Call::CreateVm(create)).await?;
+        let created: VmCreated = Reader::new(&reply.payload).take()?;
+        let ram = Arc::new(GuestRam::new(link.function.clone()));
+        let vm = Self { channel, created, ram, vcpus };
+        vm.fill(layout, memory, rom).await?;
+        Ok(vm)
+    }
+
+    /// Allocates RAM and ROM, and shows them to the guest.
+    async fn fill(&self, layout: &MemoryLayout, memory: &Memory, rom: Option<Rom>) -> Result<(), CallError> {
+        let node = memory.node.map_or(-1, i32::from);
+        let huge = memory.hugepages.map_or(0, |pages| pages.size());
+        let mut requests = vec![RamRequest { id: LOW, node, len: layout.low_end(), iova: 0, huge }];
+        if layout.high_bytes() != 0 {
+            requests.push(RamRequest { id: HIGH, node, len: layout.high_bytes(), iova: FOUR_GIB, huge });
+        }
+        if let Some(rom) = rom {
+            requests.push(RamRequest { id: ROM, node, len: rom.len, iova: rom.start, huge: 0 });
+        }
+        let mut extents = Vec::new();
+        for request in requests {
+            let reply = self.channel.call(&Call::AddRam(request)).await?;
+            extents.push((request.id, Reader::new(&reply.payload).list::<Extent>(1024)?));
+        }
+        let ranges = layout.ram_ranges().map(|range| {
+            let (ram, offset) = match range.offset.checked_sub(layout.low_end()) {
+                Some(offset) => (HIGH, offset),
+                None => (LOW, range.offset),
+            };
+            Memslot { base: range.start, len: range.len, offset, ram, flags: 0 }
+        });
+        let rom =
+            rom.map(|rom| Memslot { base: rom.start, len: rom.len, offset: 0, ram: ROM, flags: SlotFlags::READ_ONLY });
+        let slots: Vec<_> = ranges.chain(rom).collect();
+        self.channel.call(&Call::SetMemslots(slots.clone())).await?;
+        self.ram.set(&slots, &extents);
+        Ok(())
+    }
+
+    /// The SoC's ends of the lanes; the words that outlive the process lie in `state_dir`.
+    ///
+    /// # Errors
+    /// The function has too few lanes, or the state file can't be made.
+    pub(super) fn lanes(&self, link: &Link<F>, state_dir: Option<&Path>) -> Result<Vec<Lane<F>>, LinkError> {
+        let count = self.vcpus;
+        let private_len = (count as usize * Lane::<F>::PRIVATE).next_multiple_of(4096);
+        let private = private_words(state_dir, private_len)?.window();
+        let requests = link.lanes(Type::LANE_REQUESTS, LINE, count)?;
+        let controls = link.lanes(Type::LANE_CONTROLS, LINE, count)?;
+        let posted = link.lanes(Type::LANE_POSTED, POSTED_RING, count)?;
+        let remote = |base: u64, lane: usize, len: usize| link.function.remote(base + (lane * len) as u64, len);
+        let windows = requests.into_iter().zip(controls).zip(posted).enumerate();
+        let lanes = windows.map(|(i, ((request, control), posted))| {
+            let private = private.cut(i * Lane::<F>::PRIVATE, Lane::<F>::PRIVATE);
+            SocLane::new(SocWindows {
+                request,
+                control,
+                posted,
+                completion: remote(self.created.completions, i, LINE),
+                credit: remote(self.created.credits, i, LINE),
+                outs: remote(self.created.outs, i, STRING_PAGE),
+                ins: remote(self.created.ins, i, STRING_PAGE),
+                private: private.expect("the file holds every lane's words"),
+            })
+        });
+        Ok(lanes.collect())
+    }
+
+    /// The CPUID that the host's KVM supports.
+    pub(super) async fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, CallError> {
+        let reply = self.channel.call(&Call::SupportedCpuid).await?;
+        Ok(Reader::new(&reply.bulk).list(1024)?)
+    }
+
+    /// Sets a vCPU's CPUID.
+    pub(super) async fn set_cpuid(&self, vcpu: u32, entries: Vec<CpuidEntry>) -> Result<(), CallError> {
+        self.channel.call(&Call::SetCpuid { vcpu, entries }).await.map(drop)
+    }
+
+    /// Reads every state record of a vCPU, or of the VM ([`VM`]).
+    pub(super) async fn state(&self, target: u32) -> Result<Vec<u8>, CallError> {
+        let request = StateRequest { target, reserved: 0, groups: Groups::ALL };
+        Ok(self.channel.call(&Call::GetState(request)).await?.bulk)
+    }
+
+    /// Sets state records.
+    pub(super) async fn set_state(&self, target: u32, records: Vec<u8>) -> Result<(), CallError> {
+        self.channel.call(&Call::SetState { target, records }).await.map(drop)
+    }
+
+    /// Sets the VM's own records: chips and clock.
+    pub(super) async fn set_chips(&self, records: Vec<u8>) -> Result<(), CallError> {
+        self.set_state(VM, records).await
+    }
+
+    /// Reads the VM's own records.
+    pub(super) async fn chips(&self) -> Result<Vec<u8>, CallError> {
+        self.state(VM).await
+    }
+
+    /// Tells which writes are posted, if the host can.
+    pub(super) async fn post(&self, ranges: Vec<PostedRange>) -> Result<(), CallError> {
+        if self.created.features & VmCreated::POSTING == 0 {
+            return Ok(());
+        }
+        self.channel.call(&Call::PostedRanges(ranges)).await.map(drop)
+    }
+
+    /// Lets every vCPU run.
+    pub(super) async fn run(&self) -> Result<(), CallError> {
+        self.channel.call(&Call::Run(VCPU_ALL)).await.map(drop)
+    }
+
+    /// Takes every vCPU out of the guest, its exit finished.
+    pub(super) async fn pause(&self) -> Result<(), CallError> {
+        self.channel.call(&Call::Pause(VCPU_ALL)).await.map(drop)
+    }
+
+    /// Ends the VM.
+    pub(super) async fn destroy(&self) -> Result<(), CallError> {
+        self.channel.call(&Call::DestroyVm).await.map(drop)
+    }
+}
+
+/// Memory for the lanes' private words: a file that outlives the process, or, without a directory, a memfd.
+fn private_words(dir: Option<&Path>, len: usize) -> Result<Arc<Mapping>, LinkError> {
+    use std::os::fd::AsFd;
+    let unusable = |e| LinkError::State(e);
+    let map = |fd: std::os::fd::BorrowedFd<'_>| Mapping::new(fd, 0, len, Reach::Local).map_err(unusable);
+    match dir {
+        Some(dir) => {
+            let open =
+                std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(dir.join("lanes"));
+            let file = open.and_then(|file| file.set_len(len as u64).map(|()| file))?;
+            map(file.as_fd())
+        }
+        None => map(sealed_memfd("outboard-lanes", len as u64).map_err(unusable)?.as_fd()),
+    }
+}

@@ -1,0 +1,293 @@
+//! A VM's life on its function: built, started, kept, ended.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::thread::JoinHandle;
+
+use api_channel::event::Event;
+use ioreq_ring::SocIdle;
+use pcie_function::SocFunction;
+use pcie_function::header::Role;
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, unbounded_channel};
+
+use super::counters::Counters;
+use super::guest::{GuestEvent, Relay};
+use super::host::HostVm;
+use super::lines::Lines;
+use super::machine::{Machine, Parts};
+use super::state;
+use super::worker::{Command, Waker, Worker};
+use crate::boot::{BootPlan, Entry};
+use crate::bus::{MapError, Wake};
+use crate::cli::{ExitStatus, Failure, RunConfig};
+use crate::control::{Action, Order, RunState, ShutdownCause, VmControl};
+use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
+use crate::layout::MemoryLayout;
+use crate::link::{CallError, Link, LinkError, Notice};
+use crate::power::PowerEvent;
+
+/// The far ends of a machine's byte streams.
+pub(super) struct Streams {
+    /// COM1's.
+    pub(super) serial: (OutputQueue, InputQueue),
+    /// The debug console's.
+    pub(super) debugcon: Option<OutputQueue>,
+}
+
+/// A VM with its vCPUs paused or running.
+pub(super) struct Vm<F: SocFunction> {
+    host: HostVm<F>,
+    plan: BootPlan,
+    /// Every vCPU's records as the host made it, then the VM's.
+    pristine: (Vec<Vec<u8>>, Vec<u8>),
+    signature: u32,
+    acpi: AcpiHandle,
+    waker: Arc<Waker>,
+    commands: Sender<Command>,
+    worker: JoinHandle<()>,
+    guest: UnboundedReceiver<GuestEvent>,
+    notices: Receiver<Notice>,
+    counters: Arc<Counters>,
+}
+
+/// Why a VM can't be built or went no further.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LifeError {
+    #[error("the host refused the VM: {0}")]
+    Call(#[from] CallError),
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error(transparent)]
+    Boot(#[from] crate::boot::BootError),
+    #[error("the machine's devices overlap: {0}")]
+    Machine(#[from] MapError),
+    #[error("the host's records of vCPU state can't be read")]
+    Records,
+    #[error("can't start a thread: {0}")]
+    Thread(std::io::Error),
+}
+
+impl From<api_channel::codec::Malformed> for LifeError {
+    fn from(_: api_channel::codec::Malformed) -> Self {
+        Self::Records
+    }
+}
+
+impl LifeError {
+    fn failure(&self) -> Failure {
+        let status = if matches!(self, Self::Boot(_)) { ExitStatus::Usage } else { ExitStatus::Unavailable };
+        Failure::new(status, self.to_string())
+    }
+}
+
+impl<F: SocFunction> Vm<F> {
+    /// Builds the VM on `function`, everything loaded, nothing running.
+    pub(super) async fn build(
+        function: Arc<F>,
+        config: &RunConfig,
+        layout: &MemoryLayout,
+        plan: BootPlan,
+        streams: Streams,
+        waker: Arc<Waker>,
+        state_dir: &std::path::Path,
+    ) -> Result<Self, LifeError> {
+        let (link, end) = Link::open(function.clone(), Role::Vm).await?;
+        let (channel, notices) = end.listen();
+        let vcpus = u32::from(config.cpus);
+        let host = HostVm::create(&link, channel.clone(), vcpus, layout, &config.memory, plan.rom()).await?;
+        let supported = host.supported_cpuid().await?;
+        for vcpu in 0..vcpus {
+            host.set_cpuid(vcpu, supported.clone()).await?;
+        }
+        let signature = supported.iter().find(|e| e.function == 1).map_or(0, |e| e.eax);
+        let mut cpus = Vec::new();
+        for vcpu in 0..vcpus {
+            cpus.push(host.state(vcpu).await?);
+        }
+        let pristine = (cpus, host.chips().await?);
+
+        let (events, guest) = unbounded_channel();
+        let relay = Arc::new(Relay::new(events));
+        let lines = Lines::new(channel);
+        let counters = Arc::new(Counters::default());
+        let machine = Machine::new(Parts {
+            layout: *layout,
+            cpus: config.cpus,
+            tsc_khz: host.created.tsc_khz,
+            serial: streams.serial,
+            debugcon: streams.debugcon,
+            test_devices: config.debug_exit,
+            lines: lines.clone(),
+            power: relay.clone(),
+            wake: waker.clone(),
+        })?;
+        host.post(machine.posted).await?;
+        let (commands, receiver) = std::sync::mpsc::channel();
+        let idle = ioreq_ring::wire::LINE;
+        let flag = pcie_function::Windowed::cut(&link.soc_lines, api_channel::lines::soc::LANES_IDLE, idle);
+        let worker = Worker {
+            function,
+            lanes: host.lanes(&link, Some(state_dir))?,
+            vectors: (0..vcpus).map(|lane| host.created.vector_of(lane)).collect(),
+            idle: SocIdle::new(flag.ok_or(LifeError::Records)?),
+            buses: machine.buses,
+            lines,
+            relay,
+            counters: counters.clone(),
+            waker: waker.clone(),
+            commands: receiver,
+        };
+        let worker =
+            std::thread::Builder::new().name("ioreq".into()).spawn(|| worker.run()).map_err(LifeError::Thread)?;
+        let vm = Self {
+            host,
+            plan,
+            pristine,
+            signature,
+            acpi: machine.acpi,
+            waker,
+            commands,
+            worker,
+            guest,
+            notices,
+            counters,
+        };
+        vm.start_state().await?;
+        Ok(vm)
+    }
+
+    /// Loads the images and puts every vCPU where it starts.
+    async fn start_state(&self) -> Result<(), LifeError> {
+        // The loader waits for DMA: off the threads that serve sockets.
+        tokio::task::block_in_place(|| self.plan.load(&self.host.ram.loader()))?;
+        let (cpus, chips) = &self.pristine;
+        self.host.set_chips(state::chips(chips)?).await?;
+        for (vcpu, pristine) in cpus.iter().enumerate() {
+            let waiting = Entry::application_processor(self.signature);
+            let entry = if vcpu == 0 { self.plan.entry() } else { &waiting };
+            self.host.set_state(vcpu as u32, state::start(pristine, entry)?).await?;
+        }
+        Ok(())
+    }
+
+    async fn reset(&self) -> Result<(), LifeError> {
+        self.host.pause().await?;
+        let (done, waits) = tokio::sync::oneshot::channel();
+        self.command(Command::Reset(done));
+        // The worker ends only when the function is lost, which is reported on its own.
+        let _ = waits.await;
+        self.start_state().await
+    }
+
+    fn command(&self, command: Command) {
+        // The worker has ended: then nothing is left to do.
+        let _ = self.commands.send(command);
+        self.waker.wake();
+    }
+
+    /// Keeps the VM until it ends; how it ended.
+    pub(super) async fn live(mut self, mut control: VmControl, paused: bool) -> Result<ExitStatus, Failure> {
+        if !paused {
+            self.host.run().await.map_err(|e| LifeError::Call(e).failure())?;
+            control.started();
+        }
+        let ended = loop {
+            tokio::select! {
+                order = control.next() => match order {
+                    Some(order) => if let Some(status) = self.obey(order, &mut control).await { break Ok(status) },
+                    None => break Ok(ExitStatus::Done),
+                },
+                Some(event) = self.guest.recv() => match self.hear(event, &mut control).await {
+                    Ok(None) => {}
+                    Ok(Some(status)) => break Ok(status),
+                    Err(failure) => break Err(failure),
+                },
+                Some(notice) = self.notices.recv() => if let Err(failure) = self.note(notice, &mut control) {
+                    break Err(failure);
+                },
+            }
+        };
+        if ended.is_err() {
+            control.ends(ShutdownCause::HostError);
+        }
+        self.end().await;
+        ended
+    }
+
+    async fn obey(&self, order: Order, control: &mut VmControl) -> Option<ExitStatus> {
+        let action = order.action();
+        let outcome = match action {
+            Action::Pause => self.host.pause().await.map_err(LifeError::from),
+            Action::Resume => self.host.run().await.map_err(LifeError::from),
+            Action::Reset => self.reset_and_run(control.state()).await,
+            Action::PowerButton => {
+                self.acpi.press_power_button();
+                Ok(())
+            }
+            Action::Quit(_) => Ok(()),
+        };
+        control.finish(order, outcome.map_err(|e| e.to_string()));
+        matches!(action, Action::Quit(_)).then_some(ExitStatus::Done)
+    }
+
+    async fn reset_and_run(&self, state: RunState) -> Result<(), LifeError> {
+        self.reset().await?;
+        if state.is_running() { Ok(self.host.run().await?) } else { Ok(()) }
+    }
+
+    async fn hear(&self, event: GuestEvent, control: &mut VmControl) -> Result<Option<ExitStatus>, Failure> {
+        match event {
+            GuestEvent::Power(PowerEvent::Reset) => {
+                self.reset_and_run(control.state()).await.map_err(|e| e.failure())?;
+                control.guest_reset();
+                Ok(None)
+            }
+            GuestEvent::Power(PowerEvent::PowerOff) => {
+                control.ends(ShutdownCause::GuestShutdown);
+                Ok(Some(ExitStatus::Done))
+            }
+            GuestEvent::Power(PowerEvent::DebugExit(value)) => {
+                control.ends(ShutdownCause::GuestShutdown);
+                Ok(Some(ExitStatus::DebugExit(value)))
+            }
+            GuestEvent::Failed(why) => Err(Failure::new(ExitStatus::Failed, format!("the guest failed: {why}"))),
+            GuestEvent::Lost(why) => Err(Failure::new(ExitStatus::Failed, format!("the VM is lost: {why}"))),
+        }
+    }
+
+    fn note(&self, notice: Notice, _control: &mut VmControl) -> Result<(), Failure> {
+        match notice {
+            Notice::Event(Event::Log { level, text }) => match level {
+                1 => tracing::error!(target: "host-kvm-shim", "{text}"),
+                2 => tracing::warn!(target: "host-kvm-shim", "{text}"),
+                3 => tracing::info!(target: "host-kvm-shim", "{text}"),
+                _ => tracing::debug!(target: "host-kvm-shim", "{text}"),
+            },
+            Notice::Event(Event::Eoi { gsi }) => tracing::trace!(gsi, "end of interrupt"),
+            Notice::Event(Event::Failed { vcpu, why }) => {
+                return Err(Failure::new(ExitStatus::Failed, format!("vCPU {vcpu} failed on the host: {why}")));
+            }
+            Notice::Silent(true) => tracing::warn!("the host is silent: its heartbeat stopped"),
+            Notice::Silent(false) => tracing::info!("the host's heartbeat goes on"),
+            Notice::Over(why) => {
+                return Err(Failure::new(ExitStatus::Failed, format!("the VM is lost: {why}")));
+            }
+        }
+        Ok(())
+    }
+
+    async fn end(self) {
+        // A host that is gone has no VM to destroy.
+        let _ = self.host.destroy().await;
+        self.command(Command::Stop);
+        let counters = self.counters.clone();
+        let worker = self.worker;
+        let _ = tokio::task::spawn_blocking(move || worker.join()).await;
+        tracing::debug!(?counters, "the VM has ended");
+    }
+}
+
+/// The failure that a build ended in.
+pub(super) fn failure(error: &LifeError) -> Failure {
+    error.failure()
+}

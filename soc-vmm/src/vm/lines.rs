@@ -1,0 +1,81 @@
+//! Interrupt lines on their way to the host: with the completion that is being made, or through the channel.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use api_channel::call::Call;
+use ioreq_ring::LineChange;
+use pcie_function::SocFunction;
+
+use crate::interrupt::LineSink;
+use crate::link::Channel;
+
+/// The GSIs of a VM. Each level change has a number within its GSI, so that of two on different ways the older is dropped.
+#[derive(Debug)]
+pub(super) struct Lines<F: SocFunction> {
+    state: Mutex<State>,
+    channel: Channel<F>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Sequence and level of every GSI that was ever set.
+    gsis: HashMap<u16, (u32, bool)>,
+    /// Changes that wait for the completion of the access that is being served.
+    gathered: Option<[Option<LineChange>; 2]>,
+}
+
+impl<F: SocFunction> Lines<F> {
+    /// All lines low.
+    pub(super) fn new(channel: Channel<F>) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), channel })
+    }
+
+    /// From here to [`Lines::gathered`] changes wait for a completion.
+    pub(super) fn gather(&self) {
+        self.state().gathered = Some([None; 2]);
+    }
+
+    /// The changes that go with the completion.
+    pub(super) fn gathered(&self) -> [Option<LineChange>; 2] {
+        self.state().gathered.take().unwrap_or_default()
+    }
+
+    /// The access is not completed yet: its changes go through the channel.
+    pub(super) fn send_gathered(&self) {
+        let words: Vec<_> = self.gathered().into_iter().flatten().map(LineChange::to_word).collect();
+        if !words.is_empty() {
+            self.send(words);
+        }
+    }
+
+    fn send(&self, words: Vec<u64>) {
+        // Over: then nobody waits for the interrupt.
+        let _ = self.channel.order(&Call::Lines(words));
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<F: SocFunction> LineSink for Lines<F> {
+    fn set_level(&self, gsi: u32, high: bool) {
+        let Ok(gsi) = u16::try_from(gsi) else { return };
+        let change = {
+            let mut state = self.state();
+            let (sequence, level) = state.gsis.entry(gsi).or_default();
+            if *level == high {
+                return;
+            }
+            (*sequence, *level) = (sequence.wrapping_add(1), high);
+            let change = LineChange { gsi, high, sequence: *sequence };
+            if let Some(free) = state.gathered.as_mut().and_then(|g| g.iter_mut().find(|slot| slot.is_none())) {
+                *free = Some(change);
+                return;
+            }
+            change
+        };
+        self.send(vec![change.to_word()]);
+    }
+}

@@ -1,0 +1,19 @@
+//! A VM: machine, memory, vCPUs on the host, and the loop that keeps them together.
+
+mod counters;
+mod guest;
+mod host;
+mod life;
+mod lines;
+mod machine;
+mod ram;
+mod run;
+mod state;
+mod string;
+mod worker;
+
+pub use counters::{Counter, Counters};
+pub use ram::{GuestRam, Loader};
+pub use run::run;
+pub(crate) use run::shim_socket;
+pub use worker::{Buses, Waker};

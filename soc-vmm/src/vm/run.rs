@@ -1,0 +1,145 @@
+//! `soc-vmm run`: from a checked command line to an exit status.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket, socketpair};
+use pcie_function::local::LocalSoc;
+use pcie_function::{FunctionError, SocFunction};
+
+use super::life::{Streams, Vm, failure};
+use super::machine::acpi_config;
+use super::worker::Waker;
+use crate::boot::BootPlan;
+use crate::cli::{ExitStatus, Failure, FunctionSpec, RunConfig};
+use crate::console::{ConsoleError, DebugconBackend, SerialBackend};
+use crate::control::{self, RunDir, VmInfo};
+use crate::devices::{input_pipe, output_pipe};
+use crate::layout::MemoryLayout;
+use crate::qmp;
+
+/// Bytes that may wait between the guest's serial port and its far end, each way.
+const SERIAL_QUEUE: usize = 4096;
+/// Bytes of the debug console that may wait; more is lost, and counted.
+const DEBUGCON_QUEUE: usize = 1 << 20;
+
+/// Runs a VM until it ends.
+///
+/// # Errors
+/// What went wrong, in one line, with the exit status that INTERFACES promises.
+pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
+    let unavailable = |doing: &str, e: &dyn std::error::Error| Failure::of(ExitStatus::Unavailable, doing, e);
+    // Files first: a wrong one is refused before anything is touched.
+    let layout = MemoryLayout::new(config.memory.size).map_err(|e| Failure::of(ExitStatus::Usage, "--memory", &e))?;
+    let plan = BootPlan::new(&config.boot, &layout, &acpi_config(config.cpus))
+        .map_err(|e| Failure::of(ExitStatus::Usage, "", &e))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|e| unavailable("can't start", &e))?;
+    runtime.block_on(async {
+        let directory = RunDir::of_user().map_err(|e| unavailable("--name", &e))?;
+        let mut claim = directory.claim(&config.name).map_err(|e| unavailable("--name", &e))?;
+        let info = VmInfo {
+            name: config.name.to_string(),
+            cpus: config.cpus,
+            memory: config.memory.size,
+            function: config.function.to_string(),
+        };
+        let (handle, control) = control::channel(info);
+        let mut sockets: Vec<_> = claim.take_socket().into_iter().collect();
+        for path in &config.qmp {
+            sockets
+                .push(control::ListeningSocket::bind(path).map_err(|e| Failure::of(ExitStatus::Usage, "--qmp", &e))?);
+        }
+        let monitors = qmp::Server::start(&handle, sockets).map_err(|e| unavailable("can't serve QMP", &e))?;
+
+        let waker = Waker::new().map_err(|e| unavailable("can't start", &e))?;
+        let (output, reader) = output_pipe(SERIAL_QUEUE, waker.clone());
+        let (writer, input) = input_pipe(SERIAL_QUEUE, waker.clone());
+        let wrong = |option: &str, e: &ConsoleError| Failure::of(ExitStatus::Usage, option, e);
+        let serial = SerialBackend::open(&config.serial).map_err(|e| wrong("--serial", &e))?;
+        if let Some(path) = serial.pty_path() {
+            eprintln!("soc-vmm: the serial port is {}", path.display());
+        }
+        let mut consoles = vec![serial.attach(reader, writer, &handle).map_err(|e| wrong("--serial", &e))?];
+        let mut debugcon = None;
+        if let Some(spec) = &config.debugcon {
+            let (output, reader) = output_pipe(DEBUGCON_QUEUE, waker.clone());
+            let backend = DebugconBackend::open(spec).map_err(|e| wrong("--debugcon", &e))?;
+            consoles.push(backend.attach(reader).map_err(|e| wrong("--debugcon", &e))?);
+            debugcon = Some(output);
+        }
+        let streams = Streams { serial: (output, input), debugcon };
+        let setup = Setup { config, layout, plan, streams, waker, state_dir: claim.state_dir(), control };
+        let ended = setup.run().await;
+        for console in consoles {
+            console.finish().await;
+        }
+        monitors.close().await;
+        ended
+    })
+}
+
+/// All that a VM is built from but its function.
+struct Setup<'a> {
+    config: &'a RunConfig,
+    layout: MemoryLayout,
+    plan: BootPlan,
+    streams: Streams,
+    waker: Arc<Waker>,
+    state_dir: &'a Path,
+    control: control::VmControl,
+}
+
+impl Setup<'_> {
+    async fn run(self) -> Result<ExitStatus, Failure> {
+        let config = self.config;
+        let cant =
+            |e: &FunctionError| Failure::of(ExitStatus::Unavailable, &format!("--function {}", config.function), e);
+        match &config.function {
+            FunctionSpec::Local => {
+                let (function, mut shim) = crate::shim::start()?;
+                let ended = self.on(function).await;
+                shim.end().await?;
+                ended
+            }
+            FunctionSpec::Unix(path) => {
+                let function = dial(path).and_then(LocalSoc::new).map_err(|e| cant(&e))?;
+                self.on(function).await
+            }
+            FunctionSpec::Card(path) => {
+                let function = pcie_function_card::CardFunction::open(path).map_err(|e| cant(&e))?;
+                self.on(function).await
+            }
+            FunctionSpec::Pci(_) | FunctionSpec::Pool => Err(Failure::new(
+                ExitStatus::Unavailable,
+                format!("--function {}: not there yet; use local, unix:SOCKET or card:SOCKET", config.function),
+            )),
+        }
+    }
+
+    async fn on<F: SocFunction>(self, function: F) -> Result<ExitStatus, Failure> {
+        let Self { config, layout, plan, streams, waker, state_dir, control } = self;
+        let vm = Vm::build(Arc::new(function), config, &layout, plan, streams, waker, state_dir).await;
+        vm.map_err(|e| failure(&e))?.live(control, config.paused).await
+    }
+}
+
+/// Connects to a shim that listens.
+fn dial(path: &Path) -> Result<OwnedFd, FunctionError> {
+    let os = |what| move |e| FunctionError::Os(what, e);
+    let fd =
+        socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(os("make a socket"))?;
+    let address = UnixAddr::new(path).map_err(os("name the socket"))?;
+    connect(std::os::fd::AsRawFd::as_raw_fd(&fd), &address).map_err(os("connect to the shim"))?;
+    Ok(fd)
+}
+
+/// The two ends of a socket for a shim of our own.
+pub(crate) fn shim_socket() -> Result<(OwnedFd, OwnedFd), FunctionError> {
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(|e| FunctionError::Os("make a socket pair", e))
+}

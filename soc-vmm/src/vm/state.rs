@@ -1,0 +1,89 @@
+//! The state in which vCPUs start, as the host takes it.
+
+use api_channel::codec::Malformed;
+use api_channel::state::{MpState, Record, Records, Regs, Segment, Sregs, Table, Type, records};
+
+use crate::boot::entry::{self, Entry, Start};
+
+/// The records that start a vCPU: what it had when it was made, which is KVM's reset state (FPU, MSRs, debug registers, local APIC,
+/// pending events), with the registers of `entry`.
+///
+/// # Errors
+/// `pristine` is no list of records, or lacks the segment record, of which the APIC base is kept.
+pub(super) fn start(pristine: &[u8], entry: &Entry) -> Result<Vec<u8>, Malformed> {
+    let mut list = Records::default();
+    let mut found = false;
+    for record in records(pristine)? {
+        list = match record.kind {
+            Type::SREGS => {
+                found = true;
+                list.put(Type::SREGS, &sregs(entry, &record.get()?))
+            }
+            Type::REGS => list.put(Type::REGS, &regs(entry)),
+            Type::MP_STATE => list.put(Type::MP_STATE, &mp_state(entry)),
+            _ => list.bytes(record.kind, record.payload),
+        };
+    }
+    if found { Ok(list.done()) } else { Err(Malformed) }
+}
+
+/// The VM's records without its clock, which a reset does not turn back.
+///
+/// # Errors
+/// `pristine` is no list of records.
+pub(super) fn chips(pristine: &[u8]) -> Result<Vec<u8>, Malformed> {
+    let keep = |record: &Record<'_>| record.kind != Type::CLOCK;
+    let kept = records(pristine)?.into_iter().filter(keep);
+    Ok(kept.fold(Records::default(), |list, record| list.bytes(record.kind, record.payload)).done())
+}
+
+fn regs(entry: &Entry) -> Regs {
+    let entry::Regs { rax, rbx, rdx, rsi, rip, rflags } = entry.regs;
+    Regs { rax, rbx, rdx, rsi, rip, rflags, ..Regs::default() }
+}
+
+fn sregs(entry: &Entry, pristine: &Sregs) -> Sregs {
+    let data = segment(&entry.segments.data);
+    let table = |t: &entry::DescriptorTable| Table { base: t.base, limit: t.limit.into() };
+    Sregs {
+        cs: segment(&entry.segments.cs),
+        ds: data,
+        es: data,
+        fs: data,
+        gs: data,
+        ss: data,
+        tr: segment(&entry.segments.tr),
+        ldt: segment(&entry.segments.ldt),
+        gdt: table(&entry.gdt),
+        idt: table(&entry.idt),
+        cr0: entry.cr0,
+        cr3: entry.cr3,
+        cr4: entry.cr4,
+        efer: entry.efer,
+        apic_base: pristine.apic_base,
+        ..Sregs::default()
+    }
+}
+
+fn segment(s: &entry::Segment) -> Segment {
+    let bit = |on: bool, at: u16| u16::from(on) << at;
+    Segment {
+        base: s.base,
+        limit: s.limit,
+        selector: s.selector,
+        attributes: u16::from(s.kind)
+            | bit(s.code_or_data, 4)
+            | bit(s.present, 7)
+            | bit(s.long, 9)
+            | bit(s.default_big, 10)
+            | bit(s.granularity, 11)
+            | bit(!s.present, 12),
+    }
+}
+
+fn mp_state(entry: &Entry) -> MpState {
+    match entry.start {
+        Start::Running => MpState::RUNNABLE,
+        Start::WaitForSipi => MpState::UNINITIALIZED,
+    }
+}
