@@ -1,3 +1,28 @@
 //! The VMM on the SoC: machine, devices, boot, QMP, CLI.
 
-fn main() {}
+use std::process::ExitCode;
+
+use soc_vmm::cli::{self, ExitStatus, Failure, Invocation};
+
+fn main() -> ExitCode {
+    let ended = Invocation::parse(std::env::args_os()).and_then(invoke);
+    match ended {
+        Ok(status) => status.into(),
+        Err(failure) => {
+            eprintln!("soc-vmm: {failure}");
+            failure.status().into()
+        }
+    }
+}
+
+fn invoke(invocation: Invocation) -> Result<ExitStatus, Failure> {
+    let mut out = std::io::stdout();
+    match invocation {
+        Invocation::List { json } => cli::list(json, &mut out)?,
+        Invocation::Perform(verb, target) => cli::perform(verb, &target, &mut out)?,
+        Invocation::Print(text) => cli::print(&text, &mut out)?,
+        Invocation::Run(_) => return Err(Failure::new(ExitStatus::Unavailable, "run is not there yet")),
+        Invocation::Host { .. } => return Err(Failure::new(ExitStatus::Unavailable, "host is not there yet")),
+    }
+    Ok(ExitStatus::Done)
+}

@@ -192,6 +192,11 @@ pub struct VmName(String);
 pub struct NameError;
 
 impl VmName {
+    /// `vm-PID`, of this process: no other VM has it.
+    pub fn of_process() -> Self {
+        Self(format!("vm-{}", std::process::id()))
+    }
+
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -1,0 +1,165 @@
+//! The command line as clap reads it. What is meant by it, all checks done, is [`super::Invocation`].
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, builder::PossibleValuesParser, builder::TypedValueParser};
+use tracing::level_filters::LevelFilter;
+
+use super::values::{CpuAffinity, CpuModel, DebugconSpec, FunctionSpec, MAX_CPUS, Memory, QmpSocket, SerialSpec};
+use crate::control::VmName;
+
+/// Runs VMs whose vCPUs are on the host and whose devices are here, on the SoC.
+#[derive(Debug, Parser)]
+#[command(name = "soc-vmm", version, disable_help_subcommand = true)]
+pub(super) struct CommandLine {
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Runs a VM until it powers off
+    Run(Box<RunArgs>),
+    /// Shows the server's inventory, by its host function
+    Host {
+        /// The host function: local, unix:SOCKET, card:SOCKET, pci:BDF
+        #[arg(long, value_name = "SPEC", default_value = "local")]
+        function: FunctionSpec,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lists this user's running VMs
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows a VM's state
+    Status {
+        #[command(flatten)]
+        target: TargetArgs,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stops a VM's vCPUs
+    Pause(TargetArgs),
+    /// Lets a VM's vCPUs run
+    Resume(TargetArgs),
+    /// Resets a VM
+    Reset(TargetArgs),
+    /// Presses a VM's power button
+    Powerdown(TargetArgs),
+    /// Ends a VM at once
+    Quit(TargetArgs),
+    #[command(external_subcommand)]
+    Other(Vec<OsString>),
+}
+
+/// Which VM.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct TargetArgs {
+    /// Its name
+    pub(super) name: Option<VmName>,
+    /// Its control socket
+    #[arg(long, value_name = "SOCKET")]
+    pub(super) qmp: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// Name, for the other commands [default: vm-PID]
+    #[arg(long, value_name = "N")]
+    pub(super) name: Option<VmName>,
+    /// vCPUs
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_CPUS)))]
+    pub(super) cpus: u16,
+    /// CPU that the guest sees
+    #[arg(long, value_name = "host", default_value = "host")]
+    pub(super) cpu: CpuModel,
+    /// Host CPU that each vCPU stays on, as 0=4,1=5
+    #[arg(long, value_name = "VCPU=CPU,…")]
+    pub(super) cpu_affinity: Option<CpuAffinity>,
+    /// RAM: MiB, or with K, M, G; [,hugepages=2M|1G][,node=N]
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub(super) memory: Memory,
+    /// bzImage, ELF with a PVH note, or multiboot-1 image
+    #[arg(long, value_name = "FILE", conflicts_with = "firmware")]
+    pub(super) kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", conflicts_with = "firmware")]
+    pub(super) initrd: Option<PathBuf>,
+    /// Kernel command line [default: console=ttyS0]
+    #[arg(long, value_name = "S", conflicts_with = "firmware", allow_hyphen_values = true)]
+    pub(super) cmdline: Option<String>,
+    /// Firmware image
+    #[arg(long, value_name = "CODE")]
+    pub(super) firmware: Option<PathBuf>,
+    /// Serial port: stdio, null, pty, file:FILE, unix:SOCKET
+    #[arg(long, value_name = "SPEC", default_value = "stdio")]
+    pub(super) serial: SerialSpec,
+    /// Debug console at port 0x402: file:FILE, stdio
+    #[arg(long, value_name = "SPEC")]
+    pub(super) debugcon: Option<DebugconSpec>,
+    /// A guest's write of V to port 0xf4 ends the VM with status (V << 1) | 1
+    #[arg(long)]
+    pub(super) debug_exit: bool,
+    /// One more control socket: unix:SOCKET
+    #[arg(long, value_name = "SPEC")]
+    pub(super) qmp: Vec<QmpSocket>,
+    /// PCIe function: local, unix:SOCKET, card:SOCKET, pci:BDF, pool
+    #[arg(long, value_name = "SPEC", default_value = "local")]
+    pub(super) function: FunctionSpec,
+    /// Don't start the vCPUs
+    #[arg(long)]
+    pub(super) paused: bool,
+    /// What to log on standard error: off, error, warn, info, debug, trace
+    #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = level_parser())]
+    pub(super) log: LevelFilter,
+    #[command(flatten)]
+    pub(super) later: LaterArgs,
+}
+
+/// Options of which the interface is fixed and the device isn't there.
+#[derive(Debug, Args)]
+pub(super) struct LaterArgs {
+    #[arg(long, hide = true, allow_hyphen_values = true)]
+    disk: Vec<OsString>,
+    #[arg(long, hide = true, allow_hyphen_values = true)]
+    cdrom: Vec<OsString>,
+    #[arg(long, hide = true, allow_hyphen_values = true)]
+    net: Vec<OsString>,
+    #[arg(long, hide = true, allow_hyphen_values = true)]
+    vfio: Vec<OsString>,
+    #[arg(long, hide = true, allow_hyphen_values = true)]
+    nvram: Vec<OsString>,
+    #[arg(long, hide = true, allow_hyphen_values = true)]
+    incoming: Vec<OsString>,
+}
+
+impl LaterArgs {
+    /// The first one that was given.
+    pub(super) fn given(&self) -> Option<&'static str> {
+        let all = [
+            ("--disk", &self.disk),
+            ("--cdrom", &self.cdrom),
+            ("--net", &self.net),
+            ("--vfio", &self.vfio),
+            ("--nvram", &self.nvram),
+            ("--incoming", &self.incoming),
+        ];
+        all.into_iter().find(|(_, values)| !values.is_empty()).map(|(name, _)| name)
+    }
+}
+
+/// Commands of which the interface is fixed and the work isn't there.
+pub(super) const LATER_COMMANDS: [&str; 9] =
+    ["add-disk", "add-net", "remove", "resize", "migrate", "cancel-migration", "save", "clone", "pool"];
+
+fn level_parser() -> impl TypedValueParser<Value = LevelFilter> {
+    PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"])
+        .try_map(|level| level.parse::<LevelFilter>())
+}

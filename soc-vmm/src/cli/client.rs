@@ -1,0 +1,230 @@
+//! The commands that ask running VMs, over their control sockets.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::{ExitStatus, Failure, Target, Verb};
+use crate::control::RunDir;
+use crate::qmp::types::{Empty, OutboardVm};
+use crate::qmp::{Client, ClientError};
+
+/// How long a VM may take for a command: longer than it takes to give up by itself.
+const PATIENCE: Duration = Duration::from_secs(70);
+/// How long it may take to show itself in a list.
+const LIST_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Does `verb` to one VM and writes what there is to show.
+///
+/// # Errors
+/// The VM can't be asked ([`ExitStatus::Unavailable`]) or refused ([`ExitStatus::Failed`]).
+pub fn perform(verb: Verb, target: &Target, out: &mut dyn Write) -> Result<(), Failure> {
+    let (shown, socket) = match target {
+        Target::Name(name) => (name.to_string(), run_dir()?.socket(name)),
+        Target::Socket(path) => (path.display().to_string(), without_scheme(path)),
+    };
+    let failed = |e: ClientError| {
+        let (status, advice) = match e {
+            ClientError::Refused(_) => (ExitStatus::Failed, ""),
+            ClientError::Connect(_) => (ExitStatus::Unavailable, "; soc-vmm list shows what runs"),
+            ClientError::Lost(_) | ClientError::NotQmp(_) => (ExitStatus::Unavailable, ""),
+        };
+        Failure::new(status, format!("{}{advice}", Failure::of(status, &shown, &e)))
+    };
+    let mut client = Client::connect(&socket, PATIENCE).map_err(failed)?;
+    let command = match verb {
+        Verb::Status { json } => {
+            let vm = client.execute("x-query-outboard-vm").map_err(failed)?;
+            return written(if json { write_json(out, &vm) } else { write_status(out, &vm) });
+        }
+        Verb::Pause => "stop",
+        Verb::Resume => "cont",
+        Verb::Reset => "system_reset",
+        Verb::Powerdown => "system_powerdown",
+        Verb::Quit => "quit",
+    };
+    client.execute::<Empty>(command).map_err(failed)?;
+    if verb == Verb::Quit {
+        client.wait_for_end(PATIENCE).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Writes a table of this user's VMs, or their JSON. A VM that doesn't answer is listed as such, one that died is not.
+///
+/// # Errors
+/// There is no runtime directory, or it can't be read.
+pub fn list(json: bool, out: &mut dyn Write) -> Result<(), Failure> {
+    list_in(&run_dir()?, json, out)
+}
+
+fn list_in(dir: &RunDir, json: bool, out: &mut dyn Write) -> Result<(), Failure> {
+    let names = dir.names().map_err(|e| Failure::of(ExitStatus::Unavailable, "", &e))?;
+    let mut vms = Vec::new();
+    let mut silent = Vec::new();
+    for name in names {
+        let asked = Client::connect(&dir.socket(&name), LIST_PATIENCE)
+            .and_then(|mut client| client.execute::<OutboardVm>("x-query-outboard-vm"));
+        match asked {
+            Ok(vm) => vms.push(vm),
+            Err(ClientError::Connect(e)) if e.kind() != io::ErrorKind::WouldBlock => {}
+            Err(_) => silent.push(name.to_string()),
+        }
+    }
+    written(if json { write_json(out, &vms) } else { write_table(out, &vms, &silent) })
+}
+
+/// Writes a text as it is.
+///
+/// # Errors
+/// Nobody can take it.
+pub fn print(text: &str, out: &mut dyn Write) -> Result<(), Failure> {
+    written(out.write_all(text.as_bytes()))
+}
+
+fn run_dir() -> Result<RunDir, Failure> {
+    RunDir::of_user().map_err(|e| Failure::of(ExitStatus::Unavailable, "", &e))
+}
+
+/// `--qmp` of `run` is written `unix:SOCKET`: that is understood here too.
+fn without_scheme(path: &Path) -> PathBuf {
+    path.to_str().and_then(|text| text.strip_prefix("unix:")).map_or_else(|| path.to_owned(), PathBuf::from)
+}
+
+/// A reader that has gone is no failure of ours.
+fn written(result: io::Result<()>) -> Result<(), Failure> {
+    match result {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::of(ExitStatus::Unavailable, "standard output", &e))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn write_json<T: serde::Serialize>(out: &mut dyn Write, value: &T) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, value)?;
+    writeln!(out)
+}
+
+fn write_status(out: &mut dyn Write, vm: &OutboardVm) -> io::Result<()> {
+    let plural = if vm.cpus == 1 { "" } else { "s" };
+    let (name, status, cpus, memory, function, pid) = row(vm);
+    writeln!(out, "{name}: {status} ({cpus} vCPU{plural}, {memory}, function {function}, pid {pid})")
+}
+
+fn write_table(out: &mut dyn Write, vms: &[OutboardVm], silent: &[String]) -> io::Result<()> {
+    let mut rows = vec![["NAME", "STATUS", "VCPUS", "MEMORY", "FUNCTION", "PID"].map(str::to_owned)];
+    rows.extend(vms.iter().map(|vm| {
+        let (name, status, cpus, memory, function, pid) = row(vm);
+        [name, status, cpus.to_string(), memory, function, pid.to_string()]
+    }));
+    rows.extend(silent.iter().map(|name| [name, "silent", "-", "-", "-", "-"].map(str::to_owned)));
+    let widths: Vec<usize> = (0..6).map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0)).collect();
+    for row in &rows {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        writeln!(out, "{}", cells.join("  ").trim_end())?;
+    }
+    Ok(())
+}
+
+fn row(vm: &OutboardVm) -> (String, String, u16, String, String, u32) {
+    (vm.name.clone(), vm.status.to_string(), vm.cpus, shown_size(vm.memory), vm.function.clone(), vm.pid)
+}
+
+/// Bytes as `--memory` takes them, in the largest unit that divides them.
+fn shown_size(bytes: u64) -> String {
+    let (unit, shift) =
+        [("G", 30), ("M", 20)].into_iter().find(|(_, s)| bytes.is_multiple_of(1 << s)).unwrap_or(("K", 10));
+    format!("{}{unit}", bytes >> shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{ListeningSocket, VmControl, VmInfo, channel};
+    use crate::qmp::Server;
+
+    async fn served(dir: &RunDir, name: &str) -> (VmControl, Server) {
+        let (vm, control) =
+            channel(VmInfo { name: name.into(), cpus: 2, memory: 512 << 20, function: "pci:0000:01:00.1".into() });
+        let socket = ListeningSocket::bind(&dir.socket(&name.parse().unwrap())).unwrap();
+        (control, Server::start(&vm, vec![socket]).unwrap())
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_list_of_living_dead_and_silent_vms() {
+        let place = tempfile::tempdir().unwrap();
+        let dir = RunDir::at(place.path());
+        let (mut control, server) = served(&dir, "web-1").await;
+        control.started();
+        let dead = std::os::unix::net::UnixListener::bind(place.path().join("dead.qmp")).unwrap();
+        drop(dead);
+        let _silent = std::os::unix::net::UnixListener::bind(place.path().join("silent.qmp")).unwrap();
+
+        let (mut table, mut json) = (Vec::new(), Vec::new());
+        tokio::task::block_in_place(|| {
+            list_in(&dir, false, &mut table).unwrap();
+            list_in(&dir, true, &mut json).unwrap();
+        });
+        assert_eq!(
+            String::from_utf8(table).unwrap(),
+            format!(
+                "NAME    STATUS   VCPUS  MEMORY  FUNCTION          PID\n\
+                 web-1   running  2      512M    pci:0000:01:00.1  {}\n\
+                 silent  silent   -      -       -                 -\n",
+                std::process::id()
+            )
+        );
+        let vms: Vec<OutboardVm> = serde_json::from_slice(&json).unwrap();
+        assert_eq!(vms.len(), 1);
+        drop(control);
+        server.close().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn verbs_reach_the_vm_and_failures_say_which() {
+        let place = tempfile::tempdir().unwrap();
+        let dir = RunDir::at(place.path());
+        let (mut control, server) = served(&dir, "a").await;
+        control.started();
+        let target = Target::Socket(format!("unix:{}", dir.socket(&"a".parse().unwrap()).display()).into());
+        let asked = tokio::task::spawn_blocking({
+            let target = target.clone();
+            move || {
+                let mut out = Vec::new();
+                let paused = perform(Verb::Pause, &target, &mut out);
+                perform(Verb::Status { json: false }, &target, &mut out).unwrap();
+                let resumed = perform(Verb::Resume, &target, &mut out);
+                perform(Verb::Quit, &target, &mut out).unwrap();
+                (paused, resumed, String::from_utf8(out).unwrap())
+            }
+        });
+        let order = control.next().await.unwrap();
+        control.finish(order, Ok(()));
+        let order = control.next().await.unwrap();
+        control.finish(order, Err("the function is busy".into()));
+        let order = control.next().await.unwrap();
+        control.finish(order, Ok(()));
+        drop(control);
+        let (paused, resumed, out) = asked.await.unwrap();
+        assert_eq!(paused, Ok(()));
+        let refused = resumed.unwrap_err();
+        assert_eq!(refused.status(), ExitStatus::Failed);
+        assert!(refused.to_string().ends_with("a.qmp: the function is busy"), "{refused}");
+        assert!(
+            out.ends_with(&format!(" paused (2 vCPUs, 512M, function pci:0000:01:00.1, pid {})\n", std::process::id()))
+        );
+        server.close().await;
+        let gone = tokio::task::block_in_place(|| perform(Verb::Reset, &target, &mut Vec::new())).unwrap_err();
+        assert_eq!(gone.status(), ExitStatus::Unavailable);
+        assert!(gone.to_string().contains("soc-vmm list"), "{gone}");
+    }
+
+    #[test]
+    fn sizes_read_as_they_are_typed() {
+        assert_eq!(
+            [64 << 10, 512 << 20, 3 << 30, (1 << 30) + (1 << 20)].map(shown_size),
+            ["64K", "512M", "3G", "1025M"]
+        );
+    }
+}

@@ -1,0 +1,111 @@
+//! How soc-vmm ends: a status for scripts, one line for people.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+/// soc-vmm's exit status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitStatus {
+    /// 0: the guest powered off or was told to quit; the command was done.
+    Done,
+    /// 2: the command line or an input file is wrong.
+    Usage,
+    /// 4: the function, the host, KVM, or the VM that was named can't be used.
+    Unavailable,
+    /// 6: the guest failed or was lost, or it refused the command.
+    Failed,
+    /// `(value << 1) | 1`, of which a process has 8 bits: the guest's write to the debug-exit port.
+    DebugExit(u8),
+}
+
+impl ExitStatus {
+    /// The number.
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Usage => 2,
+            Self::Unavailable => 4,
+            Self::Failed => 6,
+            Self::DebugExit(value) => (value << 1) | 1,
+        }
+    }
+}
+
+impl From<ExitStatus> for ExitCode {
+    fn from(status: ExitStatus) -> Self {
+        status.code().into()
+    }
+}
+
+/// Why soc-vmm ends early: its status, and the line that says so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    status: ExitStatus,
+    line: String,
+}
+
+impl Failure {
+    /// A failure in words. Whatever is in `text` becomes one printable line.
+    pub fn new(status: ExitStatus, text: impl AsRef<str>) -> Self {
+        Self { status, line: one_line(text.as_ref()) }
+    }
+
+    /// An error with all its sources, behind what was being done (`""`: the error says it).
+    pub fn of(status: ExitStatus, doing: &str, error: &dyn Error) -> Self {
+        let mut text = if doing.is_empty() { error.to_string() } else { format!("{doing}: {error}") };
+        let mut cause = error.source();
+        while let Some(e) = cause {
+            text.push_str(&format!(": {e}"));
+            cause = e.source();
+        }
+        Self::new(status, text)
+    }
+
+    /// The exit status.
+    pub fn status(&self) -> ExitStatus {
+        self.status
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.line)
+    }
+}
+
+impl Error for Failure {}
+
+/// Line ends become spaces; other control characters, which could confuse a terminal, are shown escaped.
+fn one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for word in text.split(['\n', '\r']).map(str::trim).filter(|word| !word.is_empty()) {
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        for c in word.chars() {
+            if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_the_promised_ones() {
+        let codes =
+            [ExitStatus::Done, ExitStatus::Usage, ExitStatus::Unavailable, ExitStatus::Failed].map(ExitStatus::code);
+        assert_eq!(codes, [0, 2, 4, 6]);
+        assert_eq!([0, 1, 0x2a, 0x80, 0xff].map(|v| ExitStatus::DebugExit(v).code()), [1, 3, 0x55, 1, 0xff]);
+    }
+
+    #[test]
+    fn a_failure_is_one_line_with_every_cause() {
+        let inner = std::io::Error::other("no\nway\x1b[2J");
+        let outer = crate::control::ListenError::Io("/x".into(), inner);
+        let failure = Failure::of(ExitStatus::Usage, "--qmp", &outer);
+        assert_eq!(failure.to_string(), "--qmp: can't listen on /x: no way\\u{1b}[2J");
+    }
+}

@@ -1,0 +1,224 @@
+//! The command line: from arguments to a checked [`Invocation`], and the commands that are clients of running VMs.
+
+mod args;
+mod client;
+mod exit;
+mod values;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use tracing::level_filters::LevelFilter;
+
+use args::{CommandLine, LATER_COMMANDS, RunArgs, TargetArgs};
+
+use crate::boot::BootSource;
+use crate::control::VmName;
+
+pub use client::{list, perform, print};
+pub use exit::{ExitStatus, Failure};
+pub use values::{
+    Bdf, CpuAffinity, CpuModel, DebugconSpec, FunctionSpec, HugePages, MAX_CPUS, Memory, SerialSpec, ValueError,
+};
+
+/// What a command line asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Invocation {
+    /// `run`.
+    Run(Box<RunConfig>),
+    /// `host`.
+    Host {
+        /// The host function.
+        function: FunctionSpec,
+        /// Print JSON.
+        json: bool,
+    },
+    /// `list`.
+    List {
+        /// Print JSON.
+        json: bool,
+    },
+    /// One of the commands to a running VM.
+    Perform(Verb, Target),
+    /// `--help`, `--version`: the text to print.
+    Print(String),
+}
+
+/// A command to a running VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    /// `status`.
+    Status {
+        /// Print JSON.
+        json: bool,
+    },
+    /// `pause`.
+    Pause,
+    /// `resume`.
+    Resume,
+    /// `reset`.
+    Reset,
+    /// `powerdown`.
+    Powerdown,
+    /// `quit`.
+    Quit,
+}
+
+/// A running VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// By its name.
+    Name(VmName),
+    /// By its control socket.
+    Socket(PathBuf),
+}
+
+/// All that `run` was told; each value is possible by itself and fits the others. Files were not looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunConfig {
+    /// Its name among this user's VMs.
+    pub name: VmName,
+    /// vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: u16,
+    /// The guest's CPU.
+    pub cpu: CpuModel,
+    /// Host CPUs of vCPUs, each below `cpus`.
+    pub cpu_affinity: CpuAffinity,
+    /// RAM.
+    pub memory: Memory,
+    /// What to boot.
+    pub boot: BootSource,
+    /// The other end of COM1.
+    pub serial: SerialSpec,
+    /// The debug console, if there is one.
+    pub debugcon: Option<DebugconSpec>,
+    /// Whether there is an isa-debug-exit device.
+    pub debug_exit: bool,
+    /// More control sockets.
+    pub qmp: Vec<PathBuf>,
+    /// The function.
+    pub function: FunctionSpec,
+    /// Don't start the vCPUs.
+    pub paused: bool,
+    /// What to log.
+    pub log: LevelFilter,
+}
+
+/// The kernel command line where none is given.
+const DEFAULT_CMDLINE: &str = "console=ttyS0";
+
+impl Invocation {
+    /// Understands a command line; `args` are all of the process, its own name first.
+    ///
+    /// # Errors
+    /// One line, and [`ExitStatus::Usage`].
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, Failure> {
+        let args: Vec<OsString> = args.into_iter().collect();
+        if args.get(1).is_some_and(is_qemu_option) {
+            return usage("the QEMU-compatible command line is not there yet; use soc-vmm run (see soc-vmm --help)");
+        }
+        if args.len() < 2 {
+            return usage("no command; see soc-vmm --help");
+        }
+        match CommandLine::try_parse_from(args) {
+            Ok(line) => Self::check(line.command),
+            Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+                Ok(Self::Print(e.to_string()))
+            }
+            Err(e) => usage(in_one_line(&e)),
+        }
+    }
+
+    fn check(command: args::Command) -> Result<Self, Failure> {
+        use args::Command;
+        Ok(match command {
+            Command::Run(args) => Self::Run(Box::new(RunConfig::check(*args)?)),
+            Command::Host { function, json } => Self::Host { function, json },
+            Command::List { json } => Self::List { json },
+            Command::Status { target, json } => Self::Perform(Verb::Status { json }, target.into()),
+            Command::Pause(target) => Self::Perform(Verb::Pause, target.into()),
+            Command::Resume(target) => Self::Perform(Verb::Resume, target.into()),
+            Command::Reset(target) => Self::Perform(Verb::Reset, target.into()),
+            Command::Powerdown(target) => Self::Perform(Verb::Powerdown, target.into()),
+            Command::Quit(target) => Self::Perform(Verb::Quit, target.into()),
+            Command::Other(words) => {
+                let name = words.first().map(|word| word.to_string_lossy()).unwrap_or_default();
+                return usage(if LATER_COMMANDS.contains(&&*name) {
+                    format!("{name} is not there yet")
+                } else {
+                    format!("there is no command '{name}'; see soc-vmm --help")
+                });
+            }
+        })
+    }
+}
+
+impl RunConfig {
+    fn check(args: RunArgs) -> Result<Self, Failure> {
+        if let Some(option) = args.later.given() {
+            return usage(format!("{option} is not there yet"));
+        }
+        let cpu_affinity = args.cpu_affinity.unwrap_or_default();
+        if let Some((vcpu, _)) = cpu_affinity.0.iter().find(|(vcpu, _)| *vcpu >= args.cpus) {
+            return usage(format!("--cpu-affinity names vCPU {vcpu}, but --cpus is {}: vCPUs count from 0", args.cpus));
+        }
+        let boot = match (args.kernel, args.firmware) {
+            (Some(kernel), _) => {
+                let given = args.cmdline.filter(|cmdline| !cmdline.is_empty());
+                BootSource::Kernel {
+                    kernel,
+                    initrd: args.initrd,
+                    cmdline: given.unwrap_or_else(|| DEFAULT_CMDLINE.to_owned()),
+                }
+            }
+            (None, Some(code)) => BootSource::Firmware { code },
+            (None, None) => return usage("nothing to boot: give --kernel FILE or --firmware CODE"),
+        };
+        Ok(Self {
+            name: args.name.unwrap_or_else(VmName::of_process),
+            cpus: args.cpus,
+            cpu: args.cpu,
+            cpu_affinity,
+            memory: args.memory,
+            boot,
+            serial: args.serial,
+            debugcon: args.debugcon,
+            debug_exit: args.debug_exit,
+            qmp: args.qmp.into_iter().map(|socket| socket.0).collect(),
+            function: args.function,
+            paused: args.paused,
+            log: args.log,
+        })
+    }
+}
+
+impl From<TargetArgs> for Target {
+    fn from(args: TargetArgs) -> Self {
+        match (args.name, args.qmp) {
+            (Some(name), _) => Self::Name(name),
+            (None, socket) => Self::Socket(socket.unwrap_or_default()),
+        }
+    }
+}
+
+fn usage<T>(line: impl AsRef<str>) -> Result<T, Failure> {
+    Err(Failure::new(ExitStatus::Usage, line))
+}
+
+/// One dash and no help or version: QEMU's way of writing options.
+fn is_qemu_option(first: &OsString) -> bool {
+    let first = first.as_encoded_bytes();
+    first.starts_with(b"-") && !first.starts_with(b"--") && first != b"-h" && first != b"-V"
+}
+
+/// What clap says, without its tips and its usage.
+fn in_one_line(e: &clap::Error) -> String {
+    let text = e.to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    text.split("\n\n").next().unwrap_or(text).to_owned()
+}
+
+#[cfg(test)]
+mod tests;

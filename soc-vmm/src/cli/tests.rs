@@ -1,0 +1,180 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn parse(line: &[&str]) -> Result<Invocation, Failure> {
+    Invocation::parse(std::iter::once("soc-vmm").chain(line.iter().copied()).map(OsString::from))
+}
+
+fn run(line: &[&str]) -> RunConfig {
+    match parse(&[&["run"], line].concat()) {
+        Ok(Invocation::Run(config)) => *config,
+        other => panic!("{line:?} gives {other:?}"),
+    }
+}
+
+fn refusal(line: &[&str]) -> String {
+    let failure = parse(line).expect_err("accepted");
+    assert_eq!(failure.status(), ExitStatus::Usage);
+    let line = failure.to_string();
+    assert!(!line.is_empty() && !line.contains(char::is_control), "{line:?}");
+    line
+}
+
+#[test]
+fn defaults_are_the_promised_ones() {
+    let config = run(&["--kernel", "vmlinuz"]);
+    assert_eq!(config.name.as_str(), format!("vm-{}", std::process::id()));
+    assert_eq!((config.cpus, config.memory.size), (1, 512 << 20));
+    assert_eq!(
+        config.boot,
+        BootSource::Kernel { kernel: "vmlinuz".into(), initrd: None, cmdline: "console=ttyS0".into() }
+    );
+    assert_eq!((config.serial, config.function, config.debugcon), (SerialSpec::Stdio, FunctionSpec::Local, None));
+    assert!(!config.paused && !config.debug_exit && config.qmp.is_empty());
+}
+
+#[test]
+fn everything_at_once() {
+    let config = run(&[
+        "--name",
+        "web-1",
+        "--cpus=8",
+        "--cpu",
+        "host",
+        "--cpu-affinity",
+        "0=4,7=5",
+        "--memory",
+        "4G,hugepages=1G,node=0",
+        "--kernel",
+        "k",
+        "--initrd",
+        "i",
+        "--cmdline",
+        "-v root=/dev/vda",
+        "--serial",
+        "unix:/s",
+        "--debugcon",
+        "file:d",
+        "--debug-exit",
+        "--qmp",
+        "unix:/a",
+        "--qmp",
+        "unix:/b",
+        "--function",
+        "pci:01:00.1",
+        "--paused",
+        "--log",
+        "debug",
+    ]);
+    assert_eq!((config.name.as_str(), config.cpus, config.memory.node), ("web-1", 8, Some(0)));
+    assert_eq!(config.memory.hugepages, Some(HugePages::Size1G));
+    assert_eq!(
+        config.boot,
+        BootSource::Kernel { kernel: "k".into(), initrd: Some("i".into()), cmdline: "-v root=/dev/vda".into() }
+    );
+    assert_eq!(config.qmp, [PathBuf::from("/a"), PathBuf::from("/b")]);
+    assert_eq!(config.function.to_string(), "pci:0000:01:00.1");
+    assert_eq!(config.log, LevelFilter::DEBUG);
+    assert!(config.paused && config.debug_exit);
+    assert_eq!(run(&["--firmware", "bios"]).boot, BootSource::Firmware { code: "bios".into() });
+}
+
+#[test]
+fn what_is_not_there_yet_is_refused_by_name() {
+    for option in ["--disk", "--net", "--cdrom", "--vfio", "--nvram", "--incoming"] {
+        let line = refusal(&["run", "--kernel", "k", option, "-x"]);
+        assert_eq!(line, format!("{option} is not there yet"));
+    }
+    for command in LATER_COMMANDS {
+        assert_eq!(refusal(&[command, "a", "--b"]), format!("{command} is not there yet"));
+    }
+    assert!(refusal(&["run", "--kernel", "k", "--cpu", "Skylake"]).contains("not there yet"));
+    for first in ["-name", "-machine", "-", "-hx", "-S"] {
+        assert!(refusal(&[first, "guest=a"]).contains("QEMU-compatible command line is not there yet"), "{first}");
+    }
+}
+
+#[test]
+fn refusals_name_the_option_and_the_reason() {
+    let cases: [(&[&str], &[&str]); 15] = [
+        (&[], &["--help"]),
+        (&["run"], &["--kernel", "--firmware"]),
+        (&["launch"], &["'launch'", "--help"]),
+        (&["run", "--kernel", "k", "--firmware", "f"], &["--kernel", "--firmware"]),
+        (&["run", "--firmware", "f", "--cmdline", "x"], &["--firmware", "--cmdline"]),
+        (&["run", "--kernel", "k", "--cpus", "0"], &["--cpus", "0"]),
+        (&["run", "--kernel", "k", "--cpus", "300"], &["--cpus", "255"]),
+        (&["run", "--kernel", "k", "--memory", "0"], &["--memory", "needs memory"]),
+        (&["run", "--kernel", "k", "--memory", "1X"], &["--memory", "K, M or G"]),
+        (&["run", "--kernel", "k", "--name", "a/b"], &["--name", "letters"]),
+        (&["run", "--kernel", "k", "--cpu-affinity", "1=0"], &["--cpu-affinity", "vCPU 1"]),
+        (&["run", "--kernel", "k", "--function", "pci:x"], &["--function", "0000:01:00.0"]),
+        (&["run", "--kernel", "k", "--log", "loud"], &["--log", "loud"]),
+        (&["run", "--kernel", "k", "--frob\n\x1b"], &["frob"]),
+        (&["pause"], &["NAME"]),
+    ];
+    for (line, words) in cases {
+        let said = refusal(line);
+        for word in words {
+            assert!(said.contains(word), "{line:?}: {said:?} lacks {word:?}");
+        }
+    }
+    assert!(refusal(&["status", "a", "--qmp", "s"]).contains("cannot be used with"));
+}
+
+#[test]
+fn commands_to_running_vms() {
+    let named = Target::Name("a".parse().unwrap());
+    assert_eq!(parse(&["status", "a"]), Ok(Invocation::Perform(Verb::Status { json: false }, named.clone())));
+    assert_eq!(parse(&["powerdown", "a"]), Ok(Invocation::Perform(Verb::Powerdown, named)));
+    assert_eq!(parse(&["quit", "--qmp", "/s"]), Ok(Invocation::Perform(Verb::Quit, Target::Socket("/s".into()))));
+    assert_eq!(parse(&["list", "--json"]), Ok(Invocation::List { json: true }));
+    assert_eq!(
+        parse(&["host", "--function", "card:/c"]),
+        Ok(Invocation::Host { function: FunctionSpec::Card("/c".into()), json: false })
+    );
+}
+
+#[test]
+fn help_and_version_are_printed() {
+    for (flag, text) in [("-h", "run"), ("--help", "list"), ("-V", env!("CARGO_PKG_VERSION")), ("--version", "soc-vmm")]
+    {
+        assert!(matches!(parse(&[flag]), Ok(Invocation::Print(shown)) if shown.contains(text)), "{flag}");
+    }
+    let Ok(Invocation::Print(help)) = parse(&["run", "--help"]) else { panic!("no help") };
+    assert!(help.contains("--kernel") && !help.contains("--disk"), "{help}");
+}
+
+proptest! {
+    /// Any words: no panic, and a refusal is one line.
+    #[test]
+    fn any_words(words in prop::collection::vec(word(), 0..8)) {
+        let line: Vec<&str> = words.iter().map(String::as_str).collect();
+        if let Err(failure) = parse(&line) {
+            prop_assert_eq!(failure.status(), ExitStatus::Usage);
+            prop_assert!(!failure.to_string().contains(char::is_control));
+            prop_assert!(!failure.to_string().is_empty());
+        }
+    }
+
+    /// Any bytes in a word, UTF-8 or not.
+    #[test]
+    fn any_bytes(bytes in prop::collection::vec(1u8.., 0..16), option in word()) {
+        use std::os::unix::ffi::OsStringExt;
+        let args = ["soc-vmm".into(), "run".into(), "--kernel".into(), "k".into(), option.into(), OsString::from_vec(bytes)];
+        if let Err(failure) = Invocation::parse(args) {
+            prop_assert!(!failure.to_string().contains(char::is_control));
+        }
+    }
+}
+
+fn word() -> impl Strategy<Value = String> {
+    prop_oneof![
+        3 => "run|host|list|status|quit|migrate",
+        6 => "--(name|cpus|cpu|cpu-affinity|memory|kernel|initrd|cmdline|firmware|serial|debugcon|qmp|function|log|disk|json)",
+        2 => "--(debug-exit|paused|help)|-h|-V|--",
+        3 => "[0-9]{1,3}|512M|host|local|null|file:f|unix:s|pool|0=1",
+        2 => ".{0,10}",
+    ]
+}

@@ -1,0 +1,181 @@
+//! The far ends of a VM's serial port and debug console: this process's terminal, a pseudo-terminal, a file, a socket.
+//!
+//! [`SerialBackend::open`] takes what a command line names, before there is a VM; [`SerialBackend::attach`] joins it to the
+//! device's queues. The device never waits: who is slow lets its queue fill, and where nobody listens the output vanishes.
+
+mod escape;
+mod peer;
+mod pty;
+mod terminal;
+mod thread;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::net::UnixListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use crate::cli::{DebugconSpec, SerialSpec};
+use crate::control::{ListenError, ListeningSocket, VmHandle};
+use crate::devices::{InputWriter, OutputReader};
+
+pub use escape::{Escapes, Typed};
+pub use terminal::RawTerminal;
+
+use pty::Pty;
+
+/// How long the last output of a VM that ended may take.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why a console can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsoleError {
+    /// A file can't be written.
+    #[error("can't create {0}")]
+    Create(PathBuf, #[source] io::Error),
+    /// The socket can't be listened on.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// No pseudo-terminal.
+    #[error("can't make a pseudo-terminal")]
+    Pty(#[source] io::Error),
+    /// Standard input or output can't be used.
+    #[error("can't use the terminal")]
+    Stdio(#[source] io::Error),
+}
+
+/// An opened far end of a serial port.
+#[derive(Debug)]
+pub struct SerialBackend(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Stdio,
+    Null,
+    Pty(Pty),
+    File(File),
+    Unix(ListeningSocket),
+}
+
+impl SerialBackend {
+    /// Opens what `spec` names; a file is emptied.
+    ///
+    /// # Errors
+    /// See [`ConsoleError`].
+    pub fn open(spec: &SerialSpec) -> Result<Self, ConsoleError> {
+        Ok(Self(match spec {
+            SerialSpec::Stdio => Kind::Stdio,
+            SerialSpec::Null => Kind::Null,
+            SerialSpec::Pty => Kind::Pty(Pty::open().map_err(ConsoleError::Pty)?),
+            SerialSpec::File(path) => Kind::File(create(path)?),
+            SerialSpec::Unix(path) => Kind::Unix(ListeningSocket::bind(path)?),
+        }))
+    }
+
+    /// Where to connect, if it is a pseudo-terminal.
+    pub fn pty_path(&self) -> Option<&Path> {
+        match &self.0 {
+            Kind::Pty(pty) => Some(pty.path()),
+            _ => None,
+        }
+    }
+
+    /// Joins it to the device's queues. On a terminal this makes it raw, and Ctrl-A x ends `vm`. Must be called inside a tokio
+    /// runtime.
+    ///
+    /// # Errors
+    /// See [`ConsoleError`].
+    pub fn attach(self, output: OutputReader, input: InputWriter, vm: &VmHandle) -> Result<Attached, ConsoleError> {
+        let mut attached = Attached { written: None, task: None, terminal: None };
+        match self.0 {
+            Kind::Null => {}
+            Kind::File(file) => attached.written = Some(thread::write(output, file).map_err(ConsoleError::Stdio)?),
+            Kind::Stdio => {
+                attached.terminal = RawTerminal::enter().map_err(ConsoleError::Stdio)?;
+                attached.written = Some(thread::write(output, standard_output()?).map_err(ConsoleError::Stdio)?);
+                let escapes = attached.terminal.as_ref().map(|_| vm.clone());
+                if escapes.is_some() || !terminal::stdin_is_terminal() {
+                    thread::read_stdin(input, escapes).map_err(ConsoleError::Stdio)?;
+                }
+            }
+            Kind::Pty(pty) => attached.task = Some(tokio::spawn(peer::serve_pty(pty, output, input))),
+            Kind::Unix(socket) => {
+                let failed = |e| ListenError::Io(socket.path().to_owned(), e);
+                let listener = socket.listener().try_clone().and_then(UnixListener::from_std).map_err(failed)?;
+                attached.task = Some(tokio::spawn(peer::serve_unix(listener, socket, output, input)));
+            }
+        }
+        Ok(attached)
+    }
+}
+
+/// An opened far end of a debug console.
+#[derive(Debug)]
+pub struct DebugconBackend(File);
+
+impl DebugconBackend {
+    /// Opens what `spec` names; a file is emptied.
+    ///
+    /// # Errors
+    /// See [`ConsoleError`].
+    pub fn open(spec: &DebugconSpec) -> Result<Self, ConsoleError> {
+        Ok(Self(match spec {
+            DebugconSpec::Stdio => standard_output()?,
+            DebugconSpec::File(path) => create(path)?,
+        }))
+    }
+
+    /// Joins it to the device's queue. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// See [`ConsoleError`].
+    pub fn attach(self, output: OutputReader) -> Result<Attached, ConsoleError> {
+        let written = thread::write(output, self.0).map_err(ConsoleError::Stdio)?;
+        Ok(Attached { written: Some(written), task: None, terminal: None })
+    }
+}
+
+/// A console at work. Dropped, it restores the terminal at once.
+#[derive(Debug)]
+pub struct Attached {
+    /// Closes when the last byte is written.
+    written: Option<oneshot::Receiver<()>>,
+    task: Option<JoinHandle<()>>,
+    terminal: Option<RawTerminal>,
+}
+
+impl Attached {
+    /// Waits until the output of a device that is gone is out, at most 2 s, and restores the terminal.
+    pub async fn finish(self) {
+        let rest = async {
+            // Errors say that the thread or the task ended otherwise: nothing more comes out then either.
+            if let Some(written) = self.written {
+                let _ = written.await;
+            }
+            if let Some(mut task) = self.task
+                && tokio::time::timeout(FINISH_TIMEOUT, &mut task).await.is_err()
+            {
+                task.abort();
+                let _ = task.await;
+            }
+        };
+        let _ = tokio::time::timeout(FINISH_TIMEOUT + Duration::from_millis(100), rest).await;
+        drop(self.terminal);
+    }
+}
+
+fn create(path: &Path) -> Result<File, ConsoleError> {
+    File::create(path).map_err(|e| ConsoleError::Create(path.to_owned(), e))
+}
+
+/// Standard output without a buffer of ours.
+fn standard_output() -> Result<File, ConsoleError> {
+    io::stdout().as_fd().try_clone_to_owned().map(File::from).map_err(ConsoleError::Stdio)
+}
+
+#[cfg(test)]
+mod tests;
