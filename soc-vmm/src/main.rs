@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use soc_vmm::cli::{self, ExitStatus, Failure, Invocation};
+use soc_vmm::{inventory, vm};
 
 fn main() -> ExitCode {
     let ended = Invocation::parse(std::env::args_os()).and_then(invoke);
@@ -21,8 +22,8 @@ fn invoke(invocation: Invocation) -> Result<ExitStatus, Failure> {
         Invocation::List { json } => cli::list(json, &mut out)?,
         Invocation::Perform(verb, target) => cli::perform(verb, &target, &mut out)?,
         Invocation::Print(text) => cli::print(&text, &mut out)?,
-        Invocation::Run(_) => return Err(Failure::new(ExitStatus::Unavailable, "run is not there yet")),
-        Invocation::Host { .. } => return Err(Failure::new(ExitStatus::Unavailable, "host is not there yet")),
+        Invocation::Run(config) => return vm::run(&config),
+        Invocation::Host { function, json } => inventory::host(&function, json, &mut out)?,
     }
     Ok(ExitStatus::Done)
 }

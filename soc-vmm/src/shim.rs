@@ -4,6 +4,9 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use pcie_function::FunctionError;
+use pcie_function::header::Role;
 use pcie_function::local::LocalSoc;
 use tokio::process::{Child, Command};
 
@@ -19,20 +22,39 @@ pub(crate) struct Shim(Child);
 /// Starts a shim and opens the function between it and this process.
 ///
 /// # Errors
-/// The program is not there, or it gave up: then its own line says why.
-pub(crate) fn start() -> Result<(LocalSoc, Shim), Failure> {
-    let cant = |why: &dyn std::error::Error| Failure::of(ExitStatus::Unavailable, "--function local", why);
-    let (ours, theirs) = crate::vm::shim_socket().map_err(|e| cant(&e))?;
+/// The program is not there, or it gave up: then its own line on standard error says why.
+pub(crate) async fn start(role: Role) -> Result<(LocalSoc, Shim), Failure> {
+    let os = |what| move |e| Failure::of(ExitStatus::Unavailable, "--function local", &FunctionError::Os(what, e));
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(os("make a socket pair"))?;
     let program = program();
-    let child = Command::new(&program)
-        .args(["--function", "fd:0", "--once"])
+    let mut command = Command::new(&program);
+    command.args(["--function", "fd:0", "--once"]);
+    if role == Role::Host {
+        command.args(["--role", "host"]);
+    }
+    let mut child = command
         .stdin(Stdio::from(theirs))
         .stdout(Stdio::null())
         .kill_on_drop(true)
         .spawn()
         .map_err(|e| Failure::of(ExitStatus::Unavailable, &format!("can't start {}", program.display()), &e))?;
-    let function = LocalSoc::new(ours).map_err(|e| cant(&e))?;
-    Ok((function, Shim(child)))
+    // The command keeps a copy of the shim's end of the socket, and with it open nobody would see the shim hang up.
+    drop(command);
+    match LocalSoc::new(ours) {
+        Ok(function) => Ok((function, Shim(child))),
+        Err(e) => {
+            let ended = tokio::time::timeout(PATIENCE, child.wait()).await;
+            let why = match ended.ok().and_then(Result::ok).and_then(|status| status.code()) {
+                Some(code) => format!(
+                    "--function local: {} ended with status {code} (its reason stands above)",
+                    program.display()
+                ),
+                None => format!("--function local: {e}"),
+            };
+            Err(Failure::new(ExitStatus::Unavailable, why))
+        }
+    }
 }
 
 impl Shim {

@@ -15,5 +15,4 @@ mod worker;
 pub use counters::{Counter, Counters};
 pub use ram::{GuestRam, Loader};
 pub use run::run;
-pub(crate) use run::shim_socket;
 pub use worker::{Buses, Waker};

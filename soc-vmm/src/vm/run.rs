@@ -1,21 +1,20 @@
 //! `soc-vmm run`: from a checked command line to an exit status.
 
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket, socketpair};
-use pcie_function::local::LocalSoc;
-use pcie_function::{FunctionError, SocFunction};
+use pcie_function::SocFunction;
+use pcie_function::header::Role;
 
 use super::life::{Streams, Vm, failure};
 use super::machine::acpi_config;
 use super::worker::Waker;
 use crate::boot::BootPlan;
-use crate::cli::{ExitStatus, Failure, FunctionSpec, RunConfig};
+use crate::cli::{ExitStatus, Failure, RunConfig};
 use crate::console::{ConsoleError, DebugconBackend, SerialBackend};
 use crate::control::{self, RunDir, VmInfo};
 use crate::devices::{input_pipe, output_pipe};
+use crate::function::{self, Use};
 use crate::layout::MemoryLayout;
 use crate::qmp;
 
@@ -74,7 +73,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         }
         let streams = Streams { serial: (output, input), debugcon };
         let setup = Setup { config, layout, plan, streams, waker, state_dir: claim.state_dir(), control };
-        let ended = setup.run().await;
+        let ended = function::open(&config.function, Role::Vm, setup).await;
         for console in consoles {
             console.finish().await;
         }
@@ -94,52 +93,12 @@ struct Setup<'a> {
     control: control::VmControl,
 }
 
-impl Setup<'_> {
-    async fn run(self) -> Result<ExitStatus, Failure> {
-        let config = self.config;
-        let cant =
-            |e: &FunctionError| Failure::of(ExitStatus::Unavailable, &format!("--function {}", config.function), e);
-        match &config.function {
-            FunctionSpec::Local => {
-                let (function, mut shim) = crate::shim::start()?;
-                let ended = self.on(function).await;
-                shim.end().await?;
-                ended
-            }
-            FunctionSpec::Unix(path) => {
-                let function = dial(path).and_then(LocalSoc::new).map_err(|e| cant(&e))?;
-                self.on(function).await
-            }
-            FunctionSpec::Card(path) => {
-                let function = pcie_function_card::CardFunction::open(path).map_err(|e| cant(&e))?;
-                self.on(function).await
-            }
-            FunctionSpec::Pci(_) | FunctionSpec::Pool => Err(Failure::new(
-                ExitStatus::Unavailable,
-                format!("--function {}: not there yet; use local, unix:SOCKET or card:SOCKET", config.function),
-            )),
-        }
-    }
+impl Use for Setup<'_> {
+    type Output = ExitStatus;
 
     async fn on<F: SocFunction>(self, function: F) -> Result<ExitStatus, Failure> {
         let Self { config, layout, plan, streams, waker, state_dir, control } = self;
         let vm = Vm::build(Arc::new(function), config, &layout, plan, streams, waker, state_dir).await;
         vm.map_err(|e| failure(&e))?.live(control, config.paused).await
     }
-}
-
-/// Connects to a shim that listens.
-fn dial(path: &Path) -> Result<OwnedFd, FunctionError> {
-    let os = |what| move |e| FunctionError::Os(what, e);
-    let fd =
-        socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(os("make a socket"))?;
-    let address = UnixAddr::new(path).map_err(os("name the socket"))?;
-    connect(std::os::fd::AsRawFd::as_raw_fd(&fd), &address).map_err(os("connect to the shim"))?;
-    Ok(fd)
-}
-
-/// The two ends of a socket for a shim of our own.
-pub(crate) fn shim_socket() -> Result<(OwnedFd, OwnedFd), FunctionError> {
-    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-        .map_err(|e| FunctionError::Os("make a socket pair", e))
 }

@@ -1,0 +1,54 @@
+//! From `--function SPEC` to an open function, whatever stands behind it.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use pcie_function::header::Role;
+use pcie_function::local::LocalSoc;
+use pcie_function::{FunctionError, SocFunction};
+use pcie_function_card::CardFunction;
+
+use crate::cli::{ExitStatus, Failure, FunctionSpec};
+use crate::shim;
+
+/// What is done with a function, whichever kind it is.
+pub(crate) trait Use {
+    /// What comes of it.
+    type Output;
+
+    /// Does it. The function is gone when this returns.
+    async fn on<F: SocFunction>(self, function: F) -> Result<Self::Output, Failure>;
+}
+
+/// Opens the function that `spec` names and hands it to `user`. A `local` one gets a shim of its own, of the role that is wanted.
+///
+/// # Errors
+/// It can't be opened, or what `user` says.
+pub(crate) async fn open<U: Use>(spec: &FunctionSpec, role: Role, user: U) -> Result<U::Output, Failure> {
+    let cant = |e: FunctionError| Failure::of(ExitStatus::Unavailable, &format!("--function {spec}"), &e);
+    match spec {
+        FunctionSpec::Local => {
+            let (function, mut shim) = shim::start(role).await?;
+            let outcome = user.on(function).await;
+            shim.end().await?;
+            outcome
+        }
+        FunctionSpec::Unix(path) => user.on(dial(path).and_then(LocalSoc::new).map_err(cant)?).await,
+        FunctionSpec::Card(path) => user.on(CardFunction::open(path).map_err(cant)?).await,
+        FunctionSpec::Pci(_) | FunctionSpec::Pool => Err(Failure::new(
+            ExitStatus::Unavailable,
+            format!("--function {spec}: not there yet; use local, unix:SOCKET or card:SOCKET"),
+        )),
+    }
+}
+
+/// Connects to a shim that listens.
+fn dial(path: &Path) -> Result<OwnedFd, FunctionError> {
+    let os = |what| move |e| FunctionError::Os(what, e);
+    let fd =
+        socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(os("make a socket"))?;
+    let address = UnixAddr::new(path).map_err(os("name the socket"))?;
+    connect(fd.as_raw_fd(), &address).map_err(os("connect to the host-kvm-shim there"))?;
+    Ok(fd)
+}
