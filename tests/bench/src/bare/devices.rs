@@ -1,5 +1,7 @@
 //! What payloads find behind ports and outside RAM: the debug console, debug-exit, pc-testdev, the command port.
 
+use std::sync::Arc;
+
 use kvm_ioctls::VmFd;
 use payloads::{TEST_MEMORY, ports};
 
@@ -49,13 +51,25 @@ pub struct Silent;
 
 impl Driver for Silent {}
 
-/// All devices, and what they saw.
-pub(super) struct Devices {
-    vm: std::sync::Arc<VmFd>,
-    irqchip: Irqchip,
-    ioapic: Ioapic,
+/// What pc-testdev keeps: part of a machine's state.
+#[derive(Debug, Clone)]
+pub struct TestDevice {
     echo: [u8; 4],
     memory: Box<[u8]>,
+}
+
+impl Default for TestDevice {
+    fn default() -> Self {
+        TestDevice { echo: [0; 4], memory: vec![0; TEST_MEMORY_SIZE].into() }
+    }
+}
+
+/// All devices, and what they saw.
+pub(super) struct Devices {
+    vm: Arc<VmFd>,
+    irqchip: Irqchip,
+    ioapic: Ioapic,
+    pub(super) test_device: TestDevice,
     driver: Box<dyn Driver>,
     pub(super) console: Vec<u8>,
     pub(super) exit_code: Option<u8>,
@@ -63,13 +77,12 @@ pub(super) struct Devices {
 }
 
 impl Devices {
-    pub(super) fn new(vm: std::sync::Arc<VmFd>, irqchip: Irqchip, driver: Box<dyn Driver>) -> Self {
+    pub(super) fn new(vm: Arc<VmFd>, irqchip: Irqchip, test_device: TestDevice, driver: Box<dyn Driver>) -> Self {
         Devices {
             vm,
             irqchip,
             ioapic: Ioapic::default(),
-            echo: [0; 4],
-            memory: vec![0; TEST_MEMORY_SIZE].into(),
+            test_device,
             driver,
             console: Vec::new(),
             exit_code: None,
@@ -122,7 +135,7 @@ impl Devices {
             }
             _ if in_echo(port, value.len()) => {
                 let at = usize::from(port - ports::ECHO);
-                self.echo[at..at + value.len()].copy_from_slice(value);
+                self.test_device.echo[at..at + value.len()].copy_from_slice(value);
             }
             _ => {
                 if let Some(line) = port.checked_sub(ports::IRQ_LINES).filter(|&line| line < ISA_INTERRUPTS) {
@@ -142,7 +155,7 @@ impl Devices {
             }
             _ if in_echo(port, value.len()) => {
                 let at = usize::from(port - ports::ECHO);
-                value.copy_from_slice(&self.echo[at..at + value.len()]);
+                value.copy_from_slice(&self.test_device.echo[at..at + value.len()]);
             }
             _ => value.fill(0xff),
         }
@@ -151,7 +164,7 @@ impl Devices {
     fn test_memory(&mut self, address: u64, write: bool, data: &mut [u8]) {
         let cells = address
             .checked_sub(TEST_MEMORY)
-            .and_then(|offset| self.memory.get_mut(offset as usize..offset as usize + data.len()));
+            .and_then(|offset| self.test_device.memory.get_mut(offset as usize..offset as usize + data.len()));
         match cells {
             Some(cells) if write => cells.copy_from_slice(data),
             Some(cells) => data.copy_from_slice(cells),

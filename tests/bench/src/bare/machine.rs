@@ -14,7 +14,7 @@ use payloads::{Image, Payload};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use super::devices::Devices;
+use super::devices::{Devices, TestDevice};
 use super::vcpu::{self, End};
 use super::{Driver, Error, Event, Irqchip, kvm};
 
@@ -46,6 +46,7 @@ pub struct Machine {
     vcpus: Vec<VcpuFd>,
     memory: GuestMemoryMmap,
     irqchip: Irqchip,
+    test_device: TestDevice,
     // KVM reads it as long as the VM exists.
     _firmware: Option<GuestMemoryMmap>,
 }
@@ -107,7 +108,14 @@ impl Machine {
             }
             vcpus.push(vcpu);
         }
-        Ok(Machine { vm: Arc::new(vm), vcpus, memory, irqchip: options.irqchip, _firmware: firmware })
+        Ok(Machine {
+            vm: Arc::new(vm),
+            vcpus,
+            memory,
+            irqchip: options.irqchip,
+            test_device: TestDevice::default(),
+            _firmware: firmware,
+        })
     }
 
     /// The VM.
@@ -125,10 +133,21 @@ impl Machine {
         &self.memory
     }
 
-    /// Runs until the payload ends itself, a vCPU can't go on, or the time is over.
+    /// What pc-testdev keeps, from one run to the next.
+    pub fn test_device(&mut self) -> &mut TestDevice {
+        &mut self.test_device
+    }
+
+    /// Runs until the payload ends itself, a vCPU can't go on, or the time is over. A vCPU that was stopped has no exit
+    /// pending: its state can be read.
     pub fn run(&mut self, driver: impl Driver + 'static, limit: Duration) -> Result<Outcome, Error> {
         register_signal_handler(SIGRTMIN(), interrupted).map_err(std::io::Error::from)?;
-        let devices = Arc::new(Mutex::new(Devices::new(self.vm.clone(), self.irqchip, Box::new(driver))));
+        let devices = Arc::new(Mutex::new(Devices::new(
+            self.vm.clone(),
+            self.irqchip,
+            std::mem::take(&mut self.test_device),
+            Box::new(driver),
+        )));
         let stop = Arc::new(AtomicBool::new(false));
         let (ended, first_end) = mpsc::channel();
 
@@ -160,6 +179,7 @@ impl Machine {
         }
 
         let mut devices = devices.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.test_device = std::mem::take(&mut devices.test_device);
         Ok(Outcome {
             ends,
             exit_code: devices.exit_code,

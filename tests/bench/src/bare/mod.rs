@@ -6,7 +6,7 @@ mod ioapic;
 mod machine;
 mod vcpu;
 
-pub use devices::{Access, Driver, Event, Silent};
+pub use devices::{Access, Driver, Event, Silent, TestDevice};
 pub use machine::{Machine, Options, Outcome};
 pub use vcpu::End;
 

@@ -22,36 +22,56 @@ pub enum End {
 
 /// Runs one vCPU to its end.
 pub(super) fn run(vcpu: &mut VcpuFd, id: u8, devices: &Mutex<Devices>, stop: &AtomicBool) -> End {
-    let lock = || devices.lock().unwrap_or_else(PoisonError::into_inner);
-    while !stop.load(Ordering::Acquire) {
-        match vcpu.run() {
-            Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => {
-                let (port, width, write, data) = io(vcpu);
-                let mut devices = lock();
-                devices.port(id, port, width, write, data);
-                if devices.exit_code.is_some() {
-                    return End::Exited;
-                }
+    loop {
+        // An exit is complete only when KVM is entered again, and may bring another (the rest of a page-split access,
+        // of a string). `immediate_exit` completes it and goes no further.
+        let stopping = stop.load(Ordering::Acquire);
+        vcpu.set_kvm_immediate_exit(stopping.into());
+        match step(vcpu, id, devices) {
+            Step::Served => {}
+            Step::Interrupted if stopping => {
+                vcpu.set_kvm_immediate_exit(0);
+                return End::Stopped;
             }
-            Ok(VcpuExit::MmioRead(address, data)) => lock().memory(id, address, false, data),
-            Ok(VcpuExit::MmioWrite(address, data)) => {
-                let mut data = data.to_vec();
-                lock().memory(id, address, true, &mut data);
-            }
-            Ok(VcpuExit::IoapicEoi(vector)) => lock().end_of_interrupt(vector),
-            Ok(VcpuExit::Hlt) => return End::Halted,
-            Ok(VcpuExit::Intr) => {}
-            // EAGAIN: it waited for its start-up IPI, and something came.
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-            Ok(exit) => {
-                let what = format!("{exit:?}");
-                let at = vcpu.get_regs().map_or(0, |regs| regs.rip);
-                return End::Failed(format!("{what} at {at:#x}"));
-            }
-            Err(error) => return End::Failed(error.to_string()),
+            Step::Interrupted => {}
+            Step::Ended(end) => return end,
         }
     }
-    End::Stopped
+}
+
+enum Step {
+    Served,
+    Interrupted,
+    Ended(End),
+}
+
+/// Enters the guest once, and serves the exit.
+fn step(vcpu: &mut VcpuFd, id: u8, devices: &Mutex<Devices>) -> Step {
+    let lock = || devices.lock().unwrap_or_else(PoisonError::into_inner);
+    match vcpu.run() {
+        Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => {
+            let (port, width, write, data) = io(vcpu);
+            let mut devices = lock();
+            devices.port(id, port, width, write, data);
+            if devices.exit_code.is_some() {
+                return Step::Ended(End::Exited);
+            }
+        }
+        Ok(VcpuExit::MmioRead(address, data)) => lock().memory(id, address, false, data),
+        Ok(VcpuExit::MmioWrite(address, data)) => lock().memory(id, address, true, &mut data.to_vec()),
+        Ok(VcpuExit::IoapicEoi(vector)) => lock().end_of_interrupt(vector),
+        Ok(VcpuExit::Hlt) => return Step::Ended(End::Halted),
+        Ok(VcpuExit::Intr) => return Step::Interrupted,
+        // EAGAIN: it waited for its start-up IPI, and something came.
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Step::Interrupted,
+        Ok(exit) => {
+            let what = format!("{exit:?}");
+            let at = vcpu.get_regs().map_or(0, |regs| regs.rip);
+            return Step::Ended(End::Failed(format!("{what} at {at:#x}")));
+        }
+        Err(error) => return Step::Ended(End::Failed(error.to_string())),
+    }
+    Step::Served
 }
 
 /// The I/O exit that stands in `kvm_run`: port, width of an element, whether it is a write, and all elements.

@@ -1,5 +1,6 @@
 //! One module a payload, or a few of a kind.
 
+pub mod counter;
 pub mod dirty;
 pub mod hot;
 pub mod interrupts;
