@@ -6,6 +6,7 @@ pub mod bus;
 pub mod cli;
 pub mod console;
 pub mod control;
+pub mod cpuid;
 pub mod devices;
 mod function;
 pub mod interrupt;
