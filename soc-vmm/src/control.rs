@@ -17,6 +17,7 @@ mod event;
 mod listen;
 mod run_dir;
 mod run_state;
+mod signals;
 
 use std::time::{Duration, SystemTime};
 
@@ -26,6 +27,7 @@ pub use event::{Event, EventKind, ShutdownCause};
 pub use listen::{ListenError, ListeningSocket};
 pub use run_dir::{Claim, NameError, RunDir, RunDirError, VmName};
 pub use run_state::RunState;
+pub use signals::end_on_signals;
 
 /// Commands that may wait for the VM; who asks more waits for room.
 const QUEUED_COMMANDS: usize = 16;

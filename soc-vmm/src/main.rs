@@ -22,7 +22,10 @@ fn invoke(invocation: Invocation) -> Result<ExitStatus, Failure> {
         Invocation::List { json } => cli::list(json, &mut out)?,
         Invocation::Perform(verb, target) => cli::perform(verb, &target, &mut out)?,
         Invocation::Print(text) => cli::print(&text, &mut out)?,
-        Invocation::Run(config) => return vm::run(&config),
+        Invocation::Run(config) => {
+            tracing_subscriber::fmt().with_max_level(config.log).with_writer(std::io::stderr).init();
+            return vm::run(&config);
+        }
         Invocation::Host { function, json } => inventory::host(&function, json, &mut out)?,
     }
     Ok(ExitStatus::Done)
