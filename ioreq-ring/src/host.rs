@@ -171,3 +171,11 @@ impl<B: BusMemory, M: BusMemory> HostLane<B, M> {
         Ok(used < POSTED_SLOTS)
     }
 }
+
+#[cfg(test)]
+impl<B: BusMemory, M: BusMemory> HostLane<B, M> {
+    /// A lane that has carried so many requests and posted writes. Its windows must say the same.
+    pub(crate) fn after(windows: HostWindows<B, M>, requests: u32, posts: u32) -> Self {
+        Self { submitted: requests, completed: requests, tail: posts, credit: posts, ..Self::new(windows) }
+    }
+}

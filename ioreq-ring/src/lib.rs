@@ -18,6 +18,13 @@ mod idle;
 mod soc;
 pub mod wire;
 
+#[cfg(test)]
+mod tests;
+
+// The heap that tests run on is shared with those outside the crate.
+#[cfg(test)]
+extern crate self as ioreq_ring;
+
 pub use bus::{BusError, BusMemory};
 pub use drain::{PostedWrite, drain};
 pub use error::LaneError;

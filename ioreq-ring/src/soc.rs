@@ -258,3 +258,19 @@ impl<C: BusMemory, M: BusMemory, P: BusMemory> SocLane<C, M, P> {
         }
     }
 }
+
+#[cfg(test)]
+impl<C: BusMemory, M: BusMemory, P: BusMemory> SocLane<C, M, P> {
+    /// Private words of a lane that has carried so many requests and posted writes.
+    pub(crate) fn after(private: &P, requests: u32, posts: u32) {
+        for offset in [private::TAKEN, private::ANSWERED, private::FINISHED] {
+            private.store(offset, u64::from(requests));
+        }
+        private.store(private::HEAD, u64::from(posts));
+    }
+
+    /// The sequence of the last request whose answer is written down.
+    pub(crate) fn answered(private: &P) -> u32 {
+        private.load(private::ANSWERED) as u32
+    }
+}
