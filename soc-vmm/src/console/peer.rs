@@ -43,7 +43,7 @@ pub(super) async fn serve_pty(pty: Pty, mut output: OutputReader, mut input: Inp
         match pty.attach() {
             Ok(peer) => match exchange(peer, &mut output, &mut input).await {
                 Ended::Peer => {}
-                Ended::Vm => break,
+                Ended::Vm => return pty.taken().await,
             },
             Err(e) => {
                 tracing::warn!("serial: {}: {e}", pty.path().display());

@@ -3,14 +3,14 @@
 //! tokio has no type of its own for one, and registering a descriptor with it is `unsafe`.
 #![allow(unsafe_code)]
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -22,6 +22,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// How often to look whether somebody has opened the slave side: the kernel doesn't tell.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long a reader may take for the last output.
+const TAKEN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A raw pseudo-terminal.
 #[derive(Debug)]
@@ -38,11 +40,7 @@ impl Pty {
         unlockpt(&master)?;
         let path = PathBuf::from(ptsname_r(&master)?);
         // Closing the slave afterwards matters: from then on the master sees a hang-up while nobody has it open.
-        let slave = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(nix::libc::O_NOCTTY | nix::libc::O_CLOEXEC)
-            .open(&path)?;
+        let slave = open_slave(&path)?;
         let mut modes = tcgetattr(&slave)?;
         cfmakeraw(&mut modes);
         tcsetattr(&slave, SetArg::TCSANOW, &modes)?;
@@ -67,11 +65,30 @@ impl Pty {
         Ok(Peer(unsafe { AsyncFd::register(self.master.as_fd()) }?))
     }
 
-    fn is_hung_up(&self) -> bool {
-        let mut polled = [PollFd::new(self.master.as_fd(), PollFlags::empty())];
-        poll(&mut polled, PollTimeout::ZERO).is_ok()
-            && polled[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
+    /// Waits until whoever has it open has read everything, at most [`TAKEN_TIMEOUT`]: what is unread when the master is closed
+    /// is lost.
+    pub(super) async fn taken(&self) {
+        let Ok(slave) = open_slave(&self.path) else { return };
+        let deadline = Instant::now() + TAKEN_TIMEOUT;
+        while polled(&slave, PollFlags::POLLIN).contains(PollFlags::POLLIN) && Instant::now() < deadline {
+            tokio::time::sleep(LOOK / 10).await;
+        }
     }
+
+    fn is_hung_up(&self) -> bool {
+        polled(&self.master, PollFlags::empty()).contains(PollFlags::POLLHUP)
+    }
+}
+
+fn open_slave(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_NOCTTY | nix::libc::O_CLOEXEC).open(path)
+}
+
+/// What of `wanted` (and hang-ups) a descriptor has now; nothing if it can't be asked.
+fn polled(fd: &impl AsFd, wanted: PollFlags) -> PollFlags {
+    let mut asked = [PollFd::new(fd.as_fd(), wanted)];
+    let answer = poll(&mut asked, PollTimeout::ZERO).ok().and_then(|_| asked[0].revents());
+    answer.unwrap_or(PollFlags::empty())
 }
 
 /// One opening of the slave side, as a stream that ends with it.

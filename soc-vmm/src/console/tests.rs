@@ -172,6 +172,25 @@ async fn a_pseudo_terminal_is_opened_again_and_again() {
     joined.finish().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_reader_of_a_pseudo_terminal_gets_the_last_words() {
+    let backend = SerialBackend::open(&SerialSpec::Pty).unwrap();
+    let path = backend.pty_path().unwrap().to_owned();
+    let mut joined = join(backend);
+    let mut slave =
+        std::fs::OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_NOCTTY).open(&path).unwrap();
+    std::io::Write::write_all(&mut slave, b"!").unwrap();
+    joined.receive(1).await;
+    joined.send(b"power down").await;
+    let reader = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        let mut last = [0; 10];
+        std::io::Read::read_exact(&mut slave, &mut last).map(|()| last)
+    });
+    joined.finish().await;
+    assert_eq!(reader.join().unwrap().unwrap(), *b"power down");
+}
+
 #[test]
 fn what_cannot_be_opened_is_an_error() {
     let dir = tempfile::tempdir().unwrap();

@@ -58,9 +58,12 @@ impl Server {
     /// Removes the sockets and lets the monitors hear what the VM said last. Its [`crate::control::VmControl`] should be gone
     /// by now: that ends the monitors. Those that don't end within 2 s are cut off.
     pub async fn close(self) {
-        for (close, task) in self.sockets {
-            // An error says that the task ended already; the same below.
+        let (closes, tasks): (Vec<_>, Vec<_>) = self.sockets.into_iter().unzip();
+        // An error says that a task ended already; the same below.
+        for close in closes {
             let _ = close.send(());
+        }
+        for task in tasks {
             let _ = task.await;
         }
     }
@@ -74,6 +77,7 @@ async fn listen(
     mut closing: oneshot::Receiver<()>,
 ) {
     let mut monitors = JoinSet::new();
+    let mut told_full = false;
     loop {
         tokio::select! {
             _ = &mut closing => break,
@@ -81,6 +85,7 @@ async fn listen(
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => match room.clone().try_acquire_owned() {
                     Ok(place) => {
+                        told_full = false;
                         let vm = vm.clone();
                         monitors.spawn(async move {
                             if let Err(why) = monitor(stream, vm).await {
@@ -89,7 +94,11 @@ async fn listen(
                             drop(place);
                         });
                     }
-                    Err(_) => tracing::warn!("QMP: {MAX_MONITORS} monitors are connected; one more was turned away"),
+                    Err(_) if told_full => {}
+                    Err(_) => {
+                        told_full = true;
+                        tracing::warn!("QMP: {MAX_MONITORS} monitors are connected; more are turned away");
+                    }
                 },
                 Err(e) => {
                     tracing::warn!("QMP: can't accept on {}: {e}", socket.path().display());
