@@ -55,6 +55,8 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         }
         let monitors = qmp::Server::start(&handle, sockets).map_err(|e| unavailable("can't serve QMP", &e))?;
 
+        control::end_on_signals(handle.clone()).map_err(|e| unavailable("can't watch for signals", &e))?;
+
         let waker = Waker::new().map_err(|e| unavailable("can't start", &e))?;
         let (output, reader) = output_pipe(SERIAL_QUEUE, waker.clone());
         let (writer, input) = input_pipe(SERIAL_QUEUE, waker.clone());

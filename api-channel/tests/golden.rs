@@ -1,0 +1,161 @@
+//! Every message's bytes, as docs/wire.md promises them: `tests/golden/channel/NAME.hex`.
+
+use api_channel::call::{
+    Call, CpuidEntry, CreateVm, DirtyFetch, DirtyRun, Extent, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi,
+    NumaNode, PciDevice, PostedRange, RamRequest, Route, RouteKind, SlotFlags, StateRequest, Statistic, VCPU_ALL, VM,
+    VmCreated,
+};
+use api_channel::codec::Writer;
+use api_channel::event::Event;
+use api_channel::message::{Class, Header, Status};
+use api_channel::state::{Clock, DebugRegs, Msr, Records, Regs, Segment, Sregs, Table, Type};
+use wire_kit::golden;
+
+/// Compares, both ways where there is a way back.
+#[track_caller]
+fn holds(name: &str, bytes: &[u8]) {
+    let file = format!("channel/{name}.hex");
+    let hex = |bytes: &[u8]| {
+        bytes.chunks(8).map(|c| c.iter().map(|b| format!("{b:02x}")).collect::<String>()).collect::<Vec<_>>().join("\n")
+    };
+    assert_eq!(hex(bytes), hex(&golden(&file)), "{file}");
+}
+
+#[track_caller]
+fn call(name: &str, call: &Call) {
+    holds(name, &call.encode());
+    assert_eq!(Call::decode(call.opcode(), &golden(&format!("channel/{name}.hex"))), Ok(Some(call.clone())));
+}
+
+#[test]
+fn headers() {
+    let request = Header {
+        opcode: 0x110,
+        class: Class::Request,
+        length: 40,
+        sequence: 7,
+        status: Status::OK,
+        epoch: 0x0102_0304_0506_0708,
+        extra: 60_000,
+    };
+    let reply = Header { class: Class::Reply, length: 24, status: Status::UNAVAILABLE, extra: 0, ..request };
+    for (name, header) in [("header-request", request), ("header-reply", reply)] {
+        holds(name, &header.to_bytes());
+        assert_eq!(Header::parse(&header.to_bytes()), Ok(header));
+    }
+}
+
+#[test]
+fn calls_of_the_vm() {
+    let create = CreateVm { vcpus: 2, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 50_000, reserved: 0 };
+    call("create-vm", &Call::CreateVm(create));
+    call("add-ram", &Call::AddRam(RamRequest { id: 1, node: -1, len: 1 << 30, iova: 1 << 32, huge: 2 << 20 }));
+    let slot = |base, flags| Memslot { base, len: 0xa0000, offset: 0x1000, ram: 2, flags };
+    call("set-memslots", &Call::SetMemslots(vec![slot(0, 0), slot(0xfffc_0000, SlotFlags::READ_ONLY)]));
+    call("run", &Call::Run(VCPU_ALL));
+    call("pause", &Call::Pause(3));
+    call("kick", &Call::Kick(1));
+}
+
+#[test]
+fn calls_of_a_vcpu() {
+    let entry =
+        CpuidEntry { function: 0xd, index: 1, flags: 1, eax: 0xf, ebx: 0x988, ecx: 0x1800, edx: 0, reserved: 0 };
+    call("set-cpuid", &Call::SetCpuid { vcpu: 1, entries: vec![entry] });
+    call("get-state", &Call::GetState(StateRequest { target: VM, reserved: 0, groups: Type::PIT.group() }));
+    call("set-state", &Call::SetState { target: 0, records: Records::default().bytes(Type::XSAVE, b"xsave").done() });
+}
+
+#[test]
+fn calls_about_interrupts_and_notifications() {
+    let pin = Route { gsi: 4, kind: RouteKind::Pin as u32, address: 2, data: 4, reserved: 0 };
+    let msi = Route { gsi: 24, kind: RouteKind::Msi as u32, address: 0xfee0_1000, data: 0x41, reserved: 0 };
+    call("set-routing", &Call::SetRouting(vec![pin, msi]));
+    call("msi", &Call::Msi(Msi { address: 0xfee0_0000, data: 0x30, reserved: 0 }));
+    call("lines", &Call::Lines(vec![0x8001_0009_0000_0003]));
+    call("irqfd", &Call::Irqfd(Irqfd { vector: 9, gsi: 24, on: 1, resample: 1 }));
+    let notify = IoEvent { address: 0xfe00_3000, data: 1, len: 2, port: 0, match_data: 1, on: 1 };
+    call("io-event", &Call::IoEvent(notify));
+    call("posted-ranges", &Call::PostedRanges(vec![PostedRange { base: 0x402, len: 1, ports: 1 }]));
+}
+
+#[test]
+fn calls_of_the_dirty_log() {
+    call("dirty-log", &Call::DirtyLog(true));
+    call("dirty-fetch", &Call::DirtyFetch(DirtyFetch { ram: 0, clear: 1, first: 0x100, pages: 0x8000 }));
+}
+
+#[test]
+fn answers() {
+    let created = VmCreated {
+        completions: 1 << 56,
+        credits: 1 << 56 | 0x1000,
+        ins: 1 << 56 | 0x2000,
+        outs: 1 << 56 | 0x4000,
+        tsc_khz: 2_300_000,
+        lane_vector: 1,
+        lane_vectors: 2,
+        free_vector: 3,
+        free_vectors: 61,
+        features: VmCreated::POSTING | VmCreated::RESAMPLE,
+    };
+    holds("answer-create-vm", &Writer::default().put(&created).done());
+    let extent = Extent { offset: 0, iova: 1 << 32, len: 1 << 30 };
+    holds("answer-add-ram", &Writer::default().list(&[extent]).done());
+    holds("bulk-dirty-fetch", &Writer::default().list(&[DirtyRun { first: 0x105, pages: 3 }]).done());
+    let mut name = [0; 48];
+    name[..10].copy_from_slice(b"mmio_exits");
+    holds("bulk-statistics", &Writer::default().list(&[Statistic { name, target: 1, value: 4711 }]).done());
+    let info = HostInfo {
+        cpu_model: "A CPU".into(),
+        cpu_vendor: "AuthenticAMD".into(),
+        cpu_flags: "fpu svm".into(),
+        cpus: 4,
+        memory_kib: 2_015_308,
+        kernel: "6.12.1".into(),
+        nodes: vec![NumaNode { node: 0, memory_kib: 2_015_308, cpus: "0-3".into() }],
+        pci: vec![PciDevice {
+            address: "0000:01:00.0".into(),
+            vendor: 0x0b0d,
+            device: 1,
+            class: 0x0b_4000,
+            numa_node: -1,
+        }],
+    };
+    holds("bulk-host-info", &info.encode());
+    assert_eq!(HostInfo::decode(&info.encode()), Ok(info));
+}
+
+#[test]
+fn events() {
+    let all = [
+        ("event-eoi", Event::Eoi { gsi: 10 }),
+        ("event-failed", Event::Failed { vcpu: 1, why: "KVM_RUN: EFAULT".into() }),
+        ("event-log", Event::Log { level: 2, text: "a warning".into() }),
+    ];
+    for (name, event) in all {
+        holds(name, &event.encode());
+        assert_eq!(Event::decode(event.opcode(), &event.encode()), Ok(Some(event)));
+    }
+}
+
+#[test]
+fn state_records() {
+    let segment = Segment { base: 0xffff_0000, limit: 0xffff, selector: 0xf000, attributes: 0x9b };
+    let regs = Regs { rip: 0xfff0, rflags: 2, r8_r15: [8, 9, 10, 11, 12, 13, 14, 15], ..Regs::default() };
+    let sregs = Sregs {
+        cs: segment,
+        idt: Table { base: 0, limit: 0xffff },
+        cr0: 0x6000_0010,
+        apic_base: 0xfee0_0900,
+        ..Sregs::default()
+    };
+    let list = Records::default()
+        .put(Type::SREGS, &sregs)
+        .put(Type::REGS, &regs)
+        .put(Type::DEBUG, &DebugRegs { dr6: 0xffff_0ff0, dr7: 0x400, ..DebugRegs::default() })
+        .list(Type::MSRS, &[Msr { index: 0x10, reserved: 0, value: 123_456_789 }])
+        .put(Type::CLOCK, &Clock { kvmclock: 1, realtime: 2, host_tsc: 3, flags: 6 })
+        .done();
+    holds("state-records", &list);
+}

@@ -1,0 +1,171 @@
+//! A VM run by `soc-vmm run`, as a user would.
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use payloads::Payload;
+use tempfile::TempDir;
+
+use crate::program;
+
+/// No VM of a test lives longer: a hang is a failure, not a wait.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// A running soc-vmm with files of its own, ended when dropped.
+#[derive(Debug)]
+pub struct Vm {
+    child: Child,
+    directory: TempDir,
+}
+
+/// How a VM ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// soc-vmm's exit status.
+    pub status: ExitStatus,
+    /// What the guest wrote to the debug console.
+    pub debugcon: String,
+    /// What it wrote to the serial port.
+    pub serial: String,
+    /// What soc-vmm said.
+    pub stderr: String,
+}
+
+impl Vm {
+    /// Runs a payload on `vcpus` vCPUs with the test devices.
+    pub fn payload(payload: &Payload, more: &[&str]) -> Self {
+        let directory = TempDir::new().expect("a temporary directory");
+        let (option, bytes) = payload.file();
+        let image = directory.path().join(payload.name);
+        std::fs::write(&image, bytes).expect("the payload is written");
+        let cpus = payload.vcpus.to_string();
+        let image = image.to_str().expect("a UTF-8 path").to_owned();
+        let mut args = vec![option, &image, "--cpus", &cpus, "--memory", "64M", "--debug-exit"];
+        args.extend(more);
+        Self::run_in(directory, &args)
+    }
+
+    /// Runs `soc-vmm run ARGS…`; serial port and debug console go to files.
+    pub fn run(args: &[&str]) -> Self {
+        Self::run_in(TempDir::new().expect("a temporary directory"), args)
+    }
+
+    fn run_in(directory: TempDir, args: &[&str]) -> Self {
+        let at = |name: &str| directory.path().join(name).display().to_string();
+        let child = Command::new(program("soc-vmm"))
+            .arg("run")
+            .args(["--serial", &format!("file:{}", at("serial"))])
+            .args(["--debugcon", &format!("file:{}", at("debugcon"))])
+            .args(["--qmp", &format!("unix:{}", at("qmp"))])
+            .args(args)
+            .env("XDG_RUNTIME_DIR", directory.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("soc-vmm starts");
+        Self { child, directory }
+    }
+
+    /// A file of this VM: `serial`, `debugcon`, `qmp`.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// soc-vmm's process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the debug console holds `text`.
+    ///
+    /// # Panics
+    /// The VM ends first, or it takes too long.
+    pub fn debugcon_has(&mut self, text: &str) {
+        self.file_has("debugcon", text);
+    }
+
+    /// Waits until the serial port has written `text`.
+    ///
+    /// # Panics
+    /// The VM ends first, or it takes too long.
+    pub fn serial_has(&mut self, text: &str) {
+        self.file_has("serial", text);
+    }
+
+    fn file_has(&mut self, name: &str, text: &str) {
+        let path = self.file(name);
+        self.wait_until(&format!("{name} has {text:?}"), || read(&path).contains(text));
+    }
+
+    fn wait_until(&mut self, what: &str, condition: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !condition() {
+            let ended = self.child.try_wait().expect("the child can be waited for");
+            if ended.is_some() && !condition() {
+                let stderr = self.stderr();
+                panic!("soc-vmm ended ({ended:?}) before {what}: {stderr}\n{}", read(&self.file("debugcon")));
+            }
+            assert!(start.elapsed() < LIMIT, "{what} did not come about; debugcon: {}", read(&self.file("debugcon")));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Runs one of soc-vmm's commands on this VM, such as `pause`; its standard output.
+    ///
+    /// # Panics
+    /// It fails.
+    pub fn command(&self, words: &[&str]) -> String {
+        let output = Command::new(program("soc-vmm"))
+            .args(words)
+            .arg("--qmp")
+            .arg(self.file("qmp"))
+            .output()
+            .expect("soc-vmm starts");
+        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Waits for the VM's end.
+    ///
+    /// # Panics
+    /// It takes too long.
+    pub fn wait(mut self) -> Ended {
+        let start = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
+                break status;
+            }
+            if start.elapsed() > LIMIT {
+                let _ = self.child.kill();
+                panic!("the VM did not end; debugcon: {}", read(&self.file("debugcon")));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let stderr = self.stderr();
+        Ended { status, debugcon: read(&self.file("debugcon")), serial: read(&self.file("serial")), stderr }
+    }
+
+    fn stderr(&mut self) -> String {
+        let mut text = String::new();
+        if let Some(stderr) = &mut self.child.stderr {
+            // What is no UTF-8 is no message of ours.
+            let _ = stderr.read_to_string(&mut text);
+        }
+        text
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::io::stderr().flush();
+    }
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+}
