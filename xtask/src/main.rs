@@ -1,9 +1,11 @@
 //! `cargo xtask`: what a person types.
 
 mod counts;
+mod demo;
 mod hold;
 mod step;
 mod suite;
+mod table;
 mod terminal;
 
 use std::process::ExitCode;
@@ -19,6 +21,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    /// The main job, end to end: a guest on an emulated server, its VMM on the DPU's SoC.
+    #[command(hide = true)]
+    Demo(demo::Demo),
     /// Fetch what is missing and run what CI runs.
     Test {
         /// Leave out the emulated machines.
@@ -74,6 +79,7 @@ enum Soc {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Task::Demo(demo) => demo::run(&demo),
         Task::Test { quick } => suite::run(quick),
         Task::Testbed { command } => match command {
             Testbed::Up(up) => hold::up(&up),

@@ -16,6 +16,7 @@ pub mod paths;
 pub mod process;
 pub mod server;
 pub mod soc;
+pub mod vmm;
 
 pub use testbed_init as protocol;
 

@@ -56,7 +56,7 @@ pub enum Error {
         source: io::Error,
     },
     /// It didn't come up, or came down.
-    #[error("{name} {what}; its console's end:\n{console}\nQEMU said: {qemu}")]
+    #[error("{name} {what}; its console's end:\n{console}\n{said}")]
     Dead {
         /// Which machine.
         name: String,
@@ -64,8 +64,8 @@ pub enum Error {
         what: String,
         /// The last lines of its console.
         console: String,
-        /// What QEMU printed.
-        qemu: String,
+        /// What runs it wrote to its own standard error.
+        said: String,
     },
     /// A call failed.
     #[error("{name}: {request}")]
@@ -420,12 +420,8 @@ impl Machine {
 }
 
 fn dead(name: &str, what: String, console: &Console, qemu_log: &Path) -> Error {
-    Error::Dead {
-        name: name.to_owned(),
-        what,
-        console: console.tail(30),
-        qemu: fs::read_to_string(qemu_log).unwrap_or_default().trim().to_owned(),
-    }
+    let said = fs::read_to_string(qemu_log).unwrap_or_default();
+    Error::Dead { name: name.to_owned(), what, console: console.tail(30), said: format!("QEMU said: {}", said.trim()) }
 }
 
 /// Connects as soon as QEMU listens, which is before the machine runs: its first line must find a listener.

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::process::{ChildStdin, Command, ExitStatus};
+use std::process::{ChildStdin, ChildStdout, Command, ExitStatus};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
@@ -104,6 +104,19 @@ impl Child {
     /// Its standard input, if it was started with a pipe there and nobody took it.
     pub fn stdin(&mut self) -> Option<ChildStdin> {
         self.inner.stdin.take()
+    }
+
+    /// Its standard output, if it was started with a pipe there and nobody took it.
+    pub fn stdout(&mut self) -> Option<ChildStdout> {
+        self.inner.stdout.take()
+    }
+
+    /// Kills it.
+    ///
+    /// # Errors
+    /// It was reaped already.
+    pub fn kill(&mut self) -> io::Result<()> {
+        self.inner.kill()
     }
 
     /// Its exit status if it has ended.

@@ -22,8 +22,9 @@ pub(crate) fn mount_all() -> Result<(), String> {
     ] {
         mount_one(source, target, kind)?;
     }
-    // Terminals for programs that ask for one; a kernel without huge pages is fine too.
+    // A kernel may lack one of these: terminals, KVM's counters, huge pages.
     let _ = mount_one("devpts", "/dev/pts", "devpts");
+    let _ = mount_one("debugfs", "/sys/kernel/debug", "debugfs");
     let _ = mount_one("hugetlbfs", "/dev/hugepages", "hugetlbfs");
     Ok(())
 }

@@ -1,0 +1,319 @@
+//! soc-vmm at work on a function of a [`Bed`]: on this machine, or on the bed's Arm SoC.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::bed::{Bed, GUEST_INITRD, GUEST_KERNEL, SOC_CHANNEL, SOC_VMM};
+use crate::card::{SOC_HOST, SOC_VM};
+use crate::fetch::Arch;
+use crate::machine::{Error, Machine};
+use crate::process::Child;
+use crate::protocol::{Ended, Status};
+use crate::{build, guest};
+
+/// How long a soc-vmm command other than `run` may take.
+const COMMAND_LIMIT: Duration = Duration::from_secs(90);
+
+/// A VM to be run.
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    /// Its name.
+    pub name: String,
+    /// Its vCPUs.
+    pub cpus: u32,
+    /// Its RAM, as `--memory` takes it.
+    pub memory: String,
+    /// The function of the card that carries it.
+    pub function: u32,
+    /// Further arguments of `soc-vmm run`.
+    pub args: Vec<String>,
+}
+
+impl VmConfig {
+    /// 2 vCPUs and 512 MiB of huge pages.
+    #[must_use]
+    pub fn new(name: &str, function: u32) -> Self {
+        Self { name: name.to_owned(), cpus: 2, memory: "512M,hugepages=2M".to_owned(), function, args: Vec::new() }
+    }
+}
+
+/// A running `soc-vmm run` whose guest's serial line is here. It is killed when this handle is dropped.
+#[derive(Debug)]
+pub struct Vmm<'a> {
+    name: String,
+    place: Place<'a>,
+    keyboard: Box<dyn Keyboard>,
+    screen: Arc<Screen>,
+    /// How much of the screen has been looked at by [`Self::expect`].
+    seen: usize,
+}
+
+#[derive(Debug)]
+enum Place<'a> {
+    Native { program: PathBuf, process: Child, errors: PathBuf, _dir: tempfile::TempDir },
+    Soc { soc: &'a Machine, pid: i32 },
+}
+
+/// Where keys go.
+trait Keyboard: Write + Send + std::fmt::Debug {}
+impl<T: Write + Send + std::fmt::Debug> Keyboard for T {}
+
+/// What the guest printed.
+#[derive(Debug, Default)]
+struct Screen {
+    bytes: Mutex<Vec<u8>>,
+    grown: Condvar,
+}
+
+impl<'a> Vmm<'a> {
+    /// Runs the guest's image ([`guest::image`]) on a function of `bed`.
+    ///
+    /// # Errors
+    /// soc-vmm can't be built or started. That it can't use the function shows at its end.
+    pub fn run(bed: &'a Bed, config: &VmConfig) -> Result<Self, Error> {
+        let screen = Arc::new(Screen::default());
+        let (place, keyboard, output): (_, Box<dyn Keyboard>, Box<dyn Read + Send>) = match &bed.soc {
+            Some(soc) => {
+                let spec = format!("pci:{}", soc_address(soc, config.function)?);
+                let args = arguments(config, &spec, GUEST_KERNEL, GUEST_INITRD);
+                let args: Vec<&str> = args.iter().map(String::as_str).collect();
+                let stream = soc.channel(SOC_CHANNEL)?;
+                let output = stream.try_clone().map_err(Error::file(SOC_CHANNEL))?;
+                let pid = soc.run(SOC_VMM, &args, Some(SOC_CHANNEL))?;
+                (Place::Soc { soc, pid }, Box::new(stream), Box::new(output))
+            }
+            None => native(bed, config)?,
+        };
+        screen.fill_from(output)?;
+        Ok(Self { name: config.name.clone(), place, keyboard, screen, seen: 0 })
+    }
+
+    /// Waits, at most for `limit`, until the guest has printed `text` beyond what was expected before.
+    ///
+    /// # Errors
+    /// [`Error::Dead`] if it hasn't by then.
+    pub fn expect(&mut self, text: &str, limit: Duration) -> Result<(), Error> {
+        match self.screen.find(text, self.seen, limit) {
+            Some(end) => {
+                self.seen = end;
+                Ok(())
+            }
+            None => Err(self.dead(&format!("didn't print {text:?} within {limit:?}"))),
+        }
+    }
+
+    /// Types `text` at the guest's serial line.
+    ///
+    /// # Errors
+    /// soc-vmm is gone.
+    pub fn type_text(&mut self, text: &str) -> Result<(), Error> {
+        let name = self.name.clone();
+        self.keyboard.write_all(text.as_bytes()).and_then(|()| self.keyboard.flush()).map_err(Error::file(name))
+    }
+
+    /// Everything the guest printed.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let bytes = self.screen.bytes.lock();
+        let bytes = bytes.unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// What soc-vmm wrote to its standard error.
+    #[must_use]
+    pub fn errors(&self) -> String {
+        match &self.place {
+            Place::Native { errors, .. } => std::fs::read_to_string(errors).unwrap_or_default(),
+            Place::Soc { soc, pid } => soc.control().output(*pid).join("\n"),
+        }
+    }
+
+    /// Runs another soc-vmm command for this VM, where soc-vmm runs: `soc-vmm VERB… NAME`.
+    ///
+    /// # Errors
+    /// It can't be started.
+    pub fn command(&self, verb: &[&str]) -> Result<Ended, Error> {
+        let args = [verb, &[&self.name]].concat();
+        match &self.place {
+            Place::Soc { soc, .. } => soc.exec(SOC_VMM, &args, COMMAND_LIMIT),
+            Place::Native { program, .. } => {
+                let output =
+                    Command::new(program).args(&args).stdin(Stdio::null()).output().map_err(Error::file(program))?;
+                Ok(Ended {
+                    status: status_of(output.status),
+                    stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+                    stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+                })
+            }
+        }
+    }
+
+    /// Waits for soc-vmm's end, at most for `limit`.
+    ///
+    /// # Errors
+    /// [`Error::Dead`] if it still runs then.
+    pub fn wait_for_exit(&mut self, limit: Duration) -> Result<Status, Error> {
+        let status = match &mut self.place {
+            Place::Native { process, .. } => process.wait(limit).map_err(Error::file(&self.name))?.map(status_of),
+            Place::Soc { soc, pid } => soc.control().wait_for_exit(*pid, limit),
+        };
+        status.ok_or_else(|| self.dead(&format!("still runs after {limit:?}")))
+    }
+
+    /// Kills soc-vmm, as a crash would.
+    ///
+    /// # Errors
+    /// It is gone already.
+    pub fn kill(&mut self) -> Result<(), Error> {
+        const SIGKILL: i32 = 9;
+        match &mut self.place {
+            Place::Native { process, .. } => process.kill().map_err(Error::file(&self.name)),
+            Place::Soc { soc, pid } => soc.signal(*pid, SIGKILL),
+        }
+    }
+
+    fn dead(&self, what: &str) -> Error {
+        let text = self.text();
+        let lines: Vec<&str> = text.lines().collect();
+        Error::Dead {
+            name: self.name.clone(),
+            what: what.to_owned(),
+            console: lines[lines.len().saturating_sub(30)..].join("\n"),
+            said: format!("soc-vmm said: {}", self.errors()),
+        }
+    }
+}
+
+impl Drop for Vmm<'_> {
+    fn drop(&mut self) {
+        // The native one dies with its handle. On the SoC it may have ended, which is all that can fail here.
+        if let Place::Soc { .. } = self.place {
+            let _ = self.kill();
+        }
+    }
+}
+
+impl Screen {
+    /// Copies `output` to the screen until its end.
+    fn fill_from(self: &Arc<Self>, mut output: Box<dyn Read + Send>) -> Result<(), Error> {
+        let screen = Arc::clone(self);
+        thread::Builder::new()
+            .name("testbed-screen".to_owned())
+            .spawn(move || {
+                let mut buffer = [0; 4096];
+                while let Ok(count @ 1..) = output.read(&mut buffer) {
+                    let bytes = screen.bytes.lock();
+                    bytes.unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..count]);
+                    screen.grown.notify_all();
+                }
+            })
+            .map_err(Error::file("testbed-screen"))?;
+        Ok(())
+    }
+
+    /// Where `text` ends, looked for from byte `from` on; `None` after `limit`.
+    fn find(&self, text: &str, from: usize, limit: Duration) -> Option<usize> {
+        let end = Instant::now() + limit;
+        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let at = bytes[from..].windows(text.len()).position(|window| window == text.as_bytes());
+            if let Some(at) = at {
+                return Some(from + at + text.len());
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            let (grown, _) = self.grown.wait_timeout(bytes, left).unwrap_or_else(PoisonError::into_inner);
+            bytes = grown;
+        }
+    }
+}
+
+type Started<'a> = (Place<'a>, Box<dyn Keyboard>, Box<dyn Read + Send>);
+
+fn native<'a>(bed: &Bed, config: &VmConfig) -> Result<Started<'a>, Error> {
+    let program = build::programs(Arch::Amd64, &["soc-vmm"])?.remove(0);
+    let image = guest::image()?;
+    let spec = format!("card:{}", bed.card.soc_socket(config.function).display());
+    let (kernel, initrd) = (image.kernel.display(), image.initrd.display());
+    let dir = tempfile::tempdir().map_err(Error::file(std::env::temp_dir()))?;
+    let errors = dir.path().join("errors");
+    let mut command = Command::new(&program);
+    command
+        .args(arguments(config, &spec, &kernel.to_string(), &initrd.to_string()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(File::create(&errors).map_err(Error::file(&errors))?);
+    let mut process = Child::spawn(command)?;
+    let (Some(keyboard), Some(output)) = (process.stdin(), process.stdout()) else {
+        return Err(Error::file(&program)(io::ErrorKind::BrokenPipe.into()));
+    };
+    let place = Place::Native { program, process, errors, _dir: dir };
+    Ok((place, Box::new(keyboard), Box::new(output)))
+}
+
+fn arguments(config: &VmConfig, spec: &str, kernel: &str, initrd: &str) -> Vec<String> {
+    let cpus = config.cpus.to_string();
+    let mut args: Vec<String> = [
+        "run",
+        "--name",
+        &config.name,
+        "--cpus",
+        &cpus,
+        "--memory",
+        &config.memory,
+        "--function",
+        spec,
+        "--kernel",
+        kernel,
+        "--initrd",
+        initrd,
+        "--cmdline",
+        "console=ttyS0 quiet",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    args.extend(config.args.iter().cloned());
+    args
+}
+
+/// The address of function `number` in the SoC: functions are in the order of their slots.
+fn soc_address(soc: &Machine, number: u32) -> Result<String, Error> {
+    let functions = soc.inventory()?.pci.into_iter();
+    let index = usize::try_from(number).unwrap_or(usize::MAX);
+    functions
+        .filter(|function| [SOC_VM, SOC_HOST].contains(&function.id))
+        .nth(index)
+        .map(|function| function.address)
+        .ok_or_else(|| Error::file(format!("function {number}"))(io::ErrorKind::NotFound.into()))
+}
+
+fn status_of(status: std::process::ExitStatus) -> Status {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Status::Code(code),
+        (None, signal) => Status::Signal(signal.unwrap_or_default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_expected_is_not_found_again() {
+        let screen = Arc::new(Screen::default());
+        screen.fill_from(Box::new(&b"up\r\n# up\r\n"[..])).unwrap();
+        let limit = Duration::from_secs(5);
+        let first = screen.find("up", 0, limit).unwrap();
+        let second = screen.find("up", first, limit).unwrap();
+        assert!(second > first);
+        assert_eq!(screen.find("up", second, Duration::from_millis(20)), None);
+    }
+}
