@@ -1,0 +1,96 @@
+//! The program itself: what it prints where, and how it ends.
+
+use std::process::{Command, Output};
+
+use soc_vmm::control::{Action, ListeningSocket, VmControl, VmInfo, channel};
+use soc_vmm::qmp::Server;
+
+fn soc_vmm(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_soc-vmm")).args(args).output().unwrap()
+}
+
+/// What it printed, and its status.
+fn ended(args: &[&str]) -> (String, String, i32) {
+    let output = soc_vmm(args);
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (text(output.stdout), text(output.stderr), output.status.code().unwrap())
+}
+
+#[test]
+fn a_wrong_command_line_is_one_line_and_status_2() {
+    let missing = "/no/such/kernel";
+    let cases: [(&[&str], &str); 9] = [
+        (&[], "--help"),
+        (&["frobnicate"], "frobnicate"),
+        (&["-name", "guest=a", "-machine", "q35"], "QEMU-compatible"),
+        (&["migrate", "a", "tcp:b:1"], "migrate is not there yet"),
+        (&["run"], "--kernel"),
+        (&["run", "--kernel", missing, "--disk", "file=d"], "--disk is not there yet"),
+        (&["run", "--kernel", missing, "--memory", "0"], "--memory"),
+        (&["run", "--kernel", missing], missing),
+        (&["run", "--kernel", missing, "--no-such\n\noption"], "--no-such"),
+    ];
+    for (args, word) in cases {
+        let (out, err, status) = ended(args);
+        assert_eq!((out.as_str(), status), ("", 2), "{args:?}: {err}");
+        assert!(err.starts_with("soc-vmm: ") && err.ends_with('\n') && err.lines().count() == 1, "{args:?}: {err:?}");
+        assert!(err.contains(word), "{args:?}: {err:?}");
+    }
+}
+
+#[test]
+fn help_and_version_go_to_standard_output() {
+    for args in [["-h"], ["--help"], ["-V"], ["--version"]] {
+        let (out, err, status) = ended(&args);
+        assert!(out.contains("soc-vmm") && err.is_empty() && status == 0, "{args:?}: {out:?} {err:?} {status}");
+    }
+}
+
+#[test]
+fn a_vm_that_is_not_there_is_status_4() {
+    let (_, err, status) = ended(&["status", "--qmp", "/no/such/socket"]);
+    assert!(err.contains("/no/such/socket") && err.lines().count() == 1, "{err:?}");
+    assert_eq!(status, 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_commands_drive_a_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vm.qmp");
+    let (vm, control) = channel(VmInfo { name: "w".into(), cpus: 1, memory: 1 << 30, function: "local".into() });
+    let server = Server::start(&vm, vec![ListeningSocket::bind(&path).unwrap()]).unwrap();
+    let plays = tokio::spawn(play(control));
+    let socket = path.to_str().unwrap().to_owned();
+    tokio::task::spawn_blocking(move || {
+        for (command, state) in
+            [("pause", "paused"), ("reset", "prelaunch"), ("resume", "running"), ("powerdown", "running")]
+        {
+            assert_eq!(ended(&[command, "--qmp", &socket]), (String::new(), String::new(), 0), "{command}");
+            let (shown, _, status) = ended(&["status", "--qmp", &socket]);
+            assert!(shown.starts_with(&format!("w: {state} (1 vCPU, 1G, function local")), "{command}: {shown}");
+            assert_eq!(status, 0);
+        }
+        let (json, _, _) = ended(&["status", "--json", "--qmp", &socket]);
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&json).unwrap()["status"], "running");
+        assert_eq!(ended(&["quit", "--qmp", &socket]).2, 0);
+    })
+    .await
+    .unwrap();
+    let done = plays.await.unwrap();
+    assert_eq!(done[..4], [Action::Pause, Action::Reset, Action::Resume, Action::PowerButton]);
+    server.close().await;
+}
+
+/// A VM that does what it is told.
+async fn play(mut control: VmControl) -> Vec<Action> {
+    control.started();
+    let mut done = Vec::new();
+    while let Some(order) = control.next().await {
+        done.push(order.action());
+        control.finish(order, Ok(()));
+        if matches!(done.last(), Some(Action::Quit(_))) {
+            break;
+        }
+    }
+    done
+}
