@@ -105,6 +105,7 @@ struct Session {
 impl Session {
     fn on_terminal(end: &str) -> (Self, std::fs::File) {
         let pty = openpty(None, None).unwrap();
+        assert!(!is_raw(&pty.slave), "a new terminal is raw already");
         let slave = || Stdio::from(pty.slave.try_clone().unwrap());
         // setsid(1) makes the terminal the controlling one, with the child in its foreground.
         let mut command = Command::new("setsid");
@@ -125,11 +126,6 @@ impl Session {
                 }
             }
         }
-    }
-
-    fn is_raw(&self) -> bool {
-        let modes = tcgetattr(self.terminal.as_ref().unwrap().as_fd()).unwrap();
-        !modes.local_flags.intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG)
     }
 
     fn exit(mut self) -> Option<i32> {
@@ -153,6 +149,11 @@ impl Session {
     }
 }
 
+fn is_raw(terminal: &OwnedFd) -> bool {
+    let modes = tcgetattr(terminal.as_fd()).unwrap();
+    !modes.local_flags.intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG)
+}
+
 fn pump(mut from: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     let (sender, receiver) = thread_channel();
     std::thread::spawn(move || {
@@ -168,9 +169,8 @@ fn pump(mut from: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
 
 fn keys_reach_the_guest_and_ctrl_a_x_quits() {
     let (mut session, mut keys) = Session::on_terminal("quit");
-    assert!(!session.is_raw());
     session.wait_for("ready");
-    assert!(session.is_raw());
+    assert!(is_raw(session.terminal.as_ref().unwrap()));
     // Ctrl-C and the doubled Ctrl-A are the guest's; the help is ours.
     keys.write_all(b"a\x03b\x01\x01c").unwrap();
     session.wait_for("A\x03B\x01C");
@@ -183,7 +183,7 @@ fn keys_reach_the_guest_and_ctrl_a_x_quits() {
 fn ends_by_itself(end: &str) {
     let (mut session, mut keys) = Session::on_terminal(end);
     session.wait_for("ready");
-    assert!(session.is_raw());
+    assert!(is_raw(session.terminal.as_ref().unwrap()));
     keys.write_all(b"k").unwrap();
     assert_ne!(session.exit(), Some(0));
 }
