@@ -20,8 +20,7 @@ const FUZZ_FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
     -Cllvm-args=-sanitizer-coverage-pc-table \
-    -Cllvm-args=-sanitizer-coverage-trace-compares \
-    -Cdebug-assertions -Coverflow-checks";
+    -Cllvm-args=-sanitizer-coverage-trace-compares";
 /// What has unit tests that mean something on an Arm SoC: everything that runs there.
 const ON_ARM: [&str; 5] = ["ioreq-ring", "api-channel", "pcie-function", "pcie-function-card", "soc-vmm"];
 
@@ -122,8 +121,10 @@ impl Suite {
         let dir = paths::workspace().join("tests/fuzz");
         let target_dir = paths::target().join("fuzz");
         let manifest = dir.join("Cargo.toml");
-        let mut command = cargo(["build", "--release", "--bins", "--manifest-path"]);
-        command.arg(&manifest).env("RUSTFLAGS", FUZZ_FLAGS).env("CARGO_TARGET_DIR", &target_dir);
+        // With a target named, the flags aren't for build scripts.
+        let triple = format!("{}-unknown-linux-gnu", env::consts::ARCH);
+        let mut command = cargo(["build", "--release", "--bins", "--target", &triple]);
+        command.arg("--manifest-path").arg(&manifest).env("RUSTFLAGS", FUZZ_FLAGS).env("CARGO_TARGET_DIR", &target_dir);
         if !step::run("fuzz targets: build", command, 15 * MINUTE)?.ok {
             self.failed.push("fuzz targets: build".to_owned());
             self.counts.failed += 1;
@@ -132,7 +133,7 @@ impl Suite {
         for target in programs_of(&manifest)? {
             let found = target_dir.join("found").join(&target);
             fs::create_dir_all(&found).map_err(|e| format!("{}: {e}", found.display()))?;
-            let mut command = Command::new(target_dir.join("release").join(&target));
+            let mut command = Command::new(target_dir.join(&triple).join("release").join(&target));
             command
                 .arg(format!("-max_total_time={FUZZ_SECONDS}"))
                 .args(["-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"])
