@@ -200,7 +200,6 @@ impl Pipe {
     fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
-        state.bytes.clear();
         let wake = std::mem::take(&mut state.device_waits);
         drop(state);
         if wake {

@@ -74,9 +74,13 @@ fn a_button_pressed_before_acpi_waits_and_no_sci_comes_without_acpi() {
     rig.outb(SMI_COMMAND.into(), ACPI_DISABLE);
     assert!(!rig.lines.high(SCI_GSI));
     rig.outb(SMI_COMMAND.into(), ACPI_ENABLE);
+    rig.acpi_handle.raise_gpe(1);
+    rig.acpi_handle.press_power_button();
     rig.ports.reset();
+    rig.settle();
     assert!(!rig.lines.high(SCI_GSI));
-    assert_eq!(rig.inp(STATUS, 4), 0);
+    assert_eq!(rig.inp(STATUS, 4), 0, "what was under way is gone");
+    assert_eq!(rig.inp(GPE_STATUS, 4), 0);
     assert_eq!(rig.inp(CONTROL, 2), 0);
 }
 
@@ -142,10 +146,48 @@ fn a_carry_seen_by_an_access_is_not_told_again_by_the_deadline() {
     rig.clock.pass(Duration::from_secs_f64(HALF_24 + 0.001));
     assert_eq!(rig.inp(STATUS, 2) & TMR, TMR);
     assert!(rig.lines.high(SCI_GSI));
+    rig.ports.poll();
     rig.out(STATUS, 2, TMR);
     rig.ports.poll();
     assert!(!rig.lines.high(SCI_GSI));
-    assert!(rig.ports.deadline().is_some());
+    rig.pass(Duration::from_secs_f64(HALF_24));
+    assert!(rig.lines.high(SCI_GSI), "and the next one is not lost");
+}
+
+#[test]
+fn a_deadline_before_the_tscs_carry_is_that_carry() {
+    let mut rig = Rig::new();
+    enable_acpi(&mut rig);
+    rig.out(ENABLE, 2, TMR);
+    let lag = Duration::from_millis(1);
+    rig.pass(lag);
+    rig.clock.lag_tsc(lag);
+    rig.pass(Duration::from_secs_f64(HALF_24) - lag / 2);
+    assert!(rig.lines.high(SCI_GSI));
+    assert_eq!(rig.inp(TIMER, 4) >> 23, 0, "the TSC is not there yet");
+    rig.out(STATUS, 2, TMR);
+    rig.pass(lag);
+    assert_eq!(rig.inp(TIMER, 4) >> 23, 1);
+    assert!(!rig.lines.high(SCI_GSI), "told already");
+    assert_eq!(rig.inp(STATUS, 2), 0);
+}
+
+#[test]
+fn a_timer_that_was_set_carries_by_its_new_count() {
+    let mut rig = Rig::new();
+    enable_acpi(&mut rig);
+    rig.pass(Duration::from_secs(4));
+    rig.inp(STATUS, 2);
+    rig.out(STATUS, 2, TMR);
+    rig.out(ENABLE, 2, TMR);
+    let tsc = rig.clock.host_tsc();
+    rig.acpi.lock().unwrap().set_timer(0, tsc);
+    rig.ports.poll();
+    assert_eq!(rig.inp(TIMER, 4), 0);
+    rig.pass(Duration::from_secs_f64(HALF_24 - 0.001));
+    assert!(!rig.lines.high(SCI_GSI));
+    rig.pass(Duration::from_millis(2));
+    assert!(rig.lines.high(SCI_GSI));
 }
 
 #[test]

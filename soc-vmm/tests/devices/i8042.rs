@@ -93,6 +93,28 @@ fn linux_probes_the_controller() {
 }
 
 #[test]
+fn a_disabled_keyboard_does_not_interrupt() {
+    let mut rig = Rig::new();
+    command(&mut rig, 0xad);
+    command(&mut rig, 0xd2);
+    rig.outb(DATA, 0x1c);
+    assert!(rig.lines.all_high().is_empty());
+    command(&mut rig, 0xae);
+    assert_eq!(rig.lines.all_high(), [1]);
+}
+
+#[test]
+fn a_command_ends_the_wait_for_the_last_ones_data() {
+    let mut rig = Rig::new();
+    command(&mut rig, 0xd1);
+    command(&mut rig, 0xab);
+    assert_eq!(reply(&mut rig), 0x00);
+    rig.outb(DATA, 0x00);
+    assert_eq!(rig.power.take(), [], "no output port: a byte for the keyboard");
+    assert_eq!(reply(&mut rig), 0xfe);
+}
+
+#[test]
 fn a_queued_byte_is_an_interrupt_of_its_own() {
     let mut rig = Rig::new();
     for byte in 1..=3 {

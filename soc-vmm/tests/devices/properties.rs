@@ -65,10 +65,35 @@ fn data() -> impl Strategy<Value = u64> {
     ]
 }
 
+/// Writes that bring the devices to where something happens: interrupts on, timers running, FIFOs on.
+fn setting() -> impl Strategy<Value = Step> {
+    let write = |at, len, data| Step::Write { memory: false, at, len, data };
+    prop_oneof![
+        // COM1: IER, FCR, LCR, MCR.
+        (0..16u64).prop_map(move |ier| write(0x3f9, 1, ier)),
+        prop_oneof![Just(0x01u64), Just(0x81), Just(0xc1), Just(0)].prop_map(move |fcr| write(0x3fa, 1, fcr)),
+        prop_oneof![Just(0x03u64), Just(0x83)].prop_map(move |lcr| write(0x3fb, 1, lcr)),
+        prop_oneof![Just(0x0bu64), Just(0x1b)].prop_map(move |mcr| write(0x3fc, 1, mcr)),
+        // RTC: index and data in one write: any time and alarm, registers A and B.
+        (0..10u64, 0..0x60u64).prop_map(move |(index, data)| write(0x70, 2, data << 8 | index)),
+        (1..16u64).prop_map(move |rate| write(0x70, 2, (0x20 | rate) << 8 | 0x0a)),
+        (0..8u64, 0..8u64).prop_map(move |(sources, mode)| write(0x70, 2, (sources << 4 | mode) << 8 | 0x0b)),
+        Just(write(0x70, 1, 0x0c)),
+        // i8042 commands, ACPI on, its events on and acknowledged.
+        (0xa0..0xe0u64).prop_map(move |command| write(0x64, 1, command)),
+        Just(write(0xb2, 1, 2)),
+        any::<u16>().prop_map(move |enable| write(0x602, 2, enable.into())),
+        Just(write(0x600, 2, 0xffff)),
+        any::<u32>().prop_map(move |enable| write(0x628, 4, enable.into())),
+        any::<u32>().prop_map(move |clear| write(0x620, 4, clear.into())),
+    ]
+}
+
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         10 => place().prop_map(|(memory, at, len)| Step::Read { memory, at, len }),
         14 => (place(), data()).prop_map(|((memory, at, len), data)| Step::Write { memory, at, len, data }),
+        14 => setting(),
         3 => prop_oneof![0..1_000_000u64, 0..3_000_000_000u64, Just(100_000_000_000)].prop_map(Step::Pass),
         2 => vec(any::<u8>(), 1..24).prop_map(Step::Input),
         1 => Just(Step::Drain),
@@ -204,6 +229,29 @@ proptest! {
             prop_assert_eq!(expected, got, "step {} {:?}", nth, step);
         }
     }
+}
+
+/// A restored irqchip need not know the levels: each device says its own again.
+#[test]
+fn restoring_says_the_levels_again() {
+    let mut rig = Rig::new();
+    rig.outb(0x3f9, 0x02);
+    rig.out(0x70, 2, 0x420b);
+    rig.outb(0x64, 0xaa);
+    rig.outb(0xb2, 2);
+    rig.out(0x602, 2, 1 << 8);
+    rig.acpi_handle.press_power_button();
+    rig.outb(0x2017, 1);
+    rig.pass(Duration::from_secs(1));
+    let high = [1, 4, 8, 9, 23];
+    assert_eq!(rig.lines.all_high(), high);
+    rig.lines.forget();
+    transfer(&rig.serial, &rig.serial);
+    transfer(&rig.rtc, &rig.rtc);
+    transfer(&rig.i8042, &rig.i8042);
+    transfer(&rig.acpi, &rig.acpi);
+    transfer(&rig.test_ports, &rig.test_ports);
+    assert_eq!(rig.lines.all_high(), high);
 }
 
 /// Lets time pass for two machines on one clock.

@@ -26,12 +26,18 @@ pub(crate) const ROOM: usize = 40;
 pub(crate) struct HandClock {
     base: Instant,
     passed: Mutex<Duration>,
+    lag: Mutex<Duration>,
     real: Mutex<Duration>,
 }
 
 impl HandClock {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { base: Instant::now(), passed: Mutex::default(), real: Mutex::new(START) })
+        Arc::new(Self {
+            base: Instant::now(),
+            passed: Mutex::default(),
+            lag: Mutex::default(),
+            real: Mutex::new(START),
+        })
     }
 
     pub(crate) fn pass(&self, time: Duration) {
@@ -43,8 +49,13 @@ impl HandClock {
         *self.real.lock().unwrap() = to;
     }
 
+    /// The host's TSC is behind the SoC's clock by `lag`.
+    pub(crate) fn lag_tsc(&self, lag: Duration) {
+        *self.lag.lock().unwrap() = lag;
+    }
+
     pub(crate) fn host_tsc(&self) -> u64 {
-        let passed = self.passed.lock().unwrap().as_nanos();
+        let passed = (*self.passed.lock().unwrap() - *self.lag.lock().unwrap()).as_nanos();
         (passed * u128::from(TSC_KHZ) / 1_000_000) as u64
     }
 }
@@ -59,11 +70,12 @@ impl Clock for HandClock {
     }
 }
 
-/// Takes interrupt levels and counts changes that are none.
+/// Takes interrupt levels, and counts.
 #[derive(Debug, Default)]
 pub(crate) struct Lines {
     levels: Mutex<BTreeMap<u32, bool>>,
     rises: AtomicUsize,
+    said: AtomicUsize,
 }
 
 impl Lines {
@@ -75,6 +87,16 @@ impl Lines {
         self.levels.lock().unwrap().iter().filter(|(_, high)| **high).map(|(gsi, _)| *gsi).collect()
     }
 
+    /// How often a level was said, all together.
+    pub(crate) fn said(&self) -> usize {
+        self.said.load(Ordering::Relaxed)
+    }
+
+    /// Loses every level, as an irqchip that was restored from elsewhere.
+    pub(crate) fn forget(&self) {
+        self.levels.lock().unwrap().clear();
+    }
+
     /// How often a line rose, all together.
     pub(crate) fn rises(&self) -> usize {
         self.rises.load(Ordering::Relaxed)
@@ -83,6 +105,7 @@ impl Lines {
 
 impl LineSink for Lines {
     fn set_level(&self, gsi: u32, high: bool) {
+        self.said.fetch_add(1, Ordering::Relaxed);
         let old = self.levels.lock().unwrap().insert(gsi, high).unwrap_or(false);
         if high && !old {
             self.rises.fetch_add(1, Ordering::Relaxed);

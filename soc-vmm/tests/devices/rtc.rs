@@ -105,7 +105,8 @@ fn the_update_is_announced() {
     rig.pass(Duration::from_micros(200));
     assert_eq!(get(&mut rig, A) & 0x80, 0);
     assert_eq!(get(&mut rig, 0), 0x51);
-    set(&mut rig, B, 0x82);
+    set(&mut rig, B, 0x92);
+    assert_eq!(get(&mut rig, B), 0x82, "and their interrupt is off");
     rig.pass(SECOND - Duration::from_micros(200));
     assert_eq!(get(&mut rig, A) & 0x80, 0, "no updates while the clock is set");
 }
@@ -144,8 +145,11 @@ fn linux_sets_the_clock() {
 #[test]
 fn a_register_set_while_the_clock_runs_takes_effect() {
     let mut rig = Rig::new();
+    set(&mut rig, B, 0x12);
     rig.pass(Duration::from_millis(250));
     set(&mut rig, 4, 0x05);
+    rig.ports.poll();
+    assert!(!rig.lines.high(GSI), "setting is no update");
     assert_eq!(shown(&mut rig), [0x20, 0x24, 0x02, 0x28, 0x05, 0x59, 0x50]);
     rig.pass(Duration::from_millis(749));
     assert_eq!(get(&mut rig, 0), 0x50);
@@ -261,6 +265,31 @@ fn stepped_real_time_makes_no_storm() {
     assert!(rig.lines.high(GSI));
     get(&mut rig, C);
     assert!(!rig.lines.high(GSI), "a day's updates are one");
+}
+
+#[test]
+fn a_step_back_is_no_periodic_tick() {
+    let mut rig = Rig::new();
+    set(&mut rig, A, 0x2f);
+    set(&mut rig, B, 0x42);
+    rig.pass(SECOND);
+    get(&mut rig, C);
+    rig.clock.step_real(START);
+    rig.ports.poll();
+    assert!(!rig.lines.high(GSI));
+}
+
+#[test]
+fn an_alarm_under_a_deadline_that_real_time_jumps_over_is_a_minute_late_at_most() {
+    let mut rig = Rig::new();
+    // 04:00:00.
+    for (index, value) in [(5, 0x04), (3, 0x00), (1, 0x00)] {
+        set(&mut rig, index, value);
+    }
+    set(&mut rig, B, 0x22);
+    rig.clock.step_real(START + Duration::from_secs(5 * 3600));
+    rig.pass(60 * SECOND);
+    assert!(rig.lines.high(GSI));
 }
 
 #[test]

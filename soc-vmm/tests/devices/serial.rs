@@ -107,7 +107,8 @@ fn a_slow_reader_holds_the_guest_back_and_loses_nothing() {
             written.push(next);
             next = next.wrapping_add(1);
         }
-        rig.inb(IIR);
+        rig.outb(IER, 0);
+        rig.outb(IER, 0x02);
         assert!(!rig.lines.high(GSI), "nothing to tell while the line is blocked");
         assert_eq!(rig.inb(LSR), 0, "THR and shift register hold something");
         let read = rig.sent();
@@ -185,8 +186,7 @@ fn input_waits_in_its_queue_while_the_guest_does_not_read() {
     rig.settle();
     assert_eq!(rig.serial_in.try_write(&flood), Ok(1), "without FIFOs one byte moved on");
     rig.outb(FCR, 0x01);
-    rig.settle();
-    assert_eq!(rig.serial_in.try_write(&flood), Ok(16));
+    assert_eq!(rig.serial_in.try_write(&flood), Ok(16), "the FIFO took its share at once");
     rig.settle();
     assert_eq!(rig.serial_in.try_write(&flood), Ok(0));
     assert_eq!(rig.inb(LSR) & 0x02, 0, "no overrun");
@@ -213,6 +213,26 @@ fn loopback_returns_bytes_and_overruns() {
     }
     assert_eq!(rig.inb(LSR), 0x60);
     assert!(rig.sent().is_empty(), "nothing left the machine");
+}
+
+#[test]
+fn entering_and_leaving_loopback() {
+    let mut rig = Rig::new();
+    rig.outb(FCR, 0x01);
+    for byte in 0..ROOM as u8 + 3 {
+        rig.outb(DATA, byte);
+    }
+    assert_eq!(rig.inb(LSR), 0);
+    rig.outb(MCR, 0x10);
+    assert_eq!(rig.inb(LSR), 0x61, "what waited came back");
+    for byte in ROOM as u8..ROOM as u8 + 3 {
+        assert_eq!(rig.inb(DATA), byte);
+    }
+    rig.serial_in.try_write(b"!").unwrap();
+    rig.settle();
+    assert_eq!(rig.inb(LSR), 0x60, "the line is off");
+    rig.outb(MCR, 0x0b);
+    assert_eq!(rig.inb(DATA), b'!');
 }
 
 #[test]

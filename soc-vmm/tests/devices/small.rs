@@ -132,5 +132,5 @@ fn a_shared_line_is_high_while_anyone_holds_it() {
     assert!(lines.high(4));
     two.set(false);
     assert!(!lines.high(4));
-    assert_eq!(lines.rises(), 1);
+    assert_eq!(lines.said(), 3, "up, again as one says it again, down");
 }
