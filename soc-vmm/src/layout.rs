@@ -6,7 +6,7 @@
 //! | --- | --- | --- |
 //! | 0 | 0xa0000 | RAM; the loader's tables at [`boot_data`] |
 //! | 0xa0000 | 0xc0000 | legacy VGA window, no RAM |
-//! | 0xc0000 | 0x100000 | RAM; a firmware's last 128 KiB, or the RSDP |
+//! | 0xc0000 | 0x100000 | RAM; a firmware's last 256 KiB, or the RSDP |
 //! | 0x100000 | [`MemoryLayout::low_end`] | RAM; ACPI tables at its end |
 //! | 0xb0000000 | 0xc0000000 | ECAM, reserved |
 //! | 0xc0000000 | 0xfec00000 | 32-bit PCI memory |
@@ -28,7 +28,7 @@ pub const VGA_WINDOW: u64 = 0xa_0000;
 pub const VGA_WINDOW_END: u64 = 0xc_0000;
 /// The last KiB of conventional memory is reserved: guests that look for an extended BIOS data area look here.
 pub const EBDA: u64 = 0x9_fc00;
-/// Where firmware's last 128 KiB are seen below 1 MiB; without firmware the RSDP's page (ACPI 6.5 §5.2.5.1 has guests search it).
+/// Where a PC's system firmware begins below 1 MiB; without firmware the RSDP's page (ACPI 6.5 §5.2.5.1 has guests search from here).
 pub const BIOS_WINDOW: u64 = 0xe_0000;
 /// Enhanced configuration space of 256 buses (PCI Express Base §7.2.2); reserved in every map so that it never moves.
 pub const ECAM: u64 = 0xb000_0000;

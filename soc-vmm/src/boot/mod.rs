@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 
 use crate::acpi::{AcpiConfig, AcpiTables};
-use crate::layout::{FIRMWARE_MAX, FOUR_GIB, MemoryLayout, ONE_MIB, PAGE_SIZE};
+use crate::layout::{FIRMWARE_MAX, FOUR_GIB, MemoryLayout, ONE_MIB, PAGE_SIZE, VGA_WINDOW_END};
 use crate::memory::GuestMemory;
 
 pub use bzimage::BzImage;
@@ -127,10 +127,12 @@ impl BootPlan {
     }
 }
 
-/// Places a flat firmware image of `size` bytes: all of it below 4 GiB, where the processor starts, and its last 128 KiB below 1 MiB
-/// too, where its real-mode code runs (QEMU maps its `isa-bios` alike). There it is a copy in RAM.
+/// Places a flat firmware image of `size` bytes: all of it below 4 GiB, where the processor starts, and its end below 1 MiB too, where
+/// its real-mode code runs, as a copy in RAM. QEMU shows 128 KiB there and leaves it to firmware to copy what it has below 0xe0000
+/// once it found the chipset's shadowing registers; SeaBIOS of 256 KiB runs that code also where it found none, so that all of its
+/// window is filled here.
 fn place_firmware(size: u64) -> Result<(Plan, Rom), ImageError> {
-    const SHADOW_MAX: u64 = 128 << 10;
+    const SHADOW_MAX: u64 = ONE_MIB - VGA_WINDOW_END;
     if size > FIRMWARE_MAX || !size.is_multiple_of(PAGE_SIZE) {
         return Err(ImageError::FirmwareSize { size });
     }

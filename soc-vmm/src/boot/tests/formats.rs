@@ -212,7 +212,7 @@ fn a_flat_multiboot_image_goes_where_its_header_says() {
 #[test]
 fn firmware_lies_below_four_gib_and_below_one_mib() {
     for (len, shadow) in
-        [(64usize << 10, 64usize << 10), (128 << 10, 128 << 10), (256 << 10, 128 << 10), (4 << 20, 128 << 10)]
+        [(64usize << 10, 64usize << 10), (128 << 10, 128 << 10), (256 << 10, 256 << 10), (4 << 20, 256 << 10)]
     {
         let dir = tempfile::tempdir().unwrap();
         let code = dir.path().join("bios.bin");
