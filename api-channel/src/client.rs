@@ -7,7 +7,7 @@ use ioreq_ring::BusMemory;
 use crate::call::Call;
 use crate::event::Event;
 use crate::lines::{host, soc};
-use crate::message::{ChannelError, Class, Header, Status};
+use crate::message::{ChannelError, Class, HEADER, Header, Status};
 use crate::ring::{Consumer, Producer};
 
 /// The channel's windows as the SoC sees them: `C` card memory, `M` host memory by DMA.
@@ -61,6 +61,8 @@ pub struct Client<C, M> {
     /// Requests that wait: sequence → opcode.
     waiting: BTreeMap<u32, u16>,
     beat: u64,
+    /// Bytes of messages sent and received.
+    bytes: (u64, u64),
 }
 
 impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
@@ -90,6 +92,7 @@ impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
             sequence: 0,
             waiting: BTreeMap::new(),
             beat: 0,
+            bytes: (0, 0),
         }
     }
 
@@ -124,6 +127,7 @@ impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
             extra,
         };
         self.requests.send(&header, &payload)?;
+        self.bytes.0 += (HEADER + payload.len()) as u64;
         self.sequence = sequence;
         Ok(sequence)
     }
@@ -166,14 +170,21 @@ impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
         Ok(Incoming::Reply { sequence: header.sequence, status: header.status, payload, bulk })
     }
 
-    fn belongs(&self, header: &Header, class: Class) -> Result<(), ChannelError> {
+    fn belongs(&mut self, header: &Header, class: Class) -> Result<(), ChannelError> {
         if header.epoch != self.epoch {
             return Err(ChannelError::Epoch(header.epoch));
         }
         if header.class != class {
             return Err(ChannelError::Class(header.opcode));
         }
+        let bulk = if class == Class::Reply { header.extra } else { 0 };
+        self.bytes.1 += HEADER as u64 + u64::from(header.length) + u64::from(bulk);
         Ok(())
+    }
+
+    /// Bytes of messages so far, headers and bulk included: sent and received.
+    pub fn bytes(&self) -> (u64, u64) {
+        self.bytes
     }
 
     /// Counts this side's heartbeat up; call it about once a second.

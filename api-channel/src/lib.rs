@@ -22,7 +22,7 @@ pub mod state;
 
 pub use client::{Client, ClientWindows, Incoming};
 pub use message::{ChannelError, Status};
-pub use server::{Server, ServerWindows};
+pub use server::{Asked, Server, ServerWindows};
 
 #[cfg(not(target_endian = "little"))]
 compile_error!("the wire is little-endian and its records are used in place: build for a little-endian machine");

@@ -19,6 +19,7 @@ mod run_dir;
 mod run_state;
 mod signals;
 
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -145,7 +146,19 @@ impl VmHandle {
         let _ = self.commands.blocking_send(Request { command: Command::Quit(cause), reply });
     }
 
+    /// The VM's counters by name: exits by kind, crossings of the bus, what its host counts.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn counters(&self) -> Result<Counters, ControlError> {
+        self.question(Command::Count).await
+    }
+
     async fn ask(&self, command: Command) -> Result<(), ControlError> {
+        self.question(command).await.map(drop)
+    }
+
+    async fn question(&self, command: Command) -> Result<Counters, ControlError> {
         let (reply, answer) = oneshot::channel();
         let exchange = async {
             self.commands.send(Request { command, reply }).await.map_err(|_| ControlError::Ended)?;
@@ -158,11 +171,15 @@ impl VmHandle {
 #[derive(Debug)]
 struct Request {
     command: Command,
-    reply: oneshot::Sender<Result<(), ControlError>>,
+    reply: Reply,
 }
+
+/// Who waits for a command; what is not a question is answered without counters.
+type Reply = oneshot::Sender<Result<Counters, ControlError>>;
 
 #[derive(Clone, Copy, Debug)]
 enum Command {
+    Count,
     Stop,
     Cont,
     Reset,
@@ -170,9 +187,14 @@ enum Command {
     Quit(ShutdownCause),
 }
 
+/// Counters by name.
+pub type Counters = BTreeMap<String, u64>;
+
 /// Something that the VM's control loop is to do now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
+    /// Count: end the order by [`VmControl::answer`].
+    Count,
     /// Take the vCPUs out of the guest. It runs.
     Pause,
     /// Let the vCPUs run. It doesn't.
@@ -190,7 +212,7 @@ pub enum Action {
 #[must_use = "someone waits for it: give it to VmControl::finish"]
 pub struct Order {
     action: Action,
-    reply: oneshot::Sender<Result<(), ControlError>>,
+    reply: Reply,
 }
 
 impl Order {
@@ -217,7 +239,7 @@ impl VmControl {
             match decide(command, self.state()) {
                 Decision::Do(action) => return Some(Order { action, reply }),
                 // Who asked may have gone: then nobody wants the answer.
-                Decision::Answer(answer) => drop(reply.send(answer)),
+                Decision::Answer(answer) => drop(reply.send(answer.map(|()| Counters::new()))),
             }
         }
     }
@@ -229,14 +251,20 @@ impl VmControl {
                 // The guest may have ended or failed while the order was carried out; that state stands.
                 Action::Pause if self.state().is_running() => self.enter(RunState::Paused),
                 Action::Resume if self.state().may_become(RunState::Running) => self.enter(RunState::Running),
-                Action::Pause | Action::Resume => {}
+                Action::Pause | Action::Resume | Action::Count => {}
                 Action::Reset => self.was_reset(ShutdownCause::HostQmpSystemReset),
                 Action::PowerButton => self.tell(EventKind::Powerdown),
                 Action::Quit(cause) => self.ends(cause),
             }
         }
         // Who asked may have gone.
-        let _ = order.reply.send(outcome.map_err(ControlError::Refused));
+        let _ = order.reply.send(outcome.map(|()| Counters::new()).map_err(ControlError::Refused));
+    }
+
+    /// Ends an order that is a question.
+    pub fn answer(&self, order: Order, counters: Counters) {
+        // Who asked may have gone.
+        let _ = order.reply.send(Ok(counters));
     }
 
     /// The state now.
@@ -302,6 +330,7 @@ enum Decision {
 /// What a command means in a state.
 fn decide(command: Command, state: RunState) -> Decision {
     match command {
+        Command::Count => Decision::Do(Action::Count),
         Command::Stop if !state.is_running() => Decision::Answer(Ok(())),
         Command::Stop => Decision::Do(Action::Pause),
         Command::Cont if state.is_running() => Decision::Answer(Ok(())),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{ExitStatus, Failure, Target, Verb};
-use crate::control::RunDir;
+use crate::control::{Counters, RunDir};
 use crate::qmp::types::{Empty, OutboardVm};
 use crate::qmp::{Client, ClientError};
 
@@ -13,6 +13,14 @@ use crate::qmp::{Client, ClientError};
 const PATIENCE: Duration = Duration::from_secs(70);
 /// How long it may take to show itself in a list.
 const LIST_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What `status --json` prints.
+#[derive(serde::Serialize)]
+struct Status {
+    #[serde(flatten)]
+    vm: OutboardVm,
+    counters: Counters,
+}
 
 /// Does `verb` to one VM and writes what there is to show.
 ///
@@ -35,7 +43,11 @@ pub fn perform(verb: Verb, target: &Target, out: &mut dyn Write) -> Result<(), F
     let command = match verb {
         Verb::Status { json } => {
             let vm = client.execute("x-query-outboard-vm").map_err(failed)?;
-            return written(if json { write_json(out, &vm) } else { write_status(out, &vm) });
+            if !json {
+                return written(write_status(out, &vm));
+            }
+            let counters = client.execute("x-query-outboard-counters").map_err(failed)?;
+            return written(write_json(out, &Status { vm, counters }));
         }
         Verb::Pause => "stop",
         Verb::Resume => "cont",

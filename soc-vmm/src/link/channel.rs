@@ -131,6 +131,11 @@ impl<F: SocFunction> Channel<F> {
         }
     }
 
+    /// Bytes of messages, headers and bulk included: sent and received.
+    pub fn bytes(&self) -> (u64, u64) {
+        self.shared.state().client.bytes()
+    }
+
     /// Sends a call that is not answered.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use super::types::{CommandInfo, Empty, KvmInfo, NameInfo, OutboardVm, StatusInfo, VersionInfo};
 use super::{ErrorClass, QmpError};
-use crate::control::{ShutdownCause, VmHandle};
+use crate::control::{Counters, ShutdownCause, VmHandle};
 
 /// A command that is carried out.
 pub type Execution = Pin<Box<dyn Future<Output = Result<Value, QmpError>> + Send>>;
@@ -72,6 +72,7 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<QueryCommands>(),
     Entry::of::<QueryKvm>(),
     Entry::of::<QueryOutboardVm>(),
+    Entry::of::<QueryOutboardCounters>(),
 ];
 
 /// The command of this name.
@@ -265,5 +266,19 @@ impl Command for QueryOutboardVm {
             function: info.function,
             pid: std::process::id(),
         })
+    }
+}
+
+/// `x-query-outboard-counters`, a command of ours: what `soc-vmm status --json` adds.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueryOutboardCounters {}
+
+impl Command for QueryOutboardCounters {
+    const NAME: &'static str = "x-query-outboard-counters";
+    type Reply = Counters;
+
+    async fn run(self, vm: VmHandle) -> Result<Counters, QmpError> {
+        Ok(vm.counters().await?)
     }
 }

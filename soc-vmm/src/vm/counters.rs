@@ -1,5 +1,6 @@
 //! What a VM's worker counts.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ioreq_ring::Kind;
@@ -44,6 +45,23 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Every count by its name.
+    pub fn by_name(&self) -> BTreeMap<String, u64> {
+        let Self { pio, mmio, other, posted, unclaimed, failed, vectors, doorbells, sleeps } = self;
+        let named = [
+            ("exits.pio", pio),
+            ("exits.mmio", mmio),
+            ("exits.other", other),
+            ("exits.posted", posted),
+            ("exits.unclaimed", unclaimed),
+            ("exits.failed", failed),
+            ("vectors", vectors),
+            ("doorbells", doorbells),
+            ("sleeps", sleeps),
+        ];
+        named.into_iter().map(|(name, counter)| (name.to_owned(), counter.get())).collect()
+    }
+
     pub(super) fn exit(&self, kind: Kind) {
         match kind {
             Kind::PIO => self.pio.add(1),

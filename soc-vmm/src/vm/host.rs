@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use api_channel::call::{
     Call, CpuidEntry, CreateVm, Extent, Groups, Irqchip, Memslot, PostedRange, RamRequest, SlotFlags, StateRequest,
-    VCPU_ALL, VM, VmCreated,
+    Statistic, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Reader;
 use ioreq_ring::wire::{LINE, POSTED_RING, STRING_PAGE};
@@ -169,6 +169,17 @@ impl<F: SocFunction> HostVm<F> {
     /// Takes every vCPU out of the guest, its exit finished.
     pub(super) async fn pause(&self) -> Result<(), CallError> {
         self.channel.call(&Call::Pause(VCPU_ALL)).await.map(drop)
+    }
+
+    /// The host's counters.
+    pub(super) async fn statistics(&self) -> Result<Vec<Statistic>, CallError> {
+        let reply = self.channel.call(&Call::Statistics).await?;
+        Ok(Reader::new(&reply.bulk).list(65536)?)
+    }
+
+    /// Bytes of channel messages, sent and received.
+    pub(super) fn channel_bytes(&self) -> (u64, u64) {
+        self.channel.bytes()
     }
 
     /// Ends the VM.

@@ -1,5 +1,6 @@
 //! A VM's life on its function: built, started, kept, ended.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
@@ -8,6 +9,7 @@ use api_channel::event::Event;
 use ioreq_ring::SocIdle;
 use pcie_function::SocFunction;
 use pcie_function::header::Role;
+use pcie_function::modelled::Crossings;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, unbounded_channel};
 
 use super::counters::Counters;
@@ -20,7 +22,7 @@ use super::worker::{Command, Waker, Worker};
 use crate::boot::{BootPlan, Entry};
 use crate::bus::{MapError, Wake};
 use crate::cli::{ExitStatus, Failure, RunConfig};
-use crate::control::{Action, Order, RunState, ShutdownCause, VmControl};
+use crate::control::{self, Action, Order, RunState, ShutdownCause, VmControl};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::layout::MemoryLayout;
 use crate::link::{CallError, Link, LinkError, Notice};
@@ -32,6 +34,17 @@ pub(super) struct Streams {
     pub(super) serial: (OutputQueue, InputQueue),
     /// The debug console's.
     pub(super) debugcon: Option<OutputQueue>,
+}
+
+/// All that a VM is built from but its function.
+pub(super) struct Blueprint<'a> {
+    pub(super) config: &'a RunConfig,
+    pub(super) layout: MemoryLayout,
+    pub(super) plan: BootPlan,
+    pub(super) streams: Streams,
+    pub(super) waker: Arc<Waker>,
+    /// Where what must outlive the process is kept.
+    pub(super) state_dir: &'a Path,
 }
 
 /// A VM with its vCPUs paused or running.
@@ -48,6 +61,7 @@ pub(super) struct Vm<F: SocFunction> {
     guest: UnboundedReceiver<GuestEvent>,
     notices: Receiver<Notice>,
     counters: Arc<Counters>,
+    crossings: Arc<Crossings>,
 }
 
 /// Why a VM can't be built or went no further.
@@ -84,17 +98,14 @@ impl<F: SocFunction> Vm<F> {
     /// Builds the VM on `function`, everything loaded, nothing running.
     pub(super) async fn build(
         function: Arc<F>,
-        config: &RunConfig,
-        layout: &MemoryLayout,
-        plan: BootPlan,
-        streams: Streams,
-        waker: Arc<Waker>,
-        state_dir: &std::path::Path,
+        crossings: Arc<Crossings>,
+        blueprint: Blueprint<'_>,
     ) -> Result<Self, LifeError> {
+        let Blueprint { config, layout, plan, streams, waker, state_dir } = blueprint;
         let (link, end) = Link::open(function.clone(), Role::Vm).await?;
         let (channel, notices) = end.listen();
         let vcpus = u32::from(config.cpus);
-        let host = HostVm::create(&link, channel.clone(), vcpus, layout, &config.memory, plan.rom()).await?;
+        let host = HostVm::create(&link, channel.clone(), vcpus, &layout, &config.memory, plan.rom()).await?;
         let supported = host.supported_cpuid().await?;
         for vcpu in 0..vcpus {
             host.set_cpuid(vcpu, supported.clone()).await?;
@@ -111,7 +122,7 @@ impl<F: SocFunction> Vm<F> {
         let lines = Lines::new(channel);
         let counters = Arc::new(Counters::default());
         let machine = Machine::new(Parts {
-            layout: *layout,
+            layout,
             cpus: config.cpus,
             tsc_khz: host.created.tsc_khz,
             serial: streams.serial,
@@ -151,6 +162,7 @@ impl<F: SocFunction> Vm<F> {
             guest,
             notices,
             counters,
+            crossings,
         };
         vm.start_state().await?;
         Ok(vm)
@@ -217,6 +229,13 @@ impl<F: SocFunction> Vm<F> {
     async fn obey(&self, order: Order, control: &mut VmControl) -> Option<ExitStatus> {
         let action = order.action();
         let outcome = match action {
+            Action::Count => match self.count().await {
+                Ok(counters) => {
+                    control.answer(order, counters);
+                    return None;
+                }
+                Err(e) => Err(e.into()),
+            },
             Action::Pause => self.host.pause().await.map_err(LifeError::from),
             Action::Resume => self.host.run().await.map_err(LifeError::from),
             Action::Reset => self.reset_and_run(control.state()).await,
@@ -228,6 +247,27 @@ impl<F: SocFunction> Vm<F> {
         };
         control.finish(order, outcome.map_err(|e| e.to_string()));
         matches!(action, Action::Quit(_)).then_some(ExitStatus::Done)
+    }
+
+    /// Every counter by name: this side's, the bus's, the host's.
+    async fn count(&self) -> Result<control::Counters, CallError> {
+        let mut all = self.counters.by_name();
+        let bus = self.crossings.counts();
+        let channel = self.host.channel_bytes();
+        let named = [
+            ("dma.reads", bus.dma_reads),
+            ("dma.read-bytes", bus.dma_read_bytes),
+            ("dma.writes", bus.dma_writes),
+            ("dma.write-bytes", bus.dma_write_bytes),
+            ("channel.sent-bytes", channel.0),
+            ("channel.received-bytes", channel.1),
+        ];
+        all.extend(named.map(|(name, value)| (name.to_owned(), value)));
+        for statistic in self.host.statistics().await? {
+            let name = statistic.name.split(|&b| b == 0).next().unwrap_or_default();
+            *all.entry(format!("host.{}", String::from_utf8_lossy(name))).or_default() += statistic.value;
+        }
+        Ok(all)
     }
 
     async fn reset_and_run(&self, state: RunState) -> Result<(), LifeError> {

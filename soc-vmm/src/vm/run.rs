@@ -1,12 +1,12 @@
 //! `soc-vmm run`: from a checked command line to an exit status.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use pcie_function::SocFunction;
 use pcie_function::header::Role;
+use pcie_function::modelled::{Crossings, ModelledSoc};
 
-use super::life::{Streams, Vm, failure};
+use super::life::{Blueprint, Streams, Vm, failure};
 use super::machine::acpi_config;
 use super::worker::Waker;
 use crate::boot::BootPlan;
@@ -74,7 +74,8 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
             debugcon = Some(output);
         }
         let streams = Streams { serial: (output, input), debugcon };
-        let setup = Setup { config, layout, plan, streams, waker, state_dir: claim.state_dir(), control };
+        let blueprint = Blueprint { config, layout, plan, streams, waker, state_dir: claim.state_dir() };
+        let setup = Setup { blueprint, control };
         let ended = function::open(&config.function, Role::Vm, setup).await;
         for console in consoles {
             console.finish().await;
@@ -84,14 +85,9 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
     })
 }
 
-/// All that a VM is built from but its function.
+/// What is to be done with the function: build the VM, and keep it until it ends.
 struct Setup<'a> {
-    config: &'a RunConfig,
-    layout: MemoryLayout,
-    plan: BootPlan,
-    streams: Streams,
-    waker: Arc<Waker>,
-    state_dir: &'a Path,
+    blueprint: Blueprint<'a>,
     control: control::VmControl,
 }
 
@@ -99,8 +95,10 @@ impl Use for Setup<'_> {
     type Output = ExitStatus;
 
     async fn on<F: SocFunction>(self, function: F) -> Result<ExitStatus, Failure> {
-        let Self { config, layout, plan, streams, waker, state_dir, control } = self;
-        let vm = Vm::build(Arc::new(function), config, &layout, plan, streams, waker, state_dir).await;
-        vm.map_err(|e| failure(&e))?.live(control, config.paused).await
+        let paused = self.blueprint.config.paused;
+        let crossings = Arc::<Crossings>::default();
+        let function = Arc::new(ModelledSoc::new(function, crossings.clone()));
+        let vm = Vm::build(function, crossings, self.blueprint).await.map_err(|e| failure(&e))?;
+        vm.live(self.control, paused).await
     }
 }
