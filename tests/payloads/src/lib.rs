@@ -25,8 +25,10 @@ pub const EXIT_FAIL: u8 = 0x11;
 
 /// Ports that payloads use.
 pub mod ports {
-    /// isa-debugcon: writes are text, reads give 0xe9.
+    /// isa-debugcon: writes are text, reads give [`DEBUG_CONSOLE_READS`].
     pub const DEBUG_CONSOLE: u16 = 0x402;
+    /// What tells a guest that the debug console is there.
+    pub const DEBUG_CONSOLE_READS: u8 = 0xe9;
     /// isa-debug-exit.
     pub const DEBUG_EXIT: u16 = 0xf4;
     /// pc-testdev: a register of four bytes that keeps what is written, by any width and offset.

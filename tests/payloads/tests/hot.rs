@@ -30,3 +30,11 @@ fn busy() {
         assert!(count > 1000, "{privilege:?}: {count}, {:?}", outcome.ends);
     }
 }
+
+#[test]
+fn floor() {
+    let payload = hot::read_port(Privilege::Cpl0, ports::DEBUG_CONSOLE, 500, 3).unwrap();
+    let console = Machine::new(&payload, Options::default()).unwrap().run_floor(run::LIMIT).unwrap();
+    assert_eq!(console.lines().filter_map(hot::parse_round).count(), 3);
+    assert!(console.ends_with("pass\n"), "{console}");
+}

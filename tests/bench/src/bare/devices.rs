@@ -147,7 +147,7 @@ impl Devices {
 
     fn read_port(&mut self, vcpu: u8, port: u16, value: &mut [u8]) {
         match port {
-            ports::DEBUG_CONSOLE => value.fill(0xe9),
+            ports::DEBUG_CONSOLE => value.fill(ports::DEBUG_CONSOLE_READS),
             ports::COMMAND => {
                 let command = self.driver.command(vcpu, &self.vm).to_le_bytes();
                 let length = value.len();

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use payloads::ports;
 
 use super::devices::Devices;
 
@@ -37,6 +38,20 @@ pub(super) fn run(vcpu: &mut VcpuFd, id: u8, devices: &Mutex<Devices>, stop: &At
             Step::Ended(end) => return end,
         }
     }
+}
+
+/// Runs one vCPU with a debug console only.
+pub(super) fn run_floor(vcpu: &mut VcpuFd, console: &mut Vec<u8>, stop: &AtomicBool) -> End {
+    while !stop.load(Ordering::Relaxed) {
+        match vcpu.run() {
+            Ok(VcpuExit::IoIn(ports::DEBUG_CONSOLE, data)) => data.fill(ports::DEBUG_CONSOLE_READS),
+            Ok(VcpuExit::IoOut(ports::DEBUG_CONSOLE, data)) => console.extend(data),
+            Ok(VcpuExit::IoOut(ports::DEBUG_EXIT, _)) => return End::Exited,
+            Err(error) if error.errno() == libc::EINTR => {}
+            other => return End::Failed(format!("{other:?}")),
+        }
+    }
+    End::Stopped
 }
 
 enum Step {

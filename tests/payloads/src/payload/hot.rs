@@ -6,28 +6,55 @@ use crate::kit::LongMode;
 use crate::kit::layout::FREE;
 use crate::{IcedError, Payload, Privilege};
 
-/// Reads one byte of a port in a loop, and says how long that took: each round ends with the line
-/// `reads N ticks T`, both in 16 hexadecimal digits, T by RDTSC around N reads.
-pub fn read_port(privilege: Privilege, port: u16, reads: u32, rounds: u32) -> Result<Payload, IcedError> {
+/// Reads one byte of a port `count` times, and says how long that took, `rounds` times.
+///
+/// Each round ends with the line `count N ticks T` on the debug console, both in 16 hexadecimal digits, T by RDTSC
+/// before the first and after the last.
+pub fn read_port(privilege: Privilege, port: u16, count: u32, rounds: u32) -> Result<Payload, IcedError> {
+    let name = privilege.name("read-port", "read-port-cpl3");
+    timed(name, privilege, count, rounds, |p| p.asm.mov(edx, u32::from(port)), |p| p.asm.in_(al, dx))
+}
+
+/// Counts down from `count` without any exit, and says how long that took, as [`read_port`] does. It tells whether
+/// KVM runs a privilege level on the processor or emulates it.
+pub fn count_down(privilege: Privilege, count: u32, rounds: u32) -> Result<Payload, IcedError> {
+    timed(privilege.name("count-down", "count-down-cpl3"), privilege, count, rounds, |_| Ok(()), |_| Ok(()))
+}
+
+/// One round, out of a line of the debug console: count and ticks.
+pub fn parse_round(line: &str) -> Option<(u64, u64)> {
+    let mut words = line.strip_prefix("count ")?.split(" ticks ");
+    let mut number = || u64::from_str_radix(words.next()?, 16).ok();
+    Some((number()?, number()?))
+}
+
+fn timed(
+    name: &'static str,
+    privilege: Privilege,
+    count: u32,
+    rounds: u32,
+    prepare: impl FnOnce(&mut LongMode) -> Result<(), IcedError>,
+    step: impl FnOnce(&mut LongMode) -> Result<(), IcedError>,
+) -> Result<Payload, IcedError> {
     let mut p = LongMode::new()?;
     p.enter(privilege)?;
     let mut round = p.asm.create_label();
-    let mut read = p.asm.create_label();
+    let mut next = p.asm.create_label();
     p.asm.mov(ebp, rounds)?;
     p.place(&mut round)?;
-    p.asm.mov(ecx, reads)?;
+    p.asm.mov(ecx, count)?;
     p.asm.mov(ebx, ecx)?;
     read_clock(&mut p)?;
     p.asm.mov(rdi, rax)?;
-    p.asm.mov(edx, u32::from(port))?;
-    p.asm.set_label(&mut read)?;
-    p.asm.in_(al, dx)?;
+    prepare(&mut p)?;
+    p.asm.set_label(&mut next)?;
+    step(&mut p)?;
     p.asm.dec(ecx)?;
-    p.asm.jne(read)?;
+    p.asm.jne(next)?;
     read_clock(&mut p)?;
     p.asm.sub(rax, rdi)?;
     p.asm.mov(rdi, rax)?;
-    p.print("reads ")?;
+    p.print("count ")?;
     p.print_hex(rbx)?;
     p.print(" ticks ")?;
     p.print_hex(rdi)?;
@@ -35,14 +62,7 @@ pub fn read_port(privilege: Privilege, port: u16, reads: u32, rounds: u32) -> Re
     p.asm.dec(ebp)?;
     p.asm.jne(round)?;
     p.pass()?;
-    Ok(Payload::kernel(privilege.name("read-port", "read-port-cpl3"), 1, p.finish()?))
-}
-
-/// One round of [`read_port`], out of a line of the debug console: reads and ticks.
-pub fn parse_round(line: &str) -> Option<(u64, u64)> {
-    let mut words = line.strip_prefix("reads ")?.split(" ticks ");
-    let mut number = || u64::from_str_radix(words.next()?, 16).ok();
-    Some((number()?, number()?))
+    Ok(Payload::kernel(name, 1, p.finish()?))
 }
 
 /// Counts up the 8 bytes at [`BUSY_COUNT`] without any exit. Runs until it is stopped.

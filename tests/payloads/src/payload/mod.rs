@@ -10,3 +10,32 @@ pub mod pio;
 pub mod real;
 pub mod smp;
 pub mod string_io;
+
+use crate::{IcedError, Payload, Privilege, ports};
+
+/// Every payload once, those for several vCPUs with `vcpus`, those with a privilege at each.
+pub fn catalogue(vcpus: u8) -> Result<Vec<Payload>, IcedError> {
+    const READS: u32 = 20_000;
+    const ROUNDS: u32 = 5;
+    let mut payloads = vec![
+        real::real_mode()?,
+        mmio::mmio()?,
+        string_io::string_io()?,
+        interrupts::msi()?,
+        interrupts::level()?,
+        smp::bring_up(vcpus)?,
+        smp::ipi(vcpus)?,
+        smp::halted(vcpus)?,
+        order::order(vcpus)?,
+    ];
+    for privilege in [Privilege::Cpl0, Privilege::Cpl3] {
+        payloads.push(pio::pio(privilege)?);
+        payloads.push(dirty::dirty(vcpus, privilege)?);
+        payloads.push(hot::read_port(privilege, ports::DEBUG_CONSOLE, READS, ROUNDS)?);
+        payloads.push(hot::busy(privilege)?);
+        for each in [counter::Each::Nothing, counter::Each::PageSplit, counter::Each::String] {
+            payloads.push(counter::counter(privilege, each)?);
+        }
+    }
+    Ok(payloads)
+}

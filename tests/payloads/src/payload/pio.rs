@@ -3,7 +3,7 @@
 //! | touches | how |
 //! | --- | --- |
 //! | [`ports::ECHO`] | writes [`VALUE`] by 4 bytes, its bytes by 1 at each offset and its halves by 2; reads each back |
-//! | [`ports::DEBUG_CONSOLE`] | reads 0xe9 |
+//! | [`ports::DEBUG_CONSOLE`] | reads [`ports::DEBUG_CONSOLE_READS`] |
 
 use iced_x86::code_asm::*;
 
@@ -62,7 +62,7 @@ fn body(p: &mut LongMode) -> Result<(), IcedError> {
     p.asm.mov(edx, u32::from(ports::DEBUG_CONSOLE))?;
     p.asm.xor(eax, eax)?;
     p.asm.in_(al, dx)?;
-    p.asm.mov(ebx, 0xe9)?;
+    p.asm.mov(ebx, u32::from(ports::DEBUG_CONSOLE_READS))?;
     p.expect(rax, rbx, "the debug console's read")?;
     p.pass()
 }
