@@ -115,6 +115,18 @@ fn a_command_ends_the_wait_for_the_last_ones_data() {
 }
 
 #[test]
+fn an_awaited_byte_moves_with_the_state() {
+    let mut from = Rig::new();
+    command(&mut from, 0xd3);
+    let state = from.i8042.lock().unwrap().save();
+    let mut to = Rig::new();
+    to.i8042.lock().unwrap().restore(&state).unwrap();
+    to.outb(DATA, 0x77);
+    assert_eq!(to.inb(STATUS) & 0x21, 0x21);
+    assert_eq!(reply(&mut to), 0x77);
+}
+
+#[test]
 fn a_queued_byte_is_an_interrupt_of_its_own() {
     let mut rig = Rig::new();
     for byte in 1..=3 {

@@ -149,7 +149,14 @@ fn a_register_set_while_the_clock_runs_takes_effect() {
     rig.pass(Duration::from_millis(250));
     set(&mut rig, 4, 0x05);
     rig.ports.poll();
-    assert!(!rig.lines.high(GSI), "setting is no update");
+    set(&mut rig, 9, 0x25);
+    set(&mut rig, 9, 0x24);
+    set(&mut rig, 4, 0x06);
+    set(&mut rig, 4, 0x05);
+    set(&mut rig, 2, 0x58);
+    set(&mut rig, 2, 0x59);
+    rig.ports.poll();
+    assert!(!rig.lines.high(GSI), "setting is no update, neither back nor on");
     assert_eq!(shown(&mut rig), [0x20, 0x24, 0x02, 0x28, 0x05, 0x59, 0x50]);
     rig.pass(Duration::from_millis(749));
     assert_eq!(get(&mut rig, 0), 0x50);

@@ -179,6 +179,20 @@ fn input_comes_by_trigger_level_and_timeout() {
 }
 
 #[test]
+fn every_trigger_level() {
+    for (fcr, trigger) in [(0x01, 1), (0x41, 4), (0x81, 8), (0xc1, 14)] {
+        let mut rig = Rig::new();
+        rig.outb(FCR, fcr);
+        rig.outb(IER, 0x01);
+        for count in 1..=16 {
+            rig.serial_in.try_write(b"a").unwrap();
+            rig.settle();
+            assert_eq!(rig.inb(IIR), if count < trigger { 0xcc } else { 0xc4 }, "{count} of {trigger}");
+        }
+    }
+}
+
+#[test]
 fn input_waits_in_its_queue_while_the_guest_does_not_read() {
     let mut rig = Rig::new();
     let flood = [b'z'; 200];
