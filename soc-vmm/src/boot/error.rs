@@ -53,9 +53,9 @@ pub enum BootError {
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The system refused.
-    #[error("can't {action} it")]
+    #[error("can't {action}")]
     Io {
-        /// What was tried.
+        /// What was tried, and what to look at.
         action: &'static str,
         /// Why it failed.
         source: io::Error,

@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 
 const INTEL: [u8; 12] = *b"GenuineIntel";
@@ -184,4 +186,32 @@ fn what_the_machine_needs_is_found() {
     let host = host(INTEL, 0x20);
     assert_eq!((physical_address_bits(&host), signature(&host)), (48, 0x806f8));
     assert_eq!((physical_address_bits(&[]), signature(&[])), (36, 0));
+}
+
+/// Leaves that are looked at, and some that are not.
+fn function() -> impl Strategy<Value = u32> {
+    prop_oneof![0u32..0x24, 0x4000_0000u32..0x4000_0012, 0x8000_0000u32..0x8000_0028, any::<u32>()]
+}
+
+proptest! {
+    /// The host may send anything.
+    #[test]
+    fn any_table_is_survived(
+        leaves in prop::collection::vec((function(), any::<[u32; 2]>(), any::<[u32; 4]>()), 0..60),
+        (sockets, cores, threads) in (1u32..9, 1u32..17, 1u32..5),
+        tsc_khz in prop::option::of(any::<u32>()),
+        index in 0u32..2000,
+    ) {
+        let mut host = vec![leaf(0, [0x1f; 4]), leaf(1, [0; 4])];
+        host.extend(leaves.into_iter().map(|(function, [index, flags], words)| {
+            CpuidEntry { index, flags, ..leaf(function, words) }
+        }));
+        let topology = Topology::new(sockets, cores, threads).unwrap();
+        let config = CpuidConfig { topology, tsc_khz, tsc_deadline: true };
+        let table = guest_table(&host, &config, index % topology.cpus()).unwrap();
+        for entry in table.iter().filter(|entry| entry.function == 1) {
+            prop_assert_eq!(entry.ecx & bits::VMX, 0);
+        }
+        prop_assert!(table.len() <= host.len() + 9);
+    }
 }
