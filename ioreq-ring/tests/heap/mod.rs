@@ -1,4 +1,5 @@
-//! Bus memory on the heap: both sides see every store at once.
+//! Bus memory on the heap: both sides see every store at once. Fuzz targets use it too.
+#![allow(unreachable_pub, reason = "each crate that includes this file sees another part of it")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,13 +8,13 @@ use ioreq_ring::{BusError, BusMemory};
 
 /// A window of heap memory. Clones share it.
 #[derive(Clone, Debug)]
-pub(crate) struct Heap {
+pub struct Heap {
     words: Arc<[AtomicU64]>,
 }
 
 impl Heap {
     /// Zeroed memory of `len` bytes.
-    pub(crate) fn new(len: usize) -> Self {
+    pub fn new(len: usize) -> Self {
         Self { words: (0..len / 8).map(|_| AtomicU64::new(0)).collect() }
     }
 
