@@ -8,11 +8,12 @@ use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use ioreq_ring::{BusError, BusMemory};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
+use crate::fault::Guard;
 use crate::{FunctionError, Windowed};
 
 /// Where mapped memory is, seen from this CPU.
@@ -30,6 +31,8 @@ pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
     reach: Reach,
+    /// Of a device's memory, which can vanish.
+    guard: Option<Guard>,
 }
 
 // SAFETY: the mapping is plain memory reached by atomics only; nothing about it belongs to a thread.
@@ -40,7 +43,7 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps `len` bytes of `fd` from `offset`, shared, readable and writable. `len` is a multiple of 8.
     ///
-    /// The file must keep its size: a sealed memfd, or a device. A device that vanishes can raise SIGBUS.
+    /// The file must keep its size: a sealed memfd. For a device's memory there is [`Mapping::device`].
     ///
     /// # Errors
     /// `len` is 0 or odd, or mmap failed.
@@ -53,7 +56,21 @@ impl Mapping {
         // SAFETY: a new mapping at an address the kernel chooses replaces nothing.
         let base = unsafe { mmap(None, size, prot, MapFlags::MAP_SHARED, fd, offset) }
             .map_err(|e| FunctionError::Os("map shared memory", e))?;
-        Ok(Arc::new(Self { base: base.cast(), len, reach }))
+        Ok(Arc::new(Self { base: base.cast(), len, reach, guard: None }))
+    }
+
+    /// Maps `len` bytes of a device's memory, whole pages, from `offset` of its descriptor. Where the device vanishes, loads give all ones,
+    /// stores are lost, and [`Window::is_lost`] says so.
+    ///
+    /// # Errors
+    /// `len` is 0 or odd, mmap failed, or SIGBUS can't be handled.
+    pub fn device(fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Arc<Self>, FunctionError> {
+        let mut mapping = Self::new(fd, offset, len, Reach::Bus)?;
+        let base = mapping.base.as_ptr() as usize;
+        if let Some(only) = Arc::get_mut(&mut mapping) {
+            only.guard = Some(Guard::new(base, len)?);
+        }
+        Ok(mapping)
     }
 
     /// The whole mapping as a window.
@@ -74,6 +91,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // First: the addresses may be another mapping's at once.
+        self.guard = None;
         // SAFETY: base and len are those that mmap gave, and no window is left: each holds the Arc.
         let _ = unsafe { munmap(self.base.cast(), self.len) };
     }
@@ -146,6 +165,36 @@ impl Window {
         self.mapping.reach
     }
 
+    /// Whether an access to the device behind the mapping has faulted: it is gone.
+    pub fn is_lost(&self) -> bool {
+        self.mapping.guard.as_ref().is_some_and(Guard::is_lost)
+    }
+
+    /// Loads a 4-byte register, as [`BusMemory::load`] does a word.
+    ///
+    /// # Panics
+    /// It is not all within, or misaligned.
+    pub fn load_u32(&self, offset: usize) -> u32 {
+        u32::from_le(self.half(offset).load(Ordering::Acquire))
+    }
+
+    /// Stores a 4-byte register, as [`BusMemory::store`] does a word.
+    ///
+    /// # Panics
+    /// It is not all within, or misaligned.
+    pub fn store_u32(&self, offset: usize, value: u32) {
+        self.half(offset).store(value.to_le(), Ordering::Release);
+    }
+
+    fn half(&self, offset: usize) -> &AtomicU32 {
+        assert!(
+            offset.is_multiple_of(4) && offset < self.len && self.len - offset >= 4,
+            "register {offset:#x} outside its window"
+        );
+        // SAFETY: as for `word`.
+        unsafe { &*self.mapping.base.as_ptr().add(self.offset + offset).cast::<AtomicU32>() }
+    }
+
     fn word(&self, offset: usize) -> &AtomicU64 {
         assert!(
             offset.is_multiple_of(8) && offset < self.len && self.len - offset >= 8,
@@ -215,7 +264,8 @@ impl BusMemory for Window {
 
     fn flush(&self) -> Result<(), BusError> {
         self.fence();
-        if self.mapping.reach == Reach::Bus && self.load(0) == u64::MAX && self.load(self.len - 8) == u64::MAX {
+        let ones = || self.load(0) == u64::MAX && self.load(self.len - 8) == u64::MAX;
+        if self.mapping.reach == Reach::Bus && (ones() || self.is_lost()) {
             return Err(BusError::Gone);
         }
         Ok(())

@@ -2,7 +2,10 @@
 //!
 //! Shared by the programs that drive a card and by the card in software. Nothing here touches memory.
 
+pub mod profile;
 pub mod queue;
+
+use crate::FunctionError;
 
 /// PCI ids of the software card (docs/card.md §1).
 pub mod id {
@@ -94,6 +97,19 @@ pub const VERSION_MAJOR: u16 = 1;
 pub const VERSION_MINOR: u16 = 0;
 /// `VERSION`.
 pub const VERSION: u32 = (VERSION_MAJOR as u32) << 16 | VERSION_MINOR as u32;
+/// Whether what starts with these two registers is a card that this side can drive.
+///
+/// # Errors
+/// It is none, or of another major version.
+pub fn check_version(magic: u32, version: u32) -> Result<(), FunctionError> {
+    let why = match (magic, version >> 16) {
+        (MAGIC, major) if major == u32::from(VERSION_MAJOR) => return Ok(()),
+        (MAGIC, major) => format!("is a card of version {major}, this side knows {VERSION_MAJOR}"),
+        (magic, _) => format!("is no card of docs/card.md: its registers start with {magic:#010x}"),
+    };
+    Err(FunctionError::Unusable(format!("what is plugged in {why}")))
+}
+
 /// `ROLE` of a function that a VM owns.
 pub const ROLE_VM: u32 = 0;
 /// `ROLE` of the function for the server itself.
