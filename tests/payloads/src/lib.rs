@@ -3,7 +3,7 @@
 //! Every payload speaks the same protocol, so that a VMM, a bare KVM loop or a client of the API channel can drive it:
 //!
 //! - It writes lines to the debug console (port 0x402). The last one is `pass`, or begins with `fail:`.
-//! - It ends by a byte to port 0xf4: [`EXIT_PASS`] or [`EXIT_FAIL`]. Payloads that run until they are stopped say so.
+//! - It ends by a byte to port 0xf4: [`EXIT_PASS`] or [`EXIT_FAIL`]. Those that need help for it say so ([`Ends`]).
 //! - What it touches beyond that (pc-testdev's ports and memory, [`ports::COMMAND`]) stands in each module's table.
 //!
 //! A 64-bit payload is a [`Kernel`] (PVH ELF or multiboot 1), a real-mode one a [`Firmware`] of 64 KiB. No payload
@@ -50,8 +50,21 @@ pub struct Payload {
     pub name: &'static str,
     /// How many vCPUs the VM must have, with APIC ids from 0.
     pub vcpus: u8,
+    /// How it comes to its end.
+    pub ends: Ends,
     /// What the VMM loads.
     pub image: Image,
+}
+
+/// How a payload comes to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ends {
+    /// By itself, on any machine with the devices that it touches.
+    Alone,
+    /// When whoever drives it, behind [`ports::COMMAND`] or with interrupts, has done their part.
+    Driven,
+    /// Not at all.
+    Never,
 }
 
 /// The form a payload is loaded in.
@@ -83,11 +96,15 @@ impl Privilege {
 
 impl Payload {
     fn kernel(name: &'static str, vcpus: u8, kernel: Kernel) -> Self {
-        Payload { name, vcpus, image: Image::Kernel(kernel) }
+        Payload { name, vcpus, ends: Ends::Alone, image: Image::Kernel(kernel) }
+    }
+
+    fn that_ends(self, ends: Ends) -> Self {
+        Payload { ends, ..self }
     }
 
     fn firmware(name: &'static str, firmware: Firmware) -> Self {
-        Payload { name, vcpus: 1, image: Image::Firmware(firmware) }
+        Payload { name, vcpus: 1, ends: Ends::Alone, image: Image::Firmware(firmware) }
     }
 
     /// The file that a VMM takes, and by which option of `soc-vmm run`: `--kernel` (PVH ELF) or `--firmware`.

@@ -10,22 +10,34 @@ use run::run;
 
 #[test]
 fn pio_of_every_width() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     run(&pio::pio(Privilege::Cpl0).unwrap(), Options::default());
 }
 
 #[test]
 fn pio_of_every_width_at_cpl3() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     run(&pio::pio(Privilege::Cpl3).unwrap(), Options::default());
 }
 
 #[test]
 fn real_mode_string_io() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     let outcome = run(&real::real_mode().unwrap(), Options::default());
     assert!(outcome.console.starts_with(real::TEXT));
 }
 
 #[test]
 fn mmio_of_every_length() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     let outcome = run(&mmio::mmio().unwrap(), Options::default());
     let mut exits = outcome.events.iter().map(|event| match event.access {
         Access::Memory(address) => (address, event.data.len() as u8, event.write),
@@ -53,6 +65,9 @@ fn every_mmio_length_is_among_the_accesses() {
 
 #[test]
 fn string_io() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     let outcome = run(&string_io::string_io().unwrap(), Options::default());
     assert!(outcome.console.starts_with(&string_io::text()));
 }

@@ -11,6 +11,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 #[test]
 fn reads_of_a_port() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     for privilege in [Privilege::Cpl0, Privilege::Cpl3] {
         let outcome = run(&hot::read_port(privilege, ports::ECHO, 500, 3).unwrap(), Options::default());
         assert_eq!(outcome.events.len(), 1500);
@@ -22,6 +25,9 @@ fn reads_of_a_port() {
 
 #[test]
 fn busy() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     for privilege in [Privilege::Cpl0, Privilege::Cpl3] {
         let mut machine = Machine::new(&hot::busy(privilege).unwrap(), Options::default()).unwrap();
         let outcome = machine.run(Silent, Duration::from_millis(200)).unwrap();
@@ -33,6 +39,9 @@ fn busy() {
 
 #[test]
 fn floor() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     let payload = hot::read_port(Privilege::Cpl0, ports::DEBUG_CONSOLE, 500, 3).unwrap();
     let console = Machine::new(&payload, Options::default()).unwrap().run_floor(run::LIMIT).unwrap();
     assert_eq!(console.lines().filter_map(hot::parse_round).count(), 3);

@@ -61,18 +61,27 @@ fn route(vm: &VmFd) -> EventFd {
 
 #[test]
 fn messages() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     drive(&interrupts::msi().unwrap(), with(Irqchip::Full), Messages(0));
     drive(&interrupts::msi().unwrap(), with(Irqchip::Split), Messages(0));
 }
 
 #[test]
 fn irqfd() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     drive(&interrupts::msi().unwrap(), with(Irqchip::Full), Irqfd(None));
     drive(&interrupts::msi().unwrap(), with(Irqchip::Split), Irqfd(None));
 }
 
 #[test]
 fn level_line_with_notice_of_each_end_of_interrupt() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     // 0 on hardware; the software backend gives one in some runs.
     const TOLERATED: u32 = interrupts::LEVEL_ROUNDS / 8;
     let outcome = run(&interrupts::level().unwrap(), with(Irqchip::Split));
@@ -82,6 +91,9 @@ fn level_line_with_notice_of_each_end_of_interrupt() {
 
 #[test]
 fn interrupts_between_vcpus() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     run(&smp::ipi(2).unwrap(), with(Irqchip::Full));
     run(&smp::ipi(5).unwrap(), with(Irqchip::Split));
 }

@@ -116,22 +116,34 @@ fn check(privilege: Privilege, each: Each) {
 
 #[test]
 fn goes_on_at_cpl0() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     check(Privilege::Cpl0, Each::Nothing);
 }
 
 #[test]
 fn goes_on_at_cpl3() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     check(Privilege::Cpl3, Each::Nothing);
 }
 
 #[test]
 fn goes_on_from_inside_a_page_split_access() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     check(Privilege::Cpl0, Each::PageSplit);
     check(Privilege::Cpl3, Each::PageSplit);
 }
 
 #[test]
 fn goes_on_from_inside_a_string() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     check(Privilege::Cpl0, Each::String);
     check(Privilege::Cpl3, Each::String);
 }

@@ -13,6 +13,9 @@ use run::{drive, run};
 
 #[test]
 fn bring_up() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     for vcpus in [2, 8, payloads::MAX_VCPUS] {
         let outcome = run(&smp::bring_up(vcpus).unwrap(), Options::default());
         let mut lines: Vec<_> = outcome.console.lines().collect();
@@ -26,6 +29,9 @@ fn bring_up() {
 
 #[test]
 fn writes_under_a_lock_arrive_in_order() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     let outcome = run(&order::order(2).unwrap(), Options::default());
     let arrived: Vec<_> = outcome
         .events
@@ -47,6 +53,9 @@ fn writes_under_a_lock_arrive_in_order() {
 
 #[test]
 fn halted() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     let mut machine = Machine::new(&smp::halted(3).unwrap(), Options::default()).unwrap();
     let outcome = machine.run(Silent, Duration::from_millis(300)).unwrap();
     assert_eq!(outcome.console, "halted\n");
@@ -100,6 +109,9 @@ fn frames(vm: &VmFd, vcpus: u8) -> BTreeSet<u64> {
 
 #[test]
 fn dirty_log_shows_exactly_what_was_written() {
+    if !run::kvm_or_skip() {
+        return;
+    }
     for (vcpus, privilege) in [(1, Privilege::Cpl0), (2, Privilege::Cpl0), (2, Privilege::Cpl3)] {
         let (sender, rounds) = mpsc::channel();
         let options = Options { memory: dirty::memory(vcpus), dirty_log: true, ..Options::default() };

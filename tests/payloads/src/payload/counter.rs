@@ -14,7 +14,7 @@ use iced_x86::code_asm::*;
 
 use crate::kit::LongMode;
 use crate::kit::layout::FREE;
-use crate::{IcedError, Payload, Privilege, TEST_MEMORY, ports};
+use crate::{Ends, IcedError, Payload, Privilege, TEST_MEMORY, ports};
 
 /// Steps between two reads of the command port.
 pub const STRIDE: u32 = 64;
@@ -97,7 +97,7 @@ pub fn counter(privilege: Privilege, each: Each) -> Result<Payload, IcedError> {
     p.print("\n")?;
     p.asm.set_label(&mut quiet)?;
     p.asm.jmp(step)?;
-    Ok(Payload::kernel(name, 1, p.finish()?))
+    Ok(Payload::kernel(name, 1, p.finish()?).that_ends(Ends::Driven))
 }
 
 /// A line of the debug console: step and digest.

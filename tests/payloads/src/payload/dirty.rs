@@ -13,7 +13,7 @@ use iced_x86::code_asm::*;
 
 use crate::kit::LongMode;
 use crate::kit::layout::{self, FREE};
-use crate::{IcedError, Payload, Privilege, ports};
+use crate::{Ends, IcedError, Payload, Privilege, ports};
 
 /// Bytes of RAM that belong to one vCPU.
 pub const REGION: u32 = 4 << 20;
@@ -65,7 +65,7 @@ pub fn dirty(vcpus: u8, privilege: Privilege) -> Result<Payload, IcedError> {
     p.asm.set_label(&mut rest)?;
     p.asm.pause()?;
     p.asm.jmp(rest)?;
-    Ok(Payload::kernel(name, vcpus, p.finish()?))
+    Ok(Payload::kernel(name, vcpus, p.finish()?).that_ends(Ends::Driven))
 }
 
 /// Registers only: r15 the vCPU, ebp the round, edi its region, ecx the write.

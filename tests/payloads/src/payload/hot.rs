@@ -4,7 +4,7 @@ use iced_x86::code_asm::*;
 
 use crate::kit::LongMode;
 use crate::kit::layout::FREE;
-use crate::{IcedError, Payload, Privilege};
+use crate::{Ends, IcedError, Payload, Privilege};
 
 /// Reads one byte of a port `count` times, and says how long that took, `rounds` times.
 ///
@@ -75,7 +75,7 @@ pub fn busy(privilege: Privilege) -> Result<Payload, IcedError> {
     p.asm.set_label(&mut next)?;
     p.asm.inc(qword_ptr(rdi))?;
     p.asm.jmp(next)?;
-    Ok(Payload::kernel(privilege.name("busy", "busy-cpl3"), 1, p.finish()?))
+    Ok(Payload::kernel(privilege.name("busy", "busy-cpl3"), 1, p.finish()?).that_ends(Ends::Never))
 }
 
 /// Guest-physical address of [`busy`]'s count.

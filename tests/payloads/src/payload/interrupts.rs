@@ -3,7 +3,7 @@
 use iced_x86::code_asm::*;
 
 use crate::kit::{LongMode, layout};
-use crate::{IcedError, Payload, ports};
+use crate::{Ends, IcedError, Payload, ports};
 
 /// Counts messages.
 ///
@@ -34,7 +34,7 @@ pub fn msi() -> Result<Payload, IcedError> {
         p.asm.out(dx, eax)?;
         p.asm.pop(rdx)
     })?;
-    Ok(Payload::kernel("msi", 1, p.finish()?))
+    Ok(Payload::kernel("msi", 1, p.finish()?).that_ends(Ends::Driven))
 }
 
 /// Vector of [`msi`]'s messages.

@@ -3,7 +3,7 @@
 use iced_x86::code_asm::*;
 
 use crate::kit::{LongMode, layout};
-use crate::{IcedError, Payload};
+use crate::{Ends, IcedError, Payload};
 
 /// Brings up all vCPUs by INIT and start-up IPI; each says so on the debug console, under a lock: `vcpu ` and its
 /// APIC id in 16 hexadecimal digits. The first says it last, and passes.
@@ -103,5 +103,5 @@ pub fn halted(vcpus: u8) -> Result<Payload, IcedError> {
     p.other_vcpus()?;
     p.online()?;
     p.halt()?;
-    Ok(Payload::kernel("halted", vcpus, p.finish()?))
+    Ok(Payload::kernel("halted", vcpus, p.finish()?).that_ends(Ends::Never))
 }

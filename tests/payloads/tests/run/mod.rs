@@ -4,9 +4,18 @@
 use std::time::Duration;
 
 use bench::bare::{Driver, Machine, Options, Outcome, Silent};
+use kvm_ioctls::Kvm;
 use payloads::{EXIT_PASS, Payload};
 
 pub const LIMIT: Duration = Duration::from_secs(10);
+
+/// Whether there is a KVM to run on. If not, it has said so and the test is to return.
+pub fn kvm_or_skip() -> bool {
+    let Err(error) = Kvm::new() else { return true };
+    // The thread of a test has its name.
+    testbed::skip(std::thread::current().name().unwrap_or("a payload"), &format!("/dev/kvm: {error}"));
+    false
+}
 
 /// Runs a payload that asks for nothing.
 pub fn run(payload: &Payload, options: Options) -> Outcome {
