@@ -35,7 +35,7 @@ pub enum CallError {
     #[error("the host did not answer within {} s", DEADLINE.as_secs())]
     Late,
     /// The channel's rules were broken, or the ring is full.
-    #[error("{0}")]
+    #[error(transparent)]
     Channel(#[from] ChannelError),
     /// The connection is over.
     #[error("the connection to the host is over")]

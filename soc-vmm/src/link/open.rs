@@ -21,10 +21,10 @@ pub enum LinkError {
     #[error("nobody serves the function: no host-kvm-shim offered it within {} s; start host-kvm-shim on the host", PATIENCE.as_secs())]
     NoHost,
     /// The host's header can't be used.
-    #[error("{0}")]
+    #[error(transparent)]
     Header(#[from] HeaderError),
     /// The host's region table can't be used.
-    #[error("{0}")]
+    #[error(transparent)]
     Table(#[from] TableError),
     /// The function has another role.
     #[error("the function has the role {found}, this needs the role {wanted}; name another function")]
@@ -35,14 +35,14 @@ pub enum LinkError {
         wanted: &'static str,
     },
     /// The function no longer carries.
-    #[error("{0}")]
+    #[error(transparent)]
     Bus(#[from] BusError),
     /// The doorbell can't be watched, or the state file can't be made.
-    #[error("can't set up the connection: {0}")]
+    #[error("can't set up the connection")]
     Io(#[from] std::io::Error),
     /// The state file can't be mapped.
-    #[error("can't map the VM's state file: {0}")]
-    State(pcie_function::FunctionError),
+    #[error("can't map the VM's state file")]
+    State(#[source] pcie_function::FunctionError),
 }
 
 /// A negotiated function.

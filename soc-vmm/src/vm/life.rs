@@ -23,8 +23,9 @@ use crate::boot::{BootPlan, Entry};
 use crate::bus::{MapError, Wake};
 use crate::cli::{ExitStatus, Failure, RunConfig};
 use crate::control::{self, Action, Order, RunState, ShutdownCause, VmControl};
+use crate::cpuid::{self, CpuidConfig, CpuidError, Topology, TopologyError};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
-use crate::layout::MemoryLayout;
+use crate::layout::{LayoutError, MemoryLayout};
 use crate::link::{CallError, Link, LinkError, Notice};
 use crate::power::PowerEvent;
 
@@ -67,18 +68,24 @@ pub(super) struct Vm<F: SocFunction> {
 /// Why a VM can't be built or went no further.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LifeError {
-    #[error("the host refused the VM: {0}")]
+    #[error("the host refused the VM")]
     Call(#[from] CallError),
     #[error(transparent)]
     Link(#[from] LinkError),
     #[error(transparent)]
     Boot(#[from] crate::boot::BootError),
-    #[error("the machine's devices overlap: {0}")]
+    #[error("the machine's devices overlap")]
     Machine(#[from] MapError),
+    #[error("--cpus")]
+    Topology(#[from] TopologyError),
+    #[error("--memory")]
+    Layout(#[from] LayoutError),
+    #[error("the host's CPUID can't be used")]
+    Cpuid(#[from] CpuidError),
     #[error("the host's records of vCPU state can't be read")]
     Records,
-    #[error("can't start a thread: {0}")]
-    Thread(std::io::Error),
+    #[error("can't start a thread")]
+    Thread(#[source] std::io::Error),
 }
 
 impl From<api_channel::codec::Malformed> for LifeError {
@@ -89,8 +96,12 @@ impl From<api_channel::codec::Malformed> for LifeError {
 
 impl LifeError {
     fn failure(&self) -> Failure {
-        let status = if matches!(self, Self::Boot(_)) { ExitStatus::Usage } else { ExitStatus::Unavailable };
-        Failure::new(status, self.to_string())
+        let status = if matches!(self, Self::Boot(_) | Self::Topology(_) | Self::Layout(_)) {
+            ExitStatus::Usage
+        } else {
+            ExitStatus::Unavailable
+        };
+        Failure::of(status, "", self)
     }
 }
 
@@ -107,10 +118,17 @@ impl<F: SocFunction> Vm<F> {
         let vcpus = u32::from(config.cpus);
         let host = HostVm::create(&link, channel.clone(), vcpus, &layout, &config.memory, plan.rom()).await?;
         let supported = host.supported_cpuid().await?;
+        layout.check_address_width(cpuid::physical_address_bits(&supported))?;
+        let model = CpuidConfig {
+            topology: Topology::flat(vcpus)?,
+            tsc_khz: Some(host.created.tsc_khz),
+            // KVM's in-kernel LAPIC has it, whatever the host's own CPU does (KVM api.rst §4.46).
+            tsc_deadline: true,
+        };
         for vcpu in 0..vcpus {
-            host.set_cpuid(vcpu, supported.clone()).await?;
+            host.set_cpuid(vcpu, cpuid::guest_table(&supported, &model, vcpu)?).await?;
         }
-        let signature = supported.iter().find(|e| e.function == 1).map_or(0, |e| e.eax);
+        let signature = cpuid::signature(&supported);
         let mut cpus = Vec::new();
         for vcpu in 0..vcpus {
             cpus.push(host.state(vcpu).await?);
@@ -175,11 +193,19 @@ impl<F: SocFunction> Vm<F> {
         let (cpus, chips) = &self.pristine;
         self.host.set_chips(state::chips(chips)?).await?;
         for (vcpu, pristine) in cpus.iter().enumerate() {
-            let waiting = Entry::application_processor(self.signature);
-            let entry = if vcpu == 0 { self.plan.entry() } else { &waiting };
-            self.host.set_state(vcpu as u32, state::start(pristine, entry)?).await?;
+            let entry = if vcpu == 0 { self.first_entry() } else { Entry::application_processor(self.signature) };
+            self.host.set_state(vcpu as u32, state::start(pristine, &entry)?).await?;
         }
         Ok(())
+    }
+
+    /// Where the boot processor starts; firmware finds the processor's signature in EDX, as after power on.
+    fn first_entry(&self) -> Entry {
+        let mut entry = *self.plan.entry();
+        if self.plan.rom().is_some() {
+            entry.regs.rdx = self.signature.into();
+        }
+        entry
     }
 
     async fn reset(&self) -> Result<(), LifeError> {

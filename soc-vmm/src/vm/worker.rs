@@ -93,7 +93,7 @@ pub(super) struct Worker<F: SocFunction> {
 enum Fault {
     #[error("vCPU {0}'s lane: {1}")]
     Lane(usize, LaneError),
-    #[error("{0}")]
+    #[error(transparent)]
     Bus(#[from] BusError),
     #[error("can't wait for work: {0}")]
     Poll(#[from] nix::Error),
