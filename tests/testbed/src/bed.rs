@@ -17,8 +17,12 @@ pub const SOC_VMM: &str = "/bin/soc-vmm";
 pub const GUEST_KERNEL: &str = "/guest/vmlinuz";
 /// Where the guest's initramfs lies in the SoC.
 pub const GUEST_INITRD: &str = "/guest/initrd";
-/// A virtio-serial port of the SoC for the standard streams of one soc-vmm.
-pub const SOC_CHANNEL: &str = "soc-vmm";
+
+/// The virtio-serial port of the SoC for the standard streams of the soc-vmm on function `number`.
+#[must_use]
+pub fn soc_channel(number: u32) -> String {
+    format!("soc-vmm-{number}")
+}
 
 /// A DPU server to be started.
 #[derive(Clone, Debug)]
@@ -102,6 +106,6 @@ fn soc_on(mut soc: SocConfig, card: &Card) -> Result<SocConfig, Error> {
         (GUEST_INITRD.to_owned(), image.initrd),
     ]);
     basics.bind.extend([SOC_VM, SOC_HOST]);
-    basics.channels.push(SOC_CHANNEL.to_owned());
+    basics.channels.extend((0..=card.functions()).map(soc_channel));
     Ok(soc)
 }

@@ -197,6 +197,8 @@ fn spawn_on_lasting_thread(mut command: Command) -> io::Result<std::process::Chi
 mod tests {
     use super::*;
     use nix::sys::signal::kill;
+    use std::io::{BufRead, BufReader};
+    use std::process::Stdio;
 
     #[test]
     fn a_dropped_child_is_gone() {
@@ -219,6 +221,40 @@ mod tests {
         .join()
         .unwrap();
         assert!(child.wait(Duration::from_millis(200)).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_killed_parent_leaves_no_child() {
+        // This test is run twice: by the harness, and by itself as the parent that is killed.
+        const TO_BE_KILLED: &str = "TESTBED_TO_BE_KILLED";
+        if std::env::var_os(TO_BE_KILLED).is_some() {
+            let mut sleep = Command::new("sleep");
+            sleep.arg("60");
+            let child = Child::spawn(sleep).unwrap();
+            println!("child {}", child.id());
+            thread::sleep(Duration::from_secs(60));
+        }
+        let mut this = Command::new(std::env::current_exe().unwrap());
+        this.args(["--exact", "process::tests::a_killed_parent_leaves_no_child", "--nocapture"])
+            .env(TO_BE_KILLED, "1")
+            .stdout(Stdio::piped());
+        let mut parent = Child::spawn(this).unwrap();
+        let mut lines = BufReader::new(parent.stdout().unwrap()).lines();
+        let pid = lines.find_map(|line| line.unwrap().split_once("child ")?.1.trim().parse().ok());
+        let grandchild = Pid::from_raw(pid.unwrap());
+        assert!(kill(grandchild, None).is_ok());
+
+        parent.kill().unwrap();
+        let end = Instant::now() + Duration::from_secs(10);
+        // Whoever adopted it may take a moment to reap it: a zombie is as good as gone.
+        while alive(grandchild) {
+            assert!(Instant::now() < end, "process {grandchild} lives on");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn alive(pid: Pid) -> bool {
+        std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::bed::{Bed, GUEST_INITRD, GUEST_KERNEL, SOC_CHANNEL, SOC_VMM};
+use crate::bed::{Bed, GUEST_INITRD, GUEST_KERNEL, SOC_VMM, soc_channel};
 use crate::card::{SOC_HOST, SOC_VM};
 use crate::fetch::Arch;
 use crate::machine::{Error, Machine};
@@ -83,9 +83,10 @@ impl<'a> Vmm<'a> {
                 let spec = format!("pci:{}", soc_address(soc, config.function)?);
                 let args = arguments(config, &spec, GUEST_KERNEL, GUEST_INITRD);
                 let args: Vec<&str> = args.iter().map(String::as_str).collect();
-                let stream = soc.channel(SOC_CHANNEL)?;
-                let output = stream.try_clone().map_err(Error::file(SOC_CHANNEL))?;
-                let pid = soc.run(SOC_VMM, &args, Some(SOC_CHANNEL))?;
+                let channel = soc_channel(config.function);
+                let stream = soc.channel(&channel)?;
+                let output = stream.try_clone().map_err(Error::file(&channel))?;
+                let pid = soc.run(SOC_VMM, &args, Some(&channel))?;
                 (Place::Soc { soc, pid }, Box::new(stream), Box::new(output))
             }
             None => native(bed, config)?,
@@ -192,8 +193,10 @@ impl<'a> Vmm<'a> {
 
 impl Drop for Vmm<'_> {
     fn drop(&mut self) {
-        // The native one dies with its handle. On the SoC it may have ended, which is all that can fail here.
-        if let Place::Soc { .. } = self.place {
+        // The native one dies with its handle.
+        if let Place::Soc { soc, pid } = self.place
+            && soc.control().wait_for_exit(pid, Duration::ZERO).is_none()
+        {
             let _ = self.kill();
         }
     }
