@@ -1,3 +1,84 @@
-//! The vCPU runner on the host.
+//! The vCPU runner on the host: see `--help`, and docs/ for the whole picture.
 
-fn main() {}
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use host_kvm_shim::args::{self, Command, Spec};
+use host_kvm_shim::{Ended, Options, ServeError, Shim, socket};
+use nix::errno::Errno;
+use pcie_function::local::LocalHost;
+
+/// The command line is wrong.
+const USAGE: u8 = 2;
+/// KVM, or the function, can't be used.
+const UNUSABLE: u8 = 4;
+
+fn main() -> ExitCode {
+    let (function, keep, options) = match args::parse(std::env::args_os().skip(1)) {
+        Ok(Command::Serve { function, keep, options }) => (function, keep, options),
+        Ok(Command::Help) => {
+            print!("{}", args::USAGE);
+            return ExitCode::SUCCESS;
+        }
+        Ok(Command::Version) => {
+            println!("host-kvm-shim {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        Err(why) => return fail(USAGE, &why),
+    };
+    let served = match &function {
+        Spec::Unix(path) => serve_unix(path, options),
+        Spec::Fd(fd) => serve_fd(*fd, keep, options),
+        Spec::Pci(bdf) => Err(format!("--function pci:{bdf}: this build has no VFIO; use unix:PATH or fd:N")),
+    };
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => fail(UNUSABLE, &why),
+    }
+}
+
+fn fail(status: u8, why: &str) -> ExitCode {
+    eprintln!("host-kvm-shim: {why}");
+    ExitCode::from(status)
+}
+
+/// Serves one connection after the other.
+fn serve_unix(path: &Path, options: Options) -> Result<(), String> {
+    let once = options.once;
+    let mut shim = Shim::open(options).map_err(|e| e.to_string())?;
+    let listener = socket::listen(path).map_err(|errno| {
+        let todo = if errno == Errno::EADDRINUSE { "; another host-kvm-shim serves it" } else { "" };
+        format!("--function unix:{}: can't listen there: {}{todo}", path.display(), errno.desc())
+    })?;
+    loop {
+        shim.wait_for(listener.as_fd()).map_err(|e| e.to_string())?;
+        let Ok(peer) = socket::accept(&listener) else { continue };
+        match LocalHost::new(peer).map_err(ServeError::from).and_then(|function| shim.serve(function)) {
+            Ok(Ended::Shutdown | Ended::Once) => break,
+            Ok(Ended::Lost(_)) if once && !shim.holds_vm() => break,
+            Ok(Ended::Lost(why)) => eprintln!("host-kvm-shim: {why}"),
+            // A peer that left while the function was set up is no reason not to serve the next one.
+            Err(error @ ServeError::Function(_)) => eprintln!("host-kvm-shim: {error}"),
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+    let _ = std::fs::remove_file(path);
+    Ok(())
+}
+
+/// Serves the peer of an inherited socket, and ends with it unless its VM shall be kept.
+fn serve_fd(fd: i32, keep: bool, options: Options) -> Result<(), String> {
+    let peer = socket::inherited(fd).map_err(|errno| {
+        format!("--function fd:{fd}: no connected SOCK_SEQPACKET socket was inherited there: {}", errno.desc())
+    })?;
+    let lease = if keep { options.lease } else { Duration::ZERO };
+    let mut shim = Shim::open(Options { lease, ..options }).map_err(|e| e.to_string())?;
+    let function = LocalHost::new(peer).map_err(|e| format!("--function fd:{fd}: {e}"))?;
+    shim.serve(function).map_err(|e| e.to_string())?;
+    if shim.holds_vm() {
+        shim.hold();
+    }
+    Ok(())
+}

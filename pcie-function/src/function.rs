@@ -80,6 +80,12 @@ pub trait HostFunction: Send {
     /// The eventfd of a vector, if there is such a vector.
     fn vector(&self, vector: u32) -> Option<BorrowedFd<'_>>;
 
+    /// The eventfd that rings `bell`, where ringing is a write to one: KVM can then ring by itself (ioeventfd).
+    fn doorbell_event(&self, bell: Doorbell) -> Option<BorrowedFd<'_>> {
+        let _ = bell;
+        None
+    }
+
     /// Readable when the function may have been lost (removal request, peer hung up). Then ask [`HostFunction::check`].
     fn lost_event(&self) -> BorrowedFd<'_>;
 

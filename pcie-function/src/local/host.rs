@@ -125,6 +125,10 @@ impl HostFunction for LocalHost {
         self.vectors.get(vector as usize).map(AsFd::as_fd)
     }
 
+    fn doorbell_event(&self, bell: crate::Doorbell) -> Option<BorrowedFd<'_>> {
+        Some(self.bells[bell as usize].as_fd())
+    }
+
     fn lost_event(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }

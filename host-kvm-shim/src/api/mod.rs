@@ -1,0 +1,337 @@
+//! One connection of the API channel: the API thread's loop while a SoC is there.
+
+mod calls;
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use api_channel::call::Call;
+use api_channel::event::Event;
+use api_channel::message::ChannelError;
+use api_channel::{Asked, Server};
+use pcie_function::header::SocHeader;
+use pcie_function::{HostFunction, State};
+
+use crate::bootstrap::Offer;
+use crate::error::{Refusal, ServeError};
+use crate::host::Host;
+use crate::poller::{Poller, Wake};
+use crate::serve::{Level, Options};
+use crate::vm::Machine;
+
+/// A connection, and the VM that was created through it.
+pub(crate) struct Session<'a, F: HostFunction> {
+    host: &'a Host,
+    options: &'a Options,
+    offer: &'a mut Offer<F>,
+    poller: &'a Poller,
+    server: Server<F::Window, F::Window>,
+    soc_nonce: u64,
+    /// Why no VM can be created: another one is held.
+    held: Option<String>,
+    machine: Option<Machine<F>>,
+    pausing: Option<Pausing>,
+    /// Events that found no room yet.
+    backlog: VecDeque<Event>,
+    /// Whether something was sent since the channel's doorbell rang.
+    sent: bool,
+    /// Until when a bulk is looked after without being rung, and how long to wait next.
+    bulk_wait: Option<Duration>,
+    pulse: Pulse,
+    /// The shim ends once the VM is gone.
+    shutting_down: bool,
+    /// A VM was created and destroyed.
+    ended_one: bool,
+}
+
+/// Why a connection ended.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// The SoC asked the shim to end.
+    Shutdown,
+    /// The one VM is gone.
+    Once,
+    /// The function no longer carries.
+    Lost(String),
+    /// Another SoC, or the same after a restart, took over.
+    Restarted(SocHeader),
+    /// The SoC broke a rule, or is silent for good.
+    Broken(String),
+}
+
+/// A pause that waits for vCPUs to finish their exits.
+struct Pausing {
+    asked: Asked,
+    vcpu: u32,
+    deadline: Option<Instant>,
+    /// The vCPUs that ran before.
+    ran: Vec<u32>,
+}
+
+/// The SoC's heartbeat as it was last seen to change.
+struct Pulse {
+    beat: u64,
+    changed: Instant,
+    /// Whether it was reported silent, and the VM paused for it.
+    silent: bool,
+    paused: bool,
+}
+
+/// A heartbeat that stands still so long is lost.
+const SILENCE: Duration = Duration::from_secs(10);
+/// Events that wait for room in the ring; log records beyond are dropped.
+const BACKLOG: usize = 256;
+
+impl<'a, F: HostFunction + 'static> Session<'a, F> {
+    pub(crate) fn new(
+        host: &'a Host,
+        options: &'a Options,
+        offer: &'a mut Offer<F>,
+        poller: &'a Poller,
+        server: Server<F::Window, F::Window>,
+        soc_nonce: u64,
+        held: Option<String>,
+    ) -> Self {
+        let pulse = Pulse { beat: server.soc_beat(), changed: Instant::now(), silent: false, paused: false };
+        Self {
+            host,
+            options,
+            offer,
+            poller,
+            server,
+            soc_nonce,
+            held,
+            machine: None,
+            pausing: None,
+            backlog: VecDeque::new(),
+            sent: false,
+            bulk_wait: None,
+            pulse,
+            shutting_down: false,
+            ended_one: false,
+        }
+    }
+
+    /// The VM that the connection leaves behind.
+    pub(crate) fn into_machine(self) -> Option<Machine<F>> {
+        self.machine
+    }
+
+    /// Serves until the connection ends; `tick` is called once a second.
+    pub(crate) fn run(&mut self, mut tick: impl FnMut()) -> Result<End, ServeError> {
+        self.log(Level::Info, "connected");
+        loop {
+            match self.round(&mut tick) {
+                Ok(()) => {}
+                Err(Stop::End(end)) => return Ok(end),
+                Err(Stop::Fatal(error)) => return Err(error),
+            }
+        }
+    }
+
+    fn round(&mut self, tick: &mut impl FnMut()) -> Result<(), Stop> {
+        self.take_calls()?;
+        self.finish_pause()?;
+        self.flush_events()?;
+        if std::mem::take(&mut self.sent) {
+            self.offer.ring();
+        }
+        if self.machine.is_none() && self.shutting_down {
+            return Err(Stop::End(End::Shutdown));
+        }
+        for wake in self.poller.wait(self.patience())? {
+            match wake {
+                Wake::Channel => {
+                    if let Ok(Some(soc)) = self.offer.answer(self.soc_nonce) {
+                        return Err(Stop::End(End::Restarted(soc)));
+                    }
+                }
+                Wake::Lost => {
+                    if let Err(bus) = self.offer.function.check() {
+                        return Err(Stop::End(End::Lost(bus.to_string())));
+                    }
+                }
+                Wake::Notice => {
+                    if let Some((vcpu, error)) = self.offer.notices.take_broken() {
+                        return Err(Stop::End(End::Broken(format!("the lane of vCPU {vcpu}: {error}"))));
+                    }
+                }
+                Wake::Tick => {
+                    tick();
+                    self.server.beat();
+                    self.feel_pulse()?;
+                }
+                Wake::Eoi(gsi) => self.report(Event::Eoi { gsi }),
+            }
+        }
+        Ok(())
+    }
+
+    /// How long nothing need be looked at without being woken.
+    fn patience(&self) -> Option<Duration> {
+        let deadline = self.pausing.as_ref().and_then(|pausing| pausing.deadline);
+        let left = deadline.map(|d| d.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
+        [self.bulk_wait, left].into_iter().flatten().min()
+    }
+
+    fn take_calls(&mut self) -> Result<(), Stop> {
+        while let Some((asked, call)) = self.server.poll()? {
+            self.bulk_wait = None;
+            self.sent = true;
+            if self.options.log == Level::Debug {
+                self.log(Level::Debug, &format!("call {:#05x}", call.opcode()));
+            }
+            if let Call::Pause(vcpu) = call {
+                self.begin_pause(asked, vcpu)?;
+                continue;
+            }
+            match self.execute(call) {
+                Ok(reply) => {
+                    self.server.reply(asked, &reply.payload, &reply.bulk)?;
+                    if !reply.bulk.is_empty() {
+                        // The SoC need not ring when it has fetched the bulk; what waits behind it is looked for.
+                        self.bulk_wait = Some(Duration::from_millis(1));
+                    }
+                }
+                Err(Refusal { status, why }) => {
+                    self.log(Level::Debug, &format!("refused: {why}"));
+                    self.server.refuse(asked, status, &why)?;
+                }
+            }
+            if self.options.once && self.machine.is_none() && self.ended_one {
+                self.offer.ring();
+                return Err(Stop::End(End::Once));
+            }
+        }
+        self.bulk_wait = self.bulk_wait.filter(|wait| *wait < Duration::from_secs(1)).map(|wait| wait * 2);
+        Ok(())
+    }
+}
+
+/// Leaves the loop.
+enum Stop {
+    End(End),
+    Fatal(ServeError),
+}
+
+impl From<ChannelError> for Stop {
+    fn from(error: ChannelError) -> Self {
+        Self::End(End::Broken(error.to_string()))
+    }
+}
+
+impl From<ServeError> for Stop {
+    fn from(error: ServeError) -> Self {
+        Self::Fatal(error)
+    }
+}
+
+impl<F: HostFunction + 'static> Session<'_, F> {
+    /// Tells vCPUs to pause; [`Session::finish_pause`] answers.
+    fn begin_pause(&mut self, asked: Asked, vcpu: u32) -> Result<(), Stop> {
+        let ran = match (&self.machine, &self.pausing) {
+            (None, _) => Err(Refusal::state("there is no VM")),
+            (Some(_), Some(_)) => Err(Refusal::state("another pause is under way")),
+            (Some(machine), None) => machine.pause(vcpu),
+        };
+        match ran {
+            Ok(ran) => {
+                let limit = Duration::from_millis(asked.deadline_ms.into());
+                let deadline = (!limit.is_zero()).then(|| Instant::now() + limit);
+                self.pausing = Some(Pausing { asked, vcpu, deadline, ran });
+                Ok(())
+            }
+            Err(Refusal { status, why }) => Ok(self.server.refuse(asked, status, &why)?),
+        }
+    }
+
+    /// Answers a pause once its vCPUs are out, their exits finished; or, after its deadline, lets them run on.
+    fn finish_pause(&mut self) -> Result<(), Stop> {
+        let (Some(pausing), Some(machine)) = (&self.pausing, &self.machine) else { return Ok(()) };
+        match machine.unpaused(pausing.vcpu) {
+            None => self.server.reply(pausing.asked, &[], &[])?,
+            Some(vcpu) if pausing.deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
+                for &vcpu in &pausing.ran {
+                    let _ = machine.run(vcpu);
+                }
+                let why = Refusal::state(format!("vCPU {vcpu} still waits for the answer to its exit"));
+                self.server.refuse(pausing.asked, why.status, &why.why)?;
+            }
+            Some(_) => return Ok(()),
+        }
+        self.sent = true;
+        self.pausing = None;
+        Ok(())
+    }
+
+    /// Suspends and reports when the SoC's heartbeat stands still; resumes when it goes on.
+    fn feel_pulse(&mut self) -> Result<(), Stop> {
+        let beat = self.server.soc_beat();
+        if beat != self.pulse.beat {
+            self.pulse.beat = beat;
+            self.pulse.changed = Instant::now();
+            if std::mem::take(&mut self.pulse.silent) {
+                if self.offer.state == State::Quiesced {
+                    self.offer.go(State::Running);
+                }
+                self.log(Level::Warn, "the SoC's heartbeat is back");
+            }
+            return Ok(());
+        }
+        let silent = self.pulse.changed.elapsed();
+        if silent < SILENCE {
+            return Ok(());
+        }
+        if !self.pulse.silent {
+            self.pulse.silent = true;
+            if self.offer.state == State::Running {
+                self.offer.go(State::Quiesced);
+            }
+            self.log(Level::Warn, "the SoC's heartbeat is silent");
+        }
+        if silent >= SILENCE.saturating_add(self.options.lease) && !self.pulse.paused {
+            if self.options.lease.is_zero() {
+                return Err(Stop::End(End::Broken("the SoC's heartbeat is silent".into())));
+            }
+            self.pulse.paused = true;
+            if let Some(machine) = &self.machine {
+                let _ = machine.pause(api_channel::call::VCPU_ALL);
+                self.log(Level::Error, "the lease is over: the VM is paused (soc-lost)");
+            }
+        }
+        Ok(())
+    }
+
+    /// Logs to the SoC.
+    fn log(&mut self, level: Level, text: &str) {
+        if level <= self.options.log {
+            self.report(Event::Log { level: level as u8, text: text.to_owned() });
+        }
+    }
+
+    /// Queues an event. An EOI that still waits says it all; log records give way when the SoC doesn't read.
+    fn report(&mut self, event: Event) {
+        let dropped = match event {
+            Event::Log { .. } => self.backlog.len() >= BACKLOG,
+            Event::Eoi { .. } => self.backlog.contains(&event),
+            Event::Failed { .. } => false,
+        };
+        if !dropped {
+            self.backlog.push_back(event);
+        }
+    }
+
+    fn flush_events(&mut self) -> Result<(), Stop> {
+        while let Some(event) = self.backlog.front() {
+            match self.server.event(event) {
+                Ok(()) => {
+                    self.backlog.pop_front();
+                    self.sent = true;
+                }
+                Err(ChannelError::Full) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}

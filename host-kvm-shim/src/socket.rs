@@ -1,0 +1,63 @@
+//! Sockets on which the peers of local functions come.
+//!
+//! `unsafe`: descriptors that come as numbers.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt, listen as nix_listen,
+    socket, sockopt,
+};
+
+/// Takes over a descriptor that this process inherited; it is not inherited further.
+///
+/// # Errors
+/// It is not open ([`Errno::EBADF`]), or no SOCK_SEQPACKET socket ([`Errno::EPROTOTYPE`]).
+pub fn inherited(fd: i32) -> Result<OwnedFd, Errno> {
+    if fd < 0 {
+        return Err(Errno::EBADF);
+    }
+    // SAFETY: the borrow is used for calls that report a descriptor that is not open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    match getsockopt(&borrowed, sockopt::SockType) {
+        Ok(SockType::SeqPacket) => {}
+        Ok(_) | Err(Errno::ENOTSOCK) => return Err(Errno::EPROTOTYPE),
+        Err(errno) => return Err(errno),
+    }
+    fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    // SAFETY: it is open, and whoever started this process left it to the one who names it on the command line.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Listens at `path`; a socket that a killed shim left behind is replaced.
+///
+/// # Errors
+/// Somebody listens there already, or the path can't be used.
+pub fn listen(path: &Path) -> Result<OwnedFd, Errno> {
+    let new = || socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None);
+    let fd = new()?;
+    let address = UnixAddr::new(path)?;
+    match bind(fd.as_raw_fd(), &address) {
+        Err(Errno::EADDRINUSE) if connect(new()?.as_raw_fd(), &address) == Err(Errno::ECONNREFUSED) => {
+            std::fs::remove_file(path).map_err(|_| Errno::EADDRINUSE)?;
+            bind(fd.as_raw_fd(), &address)?;
+        }
+        bound => bound?,
+    }
+    nix_listen(&fd, Backlog::new(4)?)?;
+    Ok(fd)
+}
+
+/// Takes the next connection.
+///
+/// # Errors
+/// There is none any more, or no descriptor is left.
+pub fn accept(listener: &OwnedFd) -> Result<OwnedFd, Errno> {
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+    // SAFETY: the kernel has just made this descriptor, and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,358 @@
+//! The VM: made once a call asks for it, gone when this is dropped.
+
+pub(crate) mod chips;
+mod dirty;
+mod io_events;
+pub(crate) mod lines;
+mod notices;
+pub(crate) mod posted;
+mod ram;
+mod slots;
+
+use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use api_channel::call::{
+    CreateVm, DirtyFetch, Extent, IoEvent, Irqchip, Memslot, PAGE, RamRequest, StateRequest, VCPU_ALL, VM, VmCreated,
+};
+use api_channel::codec::Malformed;
+use ioreq_ring::HostLane;
+use kvm_bindings::{
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, kvm_pit_config,
+};
+use kvm_ioctls::VmFd;
+use pcie_function::HostFunction;
+
+pub(crate) use dirty::Found;
+pub(crate) use notices::Notices;
+
+use crate::bootstrap::Offer;
+use crate::error::Refusal;
+use crate::host::Host;
+use crate::kvm::{RunPage, StatsFd, enable_cap, stats_fd};
+use crate::vcpu::{Abilities, Command, Handle, Lane, Lanes, Plan, Shared, Spin, Want};
+use dirty::Harvest;
+use io_events::IoEvents;
+use lines::Lines;
+use posted::Posted;
+use ram::Ram;
+use slots::Slots;
+
+/// What vCPU threads share with the API thread and with each other.
+#[derive(Debug)]
+pub(crate) struct Environment {
+    pub(crate) lines: Lines,
+    pub(crate) posted: Posted,
+    pub(crate) notices: Arc<Notices>,
+    pub(crate) abilities: Abilities,
+}
+
+/// A VM. Fields are dropped in order: the threads first, then KVM's VM, then the memory.
+pub(crate) struct Machine<F: HostFunction> {
+    vcpus: Vec<Handle>,
+    io_events: IoEvents,
+    pub(crate) environment: Arc<Environment>,
+    pub(crate) vm: Arc<VmFd>,
+    stats: Option<StatsFd>,
+    pub(crate) irqchip: Irqchip,
+    pub(crate) created: VmCreated,
+    create: CreateVm,
+    slots: Slots,
+    harvest: Harvest,
+    lanes: Lanes<F>,
+    rams: BTreeMap<u32, Ram>,
+}
+
+/// How long a vCPU may take to leave the guest.
+const OUT: Duration = Duration::from_secs(5);
+/// Pages below 4 GiB that Intel's real mode needs: out of the way of 16 MiB of flash, where QEMU has them too.
+const IDENTITY_MAP: u64 = 0xfeff_c000;
+const TSS: usize = 0xfeff_d000;
+
+impl<F: HostFunction + 'static> Machine<F> {
+    /// Creates KVM's VM and the lanes. The in-kernel interrupt controllers and the vCPUs come with the first memslots: in that
+    /// order it takes 1 ms, the other way round 8 (each new slot then waits for KVM's readers).
+    pub(crate) fn new(host: &Host, offer: &mut Offer<F>, create: &CreateVm) -> Result<Self, Refusal> {
+        let CreateVm { vcpus, irqchip, flags: 0, spin_ns, reserved: 0 } = *create else {
+            return Err(Malformed.into());
+        };
+        let irqchip = match irqchip {
+            1 => Irqchip::Full,
+            2 => Irqchip::Split,
+            other => return Err(Refusal::argument(format!("no interrupt controller is of kind {other}"))),
+        };
+        let most = offer.lanes().min(host.most_vcpus());
+        if vcpus == 0 || vcpus > most {
+            return Err(Refusal::argument(format!(
+                "{vcpus} vCPUs: this function has lanes, and KVM vCPUs, for 1 to {most}"
+            )));
+        }
+        if spin_ns > 10_000_000 {
+            return Err(Refusal::argument(format!("spinning {spin_ns} ns for an answer: at most 10 ms")));
+        }
+        let vm = Arc::new(host.kvm().create_vm().map_err(Refusal::kvm("create a VM"))?);
+        let log = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+        enable_cap(&*vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, [log.into(), 0, 0, 0])
+            .map_err(Refusal::nix("make the dirty log exact"))?;
+        if vcpus > 255 {
+            let ids = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+            enable_cap(&*vm, KVM_CAP_X2APIC_API, [ids.into(), 0, 0, 0]).map_err(Refusal::nix("use 32-bit APIC ids"))?;
+        }
+        let lanes = Lanes::new(offer, vcpus)?;
+        let created = lanes.created(host, irqchip);
+        let environment = Environment {
+            lines: Lines::new(vm.clone()),
+            posted: Posted::default(),
+            notices: offer.notices.clone(),
+            abilities: host.abilities().clone(),
+        };
+        Ok(Self {
+            vcpus: Vec::new(),
+            io_events: IoEvents::default(),
+            environment: Arc::new(environment),
+            stats: stats_fd(&*vm).ok().map(StatsFd::new),
+            irqchip,
+            created,
+            create: *create,
+            slots: Slots::new(host.most_memslots()),
+            harvest: Harvest::default(),
+            lanes,
+            rams: BTreeMap::new(),
+            vm,
+        })
+    }
+
+    /// Ends the VM: threads joined, memory out of the device's reach, then freed.
+    pub(crate) fn destroy(mut self, offer: &mut Offer<F>) {
+        self.vcpus.clear();
+        for ram in self.rams.values() {
+            // A function that is gone has no mapping left.
+            let _ = ram.unmap(&mut offer.function);
+        }
+        self.lanes.unmap(&mut offer.function);
+    }
+
+    /// Allocates RAM.
+    pub(crate) fn add_ram(
+        &mut self,
+        host: &Host,
+        offer: &mut Offer<F>,
+        request: &RamRequest,
+    ) -> Result<Vec<Extent>, Refusal> {
+        if self.rams.contains_key(&request.id) {
+            return Err(Refusal::argument(format!("RAM {} exists already", request.id)));
+        }
+        let (ram, extents) = Ram::new(&mut offer.function, host.memory(), request)?;
+        self.rams.insert(request.id, ram);
+        Ok(extents)
+    }
+
+    /// Replaces the memslots; the first set brings the chips and the vCPUs.
+    pub(crate) fn set_memslots(&mut self, host: &Host, offer: &Offer<F>, wanted: &[Memslot]) -> Result<(), Refusal> {
+        self.slots.check(wanted, &self.rams)?;
+        if self.vcpus.is_empty() {
+            if wanted.is_empty() {
+                return Err(Refusal::argument("the first set of memslots is empty".into()));
+            }
+            self.slots.replace(&self.vm, wanted, &self.rams, &mut self.harvest)?;
+            self.create_chips()?;
+            return self.create_vcpus(host, offer);
+        }
+        self.with_vcpus_out(|this| this.slots.replace(&this.vm, wanted, &this.rams, &mut this.harvest))
+    }
+
+    /// Holds every vCPU out of the guest while `change` is made. One that waits for the SoC is out: it goes on waiting.
+    fn with_vcpus_out(&mut self, change: impl FnOnce(&mut Self) -> Result<(), Refusal>) -> Result<(), Refusal> {
+        let deadline = Instant::now() + OUT;
+        self.vcpus.iter().for_each(Handle::hold);
+        let late = self.vcpus.iter().find(|vcpu| !vcpu.out_by(deadline)).map(|vcpu| vcpu.shared.index);
+        let done = match late {
+            None => change(self),
+            Some(index) => {
+                Err(Refusal::state(format!("vCPU {index} did not leave the guest within {} s", OUT.as_secs())))
+            }
+        };
+        self.vcpus.iter().for_each(Handle::release);
+        done
+    }
+
+    fn create_chips(&self) -> Result<(), Refusal> {
+        self.vm.set_identity_map_address(IDENTITY_MAP).map_err(Refusal::kvm("place the identity map"))?;
+        self.vm.set_tss_address(TSS).map_err(Refusal::kvm("place the TSS"))?;
+        match self.irqchip {
+            Irqchip::Full => {
+                self.vm.create_irq_chip().map_err(Refusal::kvm("create the interrupt controllers"))?;
+                let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+                self.vm.create_pit2(pit).map_err(Refusal::kvm("create the PIT"))
+            }
+            Irqchip::Split => {
+                // 24 routes are left to the IOAPIC on the SoC: their level-triggered EOIs are exits.
+                enable_cap(&*self.vm, KVM_CAP_SPLIT_IRQCHIP, [24, 0, 0, 0])
+                    .map_err(Refusal::nix("split the interrupt controllers"))
+            }
+        }
+    }
+
+    fn create_vcpus(&mut self, host: &Host, offer: &Offer<F>) -> Result<(), Refusal> {
+        let spin_ns = if self.create.spin_ns == 0 { Spin::DEFAULT_NS } else { self.create.spin_ns };
+        let spin = Spin::new(spin_ns, host.tsc_khz(), host.has_one_cpu());
+        for index in 0..self.create.vcpus {
+            let fd = self.vm.create_vcpu(index.into()).map_err(Refusal::kvm("create a vCPU"))?;
+            let page = RunPage::map(&fd, self.vm.run_size()).map_err(Refusal::nix("map a vCPU's run page"))?;
+            let shared = Shared::new(index, page, self.environment.notices.clone());
+            let shared = Arc::new(shared.map_err(Refusal::nix("create an eventfd"))?);
+            let windows = self.lanes.windows(index).ok_or_else(|| Refusal::unavailable("the lane has no room"))?;
+            let vector = offer.function.vector(self.created.vector_of(index));
+            let vector = vector.ok_or_else(|| Refusal::unavailable("the function lacks a vector"))?;
+            let lane = Lane::new(HostLane::new(windows), offer.function.bell(), vector, &shared, spin)
+                .map_err(Refusal::nix("create an epoll"))?;
+            let stats = stats_fd(&fd).ok().map(StatsFd::new);
+            let plan = Plan { fd, lane, shared, stats };
+            let handle = Handle::start::<F>(plan, self.environment.clone());
+            let handle = handle.map_err(|e| Refusal::unavailable(format!("can't start a vCPU's thread: {e}")))?;
+            self.vcpus.push(handle);
+        }
+        Ok(())
+    }
+
+    /// The vCPUs that a call names.
+    fn named(&self, vcpu: u32) -> Result<&[Handle], Refusal> {
+        if self.vcpus.is_empty() {
+            return Err(Refusal::state("the VM has no vCPUs before its first memslots"));
+        }
+        if vcpu == VCPU_ALL {
+            return Ok(&self.vcpus);
+        }
+        let i = vcpu as usize;
+        self.vcpus.get(i..=i).ok_or_else(|| Refusal::argument(format!("vCPU {vcpu} of {}", self.vcpus.len())))
+    }
+
+    /// Lets vCPUs run.
+    pub(crate) fn run(&self, vcpu: u32) -> Result<(), Refusal> {
+        self.named(vcpu)?.iter().for_each(|v| v.want(Want::Run));
+        Ok(())
+    }
+
+    /// Tells vCPUs to pause; gives those that ran.
+    pub(crate) fn pause(&self, vcpu: u32) -> Result<Vec<u32>, Refusal> {
+        let running: Vec<_> = self.named(vcpu)?.iter().filter(|v| v.shared.standing().0 == Want::Run).collect();
+        running.iter().for_each(|v| v.want(Want::Pause));
+        Ok(running.iter().map(|v| v.shared.index).collect())
+    }
+
+    /// The first of the named vCPUs whose pause is not complete.
+    pub(crate) fn unpaused(&self, vcpu: u32) -> Option<u32> {
+        self.named(vcpu).ok()?.iter().find(|v| !v.is_paused()).map(|v| v.shared.index)
+    }
+
+    /// Makes vCPUs leave and re-enter the guest.
+    pub(crate) fn kick(&self, vcpu: u32) -> Result<(), Refusal> {
+        self.named(vcpu)?.iter().for_each(Handle::nudge);
+        Ok(())
+    }
+
+    /// Reads state records.
+    pub(crate) fn state(&self, request: &StateRequest) -> Result<Vec<u8>, Refusal> {
+        if request.reserved != 0 {
+            return Err(Malformed.into());
+        }
+        if request.target == VM {
+            self.all_paused()?;
+            return chips::read(&self.vm, self.irqchip, request.groups);
+        }
+        self.one(request.target)?.ask(Command::Read(request.groups))
+    }
+
+    /// Sets state records.
+    pub(crate) fn set_state(&self, target: u32, records: Vec<u8>) -> Result<(), Refusal> {
+        if target == VM {
+            self.all_paused()?;
+            return chips::write(&self.vm, self.irqchip, &records);
+        }
+        self.one(target)?.ask(Command::Write(records)).map(drop)
+    }
+
+    /// Sets a vCPU's CPUID.
+    pub(crate) fn set_cpuid(&self, vcpu: u32, entries: Vec<api_channel::call::CpuidEntry>) -> Result<(), Refusal> {
+        self.one(vcpu)?.ask(Command::SetCpuid(entries)).map(drop)
+    }
+
+    fn one(&self, vcpu: u32) -> Result<&Handle, Refusal> {
+        match self.named(vcpu)? {
+            [one] if vcpu != VCPU_ALL => Ok(one),
+            _ => Err(Refusal::argument("state is read and set a vCPU at a time".into())),
+        }
+    }
+
+    fn all_paused(&self) -> Result<(), Refusal> {
+        self.named(VCPU_ALL)?;
+        match self.unpaused(VCPU_ALL) {
+            None => Ok(()),
+            Some(vcpu) => Err(Refusal::state(format!("vCPU {vcpu} runs: pause the VM first"))),
+        }
+    }
+
+    /// Adds or removes an ioeventfd.
+    pub(crate) fn io_event(&mut self, function: &F, event: &IoEvent) -> Result<(), Refusal> {
+        self.io_events.change(&self.vm, function, event)
+    }
+
+    /// The eventfd of a vector that may be wired to a GSI.
+    pub(crate) fn free_vector<'a>(&self, function: &'a F, vector: u32) -> Result<BorrowedFd<'a>, Refusal> {
+        let free = self.created.free_vector..self.created.free_vector + self.created.free_vectors;
+        let event = function.vector(vector).filter(|_| free.contains(&vector));
+        event.ok_or_else(|| Refusal::argument(format!("vector {vector} is none of {}..{}", free.start, free.end)))
+    }
+
+    /// Starts or stops the dirty log.
+    pub(crate) fn dirty_log(&mut self, on: bool) -> Result<(), Refusal> {
+        self.named(VCPU_ALL)?;
+        if self.slots.logging() == on {
+            return Ok(());
+        }
+        self.harvest.clear();
+        self.with_vcpus_out(|this| this.slots.log(&this.vm, &this.rams, on))
+    }
+
+    /// Fetches dirty pages.
+    pub(crate) fn dirty_fetch(&mut self, fetch: &DirtyFetch) -> Result<Found, Refusal> {
+        if !self.slots.logging() {
+            return Err(Refusal::state("the dirty log is off"));
+        }
+        let ram =
+            self.rams.get(&fetch.ram).ok_or_else(|| Refusal::argument(format!("RAM {} does not exist", fetch.ram)))?;
+        dirty::fetch(&self.vm, &self.slots, &mut self.harvest, ram.memory.len() / PAGE, fetch)
+    }
+
+    /// Counters of KVM and the shim, of the VM and of each vCPU.
+    pub(crate) fn counters(&self, mut tell: impl FnMut(u32, &str, u64)) {
+        let mut kvm = |target, stats: Option<&StatsFd>| {
+            for counter in stats.and_then(|s| s.read().ok()).unwrap_or_default() {
+                tell(target, &counter.name, counter.value);
+            }
+        };
+        kvm(VM, self.stats.as_ref());
+        for vcpu in &self.vcpus {
+            kvm(vcpu.shared.index, vcpu.stats.as_ref());
+        }
+        for vcpu in &self.vcpus {
+            for (name, value) in vcpu.shared.counters.read() {
+                tell(vcpu.shared.index, name, value);
+            }
+        }
+    }
+
+    /// How many vCPUs it has.
+    pub(crate) fn vcpus(&self) -> u32 {
+        self.create.vcpus
+    }
+
+    /// Whether the memslots, and so the vCPUs, are still to come.
+    pub(crate) fn is_bare(&self) -> bool {
+        self.slots.is_empty()
+    }
+}

@@ -1,0 +1,70 @@
+//! Guest RAM: allocated, and mapped for the device.
+
+use api_channel::call::{Extent, PAGE, RamRequest};
+use pcie_function::{HostFunction, Iova};
+
+use crate::error::Refusal;
+use crate::host::MemoryInfo;
+use crate::kvm::GuestMemory;
+
+/// An allocation that the SoC asked for.
+#[derive(Debug)]
+pub(crate) struct Ram {
+    pub(crate) memory: GuestMemory,
+    iova: Iova,
+}
+
+/// Most allocations of a VM, and so their ids.
+const MOST: u32 = 64;
+/// Where RAM goes for the device if it can't go where it was wanted: bases that IOMMUs of 39, 42 and 48 bits reach.
+const ELSEWHERE: [Iova; 3] = [1 << 38, 1 << 41, 1 << 46];
+
+impl Ram {
+    /// Allocates what `request` wants and maps it for the device; where, the extents say.
+    pub(crate) fn new<F: HostFunction>(
+        function: &mut F,
+        host: &MemoryInfo,
+        request: &RamRequest,
+    ) -> Result<(Self, Vec<Extent>), Refusal> {
+        let RamRequest { id, node, len, iova, huge } = *request;
+        if id >= MOST || !matches!(huge, 0 | 0x20_0000 | 0x4000_0000) {
+            return Err(Refusal::argument(format!(
+                "RAM {id} in pages of {huge} bytes: ids go to 63, pages are 0, 2 MiB or 1 GiB"
+            )));
+        }
+        let unit = huge.max(PAGE);
+        let size = usize::try_from(len).ok().filter(|_| len != 0 && len.is_multiple_of(unit) && len < 1 << 46);
+        let Some(size) = size.filter(|_| iova.is_multiple_of(PAGE)) else {
+            return Err(Refusal::argument(format!(
+                "{len} bytes of RAM at IOVA {iova:#x}: not whole pages of {unit} bytes"
+            )));
+        };
+        let node = match node {
+            -1 => None,
+            n => Some(u32::try_from(n).map_err(|_| Refusal::argument(format!("NUMA node {n}")))?),
+        };
+        host.has_room(len, huge, node)?;
+        let memory = GuestMemory::new(size, huge, node).map_err(|(what, errno)| Refusal::os(what, errno))?;
+        let iova = map(function, &memory, iova)?;
+        Ok((Self { memory, iova }, vec![Extent { offset: 0, iova, len }]))
+    }
+
+    /// Takes the memory away from the device; once this returns, no transfer touches it.
+    pub(crate) fn unmap<F: HostFunction>(&self, function: &mut F) -> Result<(), Refusal> {
+        Ok(function.unmap(self.iova)?)
+    }
+}
+
+/// Maps the memory where it is wanted, or where there is room.
+fn map<F: HostFunction>(function: &mut F, memory: &GuestMemory, wanted: Iova) -> Result<Iova, Refusal> {
+    let mut first = None;
+    let elsewhere = ELSEWHERE.into_iter().flat_map(|base| (0..u64::from(MOST)).map(move |i| base + (i << 32)));
+    for iova in std::iter::once(wanted).chain(elsewhere) {
+        match function.map_ram(memory.fd(), 0, iova, memory.len(), true) {
+            Ok(()) => return Ok(iova),
+            Err(error @ pcie_function::FunctionError::Bus(_)) => return Err(error.into()),
+            Err(error) => first = first.or(Some(error)),
+        }
+    }
+    Err(first.map_or_else(|| Refusal::unavailable("no IOVA is free"), Into::into))
+}
