@@ -1,0 +1,37 @@
+//! `function-probe host ADDRESS`: the host's end of the function at a PCI address, through VFIO.
+//! `function-probe hold ADDRESS`: has it open until it is killed.
+
+use std::process::ExitCode;
+
+use pcie_function::vfio::VfioHost;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = match args[..] {
+        ["host", address] => host(address),
+        ["hold", address] => hold(address),
+        _ => Err("usage: function-probe host|hold ADDRESS".to_owned()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("{why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn host(address: &str) -> Result<(), String> {
+    let function = VfioHost::open(address).map_err(|e| e.to_string())?;
+    let role = function.role();
+    function_probe::host::serve(function, role, &mut |line| println!("{line}"))
+}
+
+fn hold(address: &str) -> Result<(), String> {
+    let _function = VfioHost::open(address).map_err(|e| e.to_string())?;
+    println!("held");
+    loop {
+        std::thread::park();
+    }
+}
