@@ -127,8 +127,11 @@ impl Slot {
             return false;
         }
         self.lost.store(true, Ordering::Release);
-        // Pages are of 4 KiB, or of 64 KiB where the kernel refuses that; either lies within the guarded range, whose ends are a page's.
-        [4096, 65536].into_iter().any(|size| ones_at(address / size * size, size))
+        // Pages are of 4 KiB, or of 64 KiB or 2 MiB where the kernel refuses that; none may reach beyond what is guarded.
+        [4096, 65536, 2 << 20].into_iter().any(|size| {
+            let page = address / size * size;
+            page >= base && page + size <= base.saturating_add(len) && ones_at(page, size)
+        })
     }
 }
 

@@ -65,7 +65,17 @@ impl Mapping {
     /// # Errors
     /// `len` is 0 or odd, mmap failed, or SIGBUS can't be handled.
     pub fn device(fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Arc<Self>, FunctionError> {
-        let mut mapping = Self::new(fd, offset, len, Reach::Bus)?;
+        Self::guarded(fd, offset, len, Reach::Bus)
+    }
+
+    /// As [`Mapping::device`], of whatever memory can be taken away under a mapping.
+    pub(crate) fn guarded(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        reach: Reach,
+    ) -> Result<Arc<Self>, FunctionError> {
+        let mut mapping = Self::new(fd, offset, len, reach)?;
         let base = mapping.base.as_ptr() as usize;
         if let Some(only) = Arc::get_mut(&mut mapping) {
             only.guard = Some(Guard::new(base, len)?);

@@ -3,8 +3,12 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::message::{MOST_FDS, Message, sealed_memfd};
+use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, shutdown};
+
+use super::message::{MOST_FDS, Message, limit_waits, sealed_memfd};
 use crate::function::{eventfd, signal};
 use crate::{Bell, BusError, Doorbell, FunctionError, HostFunction, Iova, Mapping, Reach, Window};
 
@@ -12,6 +16,8 @@ use crate::{Bell, BusError, Doorbell, FunctionError, HostFunction, Iova, Mapping
 pub const CARD_MEMORY: usize = 4 << 20;
 /// Vectors of a local function.
 pub const VECTORS: u32 = 64;
+/// How long the SoC's end may take to do what it is told: it is a thread that does nothing else, perhaps on a starving machine.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Where the mailbox lies on the "bus": above any guest-physical address.
 const MAILBOX: Iova = 1 << 56;
 
@@ -32,6 +38,7 @@ impl LocalHost {
     /// # Errors
     /// No memory or descriptors left, or the peer has gone.
     pub fn new(socket: OwnedFd) -> Result<Self, FunctionError> {
+        limit_waits(&socket, PATIENCE)?;
         let memory = sealed_memfd("outboard-card", CARD_MEMORY as u64)?;
         let card = Mapping::new(memory.as_fd(), 0, CARD_MEMORY, Reach::Local)?;
         let bells = [eventfd()?, eventfd()?];
@@ -66,11 +73,19 @@ impl LocalHost {
 
     /// Waits for the SoC's end to say that it has done what it was told.
     fn done(&self) -> Result<(), FunctionError> {
-        match Message::receive(self.socket.as_fd())? {
-            Some((Message::Done, _)) => Ok(()),
-            Some(_) => Err(FunctionError::Unusable("the function's other end broke its protocol".into())),
-            None => Err(BusError::Gone.into()),
-        }
+        let why = match Message::receive(self.socket.as_fd()) {
+            Ok(Some((Message::Done, _))) => return Ok(()),
+            Ok(Some(_)) => FunctionError::Unusable("the function's other end broke its protocol".into()),
+            Ok(None) => return Err(BusError::Gone.into()),
+            Err(FunctionError::Os(_, Errno::EAGAIN)) => FunctionError::Unusable(format!(
+                "the function's other end did not do what it was told within {} s",
+                PATIENCE.as_secs()
+            )),
+            Err(error) => error,
+        };
+        // An answer that comes yet would be taken for the next one: it is over, and both sides see so.
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+        Err(why)
     }
 }
 

@@ -4,14 +4,18 @@
 
 use std::ffi::CString;
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg, setsockopt, sockopt,
+};
+use nix::sys::time::TimeVal;
 
-use crate::FunctionError;
+use crate::{BusError, FunctionError};
 
 /// Most descriptors in one packet (the kernel's SCM_MAX_FD is 253).
 pub(super) const MOST_FDS: usize = 128;
@@ -70,6 +74,7 @@ impl Message {
             match sent {
                 Ok(_) => return Ok(()),
                 Err(Errno::EINTR) => {}
+                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(BusError::Gone.into()),
                 Err(e) => return Err(FunctionError::Os("send to the function's other end", e)),
             }
         }
@@ -98,6 +103,14 @@ impl Message {
             None => Err(FunctionError::Unusable("the peer of the function's socket is not Outboard".into())),
         }
     }
+}
+
+/// Bounds how long a call on `socket` may wait for the peer: it fails with EAGAIN then. Zero: no bound.
+pub(super) fn limit_waits(socket: &impl AsFd, most: Duration) -> Result<(), FunctionError> {
+    let most = TimeVal::new(most.as_secs() as i64, most.subsec_micros().into());
+    setsockopt(socket, sockopt::ReceiveTimeout, &most)
+        .and_then(|()| setsockopt(socket, sockopt::SendTimeout, &most))
+        .map_err(|e| FunctionError::Os("bound the waits on a socket", e))
 }
 
 /// The descriptors of a packet.

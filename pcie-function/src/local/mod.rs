@@ -2,8 +2,9 @@
 //!
 //! The host end creates the card memory and the eventfds and sends them; what it maps for "the device" afterwards it announces
 //! as (IOVA, length, descriptor), as VFIO would tell an IOMMU. The SoC end keeps that table and reaches host memory through it
-//! alone: an IOVA that is not mapped faults.
+//! alone: an IOVA that is not mapped faults, and a mapping that is taken back is used no more once the host's end is told so.
 
+mod entry;
 mod host;
 mod message;
 mod soc;

@@ -1,13 +1,28 @@
 //! The SoC's end of a local function.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
 
-use super::message::{Message, is_sealed};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, UnixAddr, connect, shutdown, socket};
+
+use super::entry::Entry;
+use super::message::{Message, is_sealed, limit_waits};
 use crate::function::{eventfd, signal};
 use crate::{BusError, BusMemory, Doorbell, FunctionError, Iova, Mapping, Reach, SocFunction, Window, Windowed};
+
+/// Most mappings that a host's end may announce: a VM has at most 64 of RAM, and a few mailboxes.
+const MOST_MAPPINGS: usize = 256;
+/// Most vectors: MSI-X has no more than 2048.
+const MOST_VECTORS: u64 = 2048;
+/// How long a shim that listens may take to greet; one that serves another soc-vmm doesn't.
+const GREETING: Duration = Duration::from_secs(10);
+/// How long a shim that was just started may take: it opens KVM and looks at the host first, perhaps on a starving machine.
+const START: Duration = Duration::from_secs(60);
 
 /// The SoC's end: maps what the host's end announces. A thread of its own listens; it ends when the host's end hangs up or
 /// this is dropped.
@@ -23,35 +38,63 @@ pub struct LocalSoc {
 #[derive(Debug)]
 struct Shared {
     socket: OwnedFd,
-    table: RwLock<BTreeMap<Iova, Entry>>,
+    table: RwLock<BTreeMap<Iova, Arc<Entry>>>,
     lost: AtomicBool,
     /// A posted write that faulted: later flushes say so.
     faulted: AtomicBool,
     lost_event: OwnedFd,
 }
 
-#[derive(Clone, Debug)]
-struct Entry {
-    window: Window,
-    device_writes: bool,
-}
-
 impl LocalSoc {
+    /// Connects to the host-kvm-shim that listens at `path`.
+    ///
+    /// # Errors
+    /// Nobody listens there, or not a shim of this version; or it doesn't greet within 10 s, as one that serves another soc-vmm.
+    pub fn dial(path: &Path) -> Result<Self, FunctionError> {
+        let os = |what| move |e| FunctionError::Os(what, e);
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(os("make a socket"))?;
+        let address = UnixAddr::new(path).map_err(os("name the socket"))?;
+        // Its queue of connections may be full.
+        limit_waits(&socket, GREETING)?;
+        match connect(socket.as_raw_fd(), &address) {
+            Ok(()) => Self::within(socket, GREETING),
+            Err(Errno::EAGAIN) => Err(silent(GREETING)),
+            Err(Errno::EPROTOTYPE) => Err(FunctionError::Unusable("the socket there is no host-kvm-shim's".into())),
+            Err(e @ (Errno::ENOENT | Errno::ECONNREFUSED)) => {
+                Err(FunctionError::Unusable(format!("no host-kvm-shim listens there: {}; start one", e.desc())))
+            }
+            Err(e) => Err(FunctionError::Os("connect to the host-kvm-shim there", e)),
+        }
+    }
+
     /// Receives what the host's end sends over `socket` (SOCK_SEQPACKET, connected), and starts to listen.
     ///
     /// # Errors
-    /// The peer is not a shim of this version, or has gone.
+    /// The peer is not a shim of this version, has gone, or says nothing for a minute.
     pub fn new(socket: OwnedFd) -> Result<Self, FunctionError> {
+        Self::within(socket, START)
+    }
+
+    fn within(socket: OwnedFd, patience: Duration) -> Result<Self, FunctionError> {
         let unusable =
             || FunctionError::Unusable("the peer of the function's socket is no host-kvm-shim of this version".into());
-        let next = || Message::receive(socket.as_fd())?.ok_or(FunctionError::Bus(BusError::Gone));
+        limit_waits(&socket, patience)?;
+        let next = || match Message::receive(socket.as_fd()) {
+            Ok(Some(received)) => Ok(received),
+            Ok(None) => Err(FunctionError::Unusable(
+                "the host-kvm-shim there hung up before it had said anything: see what it printed".into(),
+            )),
+            Err(FunctionError::Os(_, Errno::EAGAIN)) => Err(silent(patience)),
+            Err(error) => Err(error),
+        };
         let (Message::Hello { card_len, vectors: count }, fds) = next()? else { return Err(unusable()) };
         let [memory, lanes, channel]: [OwnedFd; 3] = fds.try_into().map_err(|_| unusable())?;
         let len = usize::try_from(card_len).ok().filter(|len| (1 << 16..1 << 30).contains(len)).ok_or_else(unusable)?;
-        if !is_sealed(memory.as_fd(), card_len) || count > 4096 {
+        if !is_sealed(memory.as_fd(), card_len) || count > MOST_VECTORS {
             return Err(unusable());
         }
-        let card = Mapping::new(memory.as_fd(), 0, len, Reach::Local)?.window();
+        let card = Mapping::guarded(memory.as_fd(), 0, len, Reach::Local)?.window();
         let mut vectors = Vec::new();
         while (vectors.len() as u64) < count {
             let (Message::Vectors, fds) = next()? else { return Err(unusable()) };
@@ -60,6 +103,8 @@ impl LocalSoc {
             }
             vectors.extend(fds);
         }
+        // From now on the listener waits for as long as it takes.
+        limit_waits(&socket, Duration::ZERO)?;
         let shared = Arc::new(Shared {
             socket,
             table: RwLock::default(),
@@ -71,18 +116,22 @@ impl LocalSoc {
         std::thread::Builder::new()
             .name("local-function".into())
             .spawn(move || listener.listen())
-            .map_err(|_| FunctionError::Os("start a thread", nix::errno::Errno::EAGAIN))?;
+            .map_err(|_| FunctionError::Os("start a thread", Errno::EAGAIN))?;
         Ok(Self { card, bells: [lanes, channel], vectors, shared })
     }
+}
+
+fn silent(patience: Duration) -> FunctionError {
+    FunctionError::Unusable(format!(
+        "the host-kvm-shim there says nothing for {} s: it serves another soc-vmm, or is stopped; use another function",
+        patience.as_secs()
+    ))
 }
 
 impl Drop for LocalSoc {
     fn drop(&mut self) {
         // Ends the listener's receive; the host's end sees a hang-up.
-        let _ = nix::sys::socket::shutdown(
-            std::os::fd::AsRawFd::as_raw_fd(&self.shared.socket),
-            nix::sys::socket::Shutdown::Both,
-        );
+        let _ = shutdown(self.shared.socket.as_raw_fd(), Shutdown::Both);
     }
 }
 
@@ -94,39 +143,48 @@ impl Shared {
             }
         }
         self.lost.store(true, Ordering::Release);
-        self.table.write().unwrap_or_else(PoisonError::into_inner).clear();
+        let table = std::mem::take(&mut *self.table.write().unwrap_or_else(PoisonError::into_inner));
+        table.values().for_each(|entry| entry.revoke());
         signal(&self.lost_event);
+        // A host's end that broke the protocol learns that it is over: nothing of it is used any more.
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
     }
 
     fn obey(&self, message: Message, fds: Vec<OwnedFd>) -> Result<(), FunctionError> {
         let broken = || FunctionError::Unusable("the function's other end broke its protocol".into());
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let table = || self.table.write().unwrap_or_else(PoisonError::into_inner);
         match message {
             Message::Map { iova, len, offset, device_writes } => {
                 let [fd]: [OwnedFd; 1] = fds.try_into().map_err(|_| broken())?;
-                let end = offset.checked_add(len).filter(|_| iova.checked_add(len).is_some()).ok_or_else(broken)?;
-                if !is_sealed(fd.as_fd(), end) {
+                let size = usize::try_from(len).map_err(|_| broken())?;
+                let end = iova.checked_add(len).ok_or_else(broken)?;
+                let sealed = offset.checked_add(len).is_some_and(|last| is_sealed(fd.as_fd(), last));
+                let mut table = table();
+                let last = table.range(..end).next_back();
+                let apart = last.is_none_or(|(base, entry)| base + entry.len() as u64 <= iova);
+                if !sealed || !apart || table.len() >= MOST_MAPPINGS {
                     return Err(broken());
                 }
-                let len = usize::try_from(len).map_err(|_| broken())?;
-                let window = Mapping::new(fd.as_fd(), offset, len, Reach::Local)?.window();
-                table.insert(iova, Entry { window, device_writes });
+                let window = Mapping::guarded(fd.as_fd(), offset, size, Reach::Local)?.window();
+                table.insert(iova, Arc::new(Entry::new(window, device_writes)));
                 Ok(())
             }
-            Message::Unmap { iova } => table.remove(&iova).map(drop).ok_or_else(broken),
+            Message::Unmap { iova } => {
+                let entry = table().remove(&iova).ok_or_else(broken)?;
+                entry.revoke();
+                Ok(())
+            }
             _ => Err(broken()),
         }
     }
 
     /// The mapping that holds all of `len` bytes at `iova`, and where in it they start.
-    fn find(&self, iova: Iova, len: usize) -> Result<(Entry, usize), BusError> {
-        if self.lost.load(Ordering::Acquire) {
-            return Err(BusError::Gone);
-        }
+    fn find(&self, iova: Iova, len: usize) -> Result<(Arc<Entry>, usize), BusError> {
+        self.check()?;
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         let (base, entry) = table.range(..=iova).next_back().ok_or(BusError::Dma)?;
         let offset = usize::try_from(iova - base).map_err(|_| BusError::Dma)?;
-        let inside = offset.checked_add(len).is_some_and(|end| end <= entry.window.len());
+        let inside = offset.checked_add(len).is_some_and(|end| end <= entry.len());
         inside.then(|| (entry.clone(), offset)).ok_or(BusError::Dma)
     }
 
@@ -147,22 +205,20 @@ impl SocFunction for LocalSoc {
     }
 
     fn remote(&self, iova: Iova, len: usize) -> LocalRemote {
-        LocalRemote { shared: self.shared.clone(), iova, len, entry: OnceLock::new() }
+        LocalRemote { shared: self.shared.clone(), iova, len, found: OnceLock::new() }
     }
 
     fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), BusError> {
         let (entry, offset) = self.shared.find(iova, data.len())?;
-        entry.window.read_bytes(offset, data);
-        Ok(())
+        entry.access(|window| window.read_bytes(offset, data)).ok_or(BusError::Dma)
     }
 
     fn write(&self, iova: Iova, data: &[u8]) -> Result<(), BusError> {
         let (entry, offset) = self.shared.find(iova, data.len())?;
-        if !entry.device_writes {
+        if !entry.device_writes() {
             return Err(BusError::Dma);
         }
-        entry.window.write_bytes(offset, data);
-        Ok(())
+        entry.access(|window| window.write_bytes(offset, data)).ok_or(BusError::Dma)
     }
 
     fn raise(&self, vector: u32) {
@@ -188,31 +244,46 @@ impl SocFunction for LocalSoc {
     }
 }
 
-/// A window of the host's mailbox; looked up in the table when it is first used.
+/// A window of the host's mailbox; looked up in the table when it is first used. Once what it was found in is unmapped it faults
+/// for good, also where the host maps something else there.
 #[derive(Clone, Debug)]
 pub struct LocalRemote {
     shared: Arc<Shared>,
     iova: Iova,
     len: usize,
-    entry: OnceLock<(Window, bool)>,
+    found: OnceLock<(Arc<Entry>, usize)>,
 }
 
 impl LocalRemote {
-    fn entry(&self) -> Option<&(Window, bool)> {
-        if let Some(entry) = self.entry.get() {
-            return Some(entry);
+    fn found(&self) -> Option<&(Arc<Entry>, usize)> {
+        if let Some(found) = self.found.get() {
+            return Some(found);
         }
-        let found = self.shared.find(self.iova, self.len).ok();
-        let found = found.and_then(|(e, offset)| Some((e.window.cut(offset, self.len)?, e.device_writes)))?;
-        Some(self.entry.get_or_init(|| found))
+        let found = self.shared.find(self.iova, self.len).ok()?;
+        Some(self.found.get_or_init(|| found))
     }
 
-    fn writable(&self) -> Option<&Window> {
-        let window = self.entry().filter(|(_, writes)| *writes).map(|(window, _)| window);
-        if window.is_none() {
+    /// Loads through the mapping; `None` is a fault.
+    fn load_from<T>(&self, load: impl FnOnce(&Window, usize) -> T) -> Option<T> {
+        let (entry, base) = self.found()?;
+        entry.access(|window| load(window, *base))
+    }
+
+    /// Stores through the mapping, or notes the fault.
+    fn store_to(&self, store: impl FnOnce(&Window, usize)) {
+        let entry = self.found().filter(|(entry, _)| entry.device_writes());
+        if entry.and_then(|(entry, base)| entry.access(|window| store(window, *base))).is_none() {
             self.shared.faulted.store(true, Ordering::Release);
         }
-        window
+    }
+
+    /// # Panics
+    /// The bytes are not all within: they may lie in the mapping all the same.
+    fn within(&self, offset: usize, len: usize) {
+        assert!(
+            offset.checked_add(len).is_some_and(|end| end <= self.len),
+            "{len} bytes at {offset:#x} outside their window"
+        );
     }
 }
 
@@ -223,7 +294,7 @@ impl Windowed for LocalRemote {
             shared: self.shared.clone(),
             iova: self.iova + offset as u64,
             len,
-            entry: OnceLock::new(),
+            found: OnceLock::new(),
         })
     }
 }
@@ -234,31 +305,29 @@ impl BusMemory for LocalRemote {
     }
 
     fn load(&self, offset: usize) -> u64 {
-        self.entry().map_or(u64::MAX, |(window, _)| window.load(offset))
+        self.within(offset, 8);
+        self.load_from(|window, base| window.load(base + offset)).unwrap_or(u64::MAX)
     }
 
     fn store(&self, offset: usize, word: u64) {
-        if let Some(window) = self.writable() {
-            window.store(offset, word);
-        }
+        self.within(offset, 8);
+        self.store_to(|window, base| window.store(base + offset, word));
     }
 
     fn store_line(&self, offset: usize, words: &[u64]) {
-        if let Some(window) = self.writable() {
-            window.store_line(offset, words);
-        }
+        self.within(offset, words.len() * 8);
+        self.store_to(|window, base| window.store_line(base + offset, words));
     }
 
     fn copy_in(&self, offset: usize, data: &[u8]) {
-        if let Some(window) = self.writable() {
-            window.copy_in(offset, data);
-        }
+        self.within(offset, data.len().next_multiple_of(8));
+        self.store_to(|window, base| window.copy_in(base + offset, data));
     }
 
     fn copy_out(&self, offset: usize, data: &mut [u8]) {
-        match self.entry() {
-            Some((window, _)) => window.copy_out(offset, data),
-            None => data.fill(0xff),
+        self.within(offset, data.len().next_multiple_of(8));
+        if self.load_from(|window, base| window.copy_out(base + offset, data)).is_none() {
+            data.fill(0xff);
         }
     }
 

@@ -1,0 +1,63 @@
+//! One mapping of host memory as the SoC's end uses it: revoking it is the fence that an IOMMU's unmap is.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use crate::{BusMemory, Window};
+
+/// A mapping that the host announced, until it is revoked.
+///
+/// Whoever accesses it counts itself in, then looks whether it is revoked; [`Entry::revoke`] says that it is, then waits until all
+/// have counted themselves out. Of the two at least one sees the other's store, both being sequentially consistent: so once
+/// `revoke` returns no access is under way and none will begin. An access takes no lock; it costs two atomic additions to a word
+/// that no other mapping's users touch.
+#[derive(Debug)]
+pub(super) struct Entry {
+    window: Window,
+    device_writes: bool,
+    revoked: AtomicBool,
+    users: AtomicU32,
+}
+
+/// Counts a user out, also where its access panics.
+struct User<'a>(&'a AtomicU32);
+
+impl Drop for User<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl Entry {
+    pub(super) fn new(window: Window, device_writes: bool) -> Self {
+        Self { window, device_writes, revoked: AtomicBool::new(false), users: AtomicU32::new(0) }
+    }
+
+    /// Bytes.
+    pub(super) fn len(&self) -> usize {
+        self.window.len()
+    }
+
+    /// Whether the SoC may write.
+    pub(super) fn device_writes(&self) -> bool {
+        self.device_writes
+    }
+
+    /// Accesses the memory; `None` if it is revoked, or the host took the pages behind it away: what was read is nothing then.
+    pub(super) fn access<T>(&self, access: impl FnOnce(&Window) -> T) -> Option<T> {
+        self.users.fetch_add(1, Ordering::SeqCst);
+        let _user = User(&self.users);
+        if self.revoked.load(Ordering::SeqCst) {
+            return None;
+        }
+        let done = access(&self.window);
+        (!self.window.is_lost()).then_some(done)
+    }
+
+    /// Lets nobody in any more, and waits for those who are: the longest access copies a few megabytes.
+    pub(super) fn revoke(&self) {
+        self.revoked.store(true, Ordering::SeqCst);
+        while self.users.load(Ordering::SeqCst) != 0 {
+            std::thread::yield_now();
+        }
+    }
+}
