@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use ioreq_ring::BusMemory;
 
+use crate::bulk;
 use crate::call::Call;
 use crate::event::Event;
 use crate::lines::{host, soc};
@@ -44,6 +45,9 @@ pub enum Incoming {
     /// Something happened.
     Event(Event),
 }
+
+/// Most requests that wait for an answer: more than the ring holds, so that a peer that answers is never held up.
+const MOST_WAITING: usize = 4096;
 
 /// The SoC's end of the channel, free of I/O: after [`Client::send`] raise the host's channel vector, and call [`Client::poll`]
 /// whenever the channel's doorbell rang.
@@ -99,8 +103,11 @@ impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
     /// Sends a call as a request that the host should begin within `deadline_ms` (0: no limit); returns its sequence.
     ///
     /// # Errors
-    /// The ring is full, or the call too long; nothing was sent.
+    /// The ring is full, the call too long, or too many calls were never answered; nothing was sent.
     pub fn send(&mut self, call: &Call, deadline_ms: u32) -> Result<u32, ChannelError> {
+        if self.waiting.len() == MOST_WAITING {
+            return Err(ChannelError::Unanswered(MOST_WAITING));
+        }
         let sequence = self.put(call, Class::Request, deadline_ms)?;
         self.waiting.insert(sequence, call.opcode());
         Ok(sequence)
@@ -109,7 +116,7 @@ impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
     /// Sends a call that is not answered.
     ///
     /// # Errors
-    /// As [`Client::send`].
+    /// The ring is full, or the call too long; nothing was sent.
     pub fn order(&mut self, call: &Call) -> Result<(), ChannelError> {
         self.put(call, Class::Order, 0).map(drop)
     }
@@ -132,7 +139,8 @@ impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
         Ok(sequence)
     }
 
-    /// Takes the next thing that the host said; replies first.
+    /// Takes the next thing that the host said; replies first. There may be more after `None` only if the host goes on sending events
+    /// that this side doesn't know.
     ///
     /// # Errors
     /// The host broke the channel's rules: the connection is over.
@@ -140,7 +148,8 @@ impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
         if let Some((header, payload)) = self.replies.receive()? {
             return self.reply(&header, payload).map(Some);
         }
-        while let Some((header, payload)) = self.events.receive()? {
+        for _ in 0..self.events.most_waiting() {
+            let Some((header, payload)) = self.events.receive()? else { break };
             self.belongs(&header, Class::Event)?;
             match Event::decode(header.opcode, &payload) {
                 Ok(Some(event)) => return Ok(Some(Incoming::Event(event))),
@@ -159,7 +168,7 @@ impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
         }
         let mut bulk = Vec::new();
         if header.extra != 0 {
-            if header.extra as usize > self.bulk.len() {
+            if header.extra as usize > self.bulk.len().min(bulk::MOST) {
                 return Err(ChannelError::Bulk(header.extra));
             }
             bulk.resize(header.extra as usize, 0);

@@ -44,7 +44,7 @@ impl Event {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let w = Writer::default();
-        let text = |w: Writer, text: &str| w.list(&text.as_bytes()[..text.len().min(TEXT)]);
+        let text = |w: Writer, text: &str| w.list(&text.as_bytes()[..text.floor_char_boundary(TEXT)]);
         match self {
             Self::Eoi { gsi } => w.put(&u64::from(*gsi)),
             Self::Failed { vcpu, why } => text(w.put(&u64::from(*vcpu)), why),
@@ -64,7 +64,7 @@ impl Event {
         let event = match opcode {
             0x8001 => Self::Eoi { gsi: number(&mut r)? },
             0x8002 => Self::Failed { vcpu: number(&mut r)?, why: text(&mut r)? },
-            0x8003 => Self::Log { level: number(&mut r)? as u8, text: text(&mut r)? },
+            0x8003 => Self::Log { level: u8::try_from(number(&mut r)?).map_err(|_| Malformed)?, text: text(&mut r)? },
             _ => return Ok(None),
         };
         r.end()?;

@@ -63,11 +63,11 @@ pub struct Header {
     pub length: u32,
     /// Pairs a reply with its request; counts events.
     pub sequence: u32,
-    /// How the request ended; replies only.
+    /// How the request ended; replies only, 0 in others.
     pub status: Status,
     /// The connection that this belongs to.
     pub epoch: u64,
-    /// Milliseconds within which the host should begin (requests; 0: no limit), or bytes that wait in the next bulk slots (replies).
+    /// Milliseconds within which the host should begin (requests; 0: no limit), or bytes of bulk that wait (replies); 0 in others.
     pub extra: u32,
 }
 
@@ -101,8 +101,11 @@ impl Header {
             4 => Class::Event,
             _ => return Err(ChannelError::Header(word(0))),
         };
-        if word(3) >> 32 != 0 {
+        if word(3) >> 32 != 0 || matches!(class, Class::Order | Class::Event) && word(3) != 0 {
             return Err(ChannelError::Header(word(3)));
+        }
+        if class != Class::Reply && word(1) >> 32 != 0 {
+            return Err(ChannelError::Header(word(1)));
         }
         Ok(Self {
             opcode: word(0) as u16,
@@ -119,8 +122,10 @@ impl Header {
 /// What ends a connection, or keeps a message from being sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChannelError {
-    /// No room in the ring: the peer doesn't read.
+    /// No room in the ring, or the last bulk still there: the peer doesn't read.
     Full,
+    /// The peer takes requests and answers none: so many wait.
+    Unanswered(usize),
     /// A payload longer than [`MOST_PAYLOAD`].
     TooLong(usize),
     /// The peer's head is past what was written.
@@ -153,6 +158,7 @@ impl std::fmt::Display for ChannelError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Full => f.write_str("the peer doesn't read its ring"),
+            Self::Unanswered(n) => write!(f, "the peer left {n} requests without an answer"),
             Self::TooLong(n) => write!(f, "a message of {n} bytes is longer than {MOST_PAYLOAD}"),
             Self::Head { head, tail } => write!(f, "the peer's head {head} is past the tail {tail}"),
             Self::Tail { head, tail } => write!(f, "the peer's tail {tail} does not follow the head {head}"),
@@ -160,7 +166,7 @@ impl std::fmt::Display for ChannelError {
             Self::Length(n) => write!(f, "the peer's message has {n} bytes, more than its ring holds"),
             Self::Epoch(epoch) => write!(f, "the peer's message belongs to another connection, {epoch:#018x}"),
             Self::Class(opcode) => write!(f, "the peer's message {opcode:#06x} answers nothing that was asked"),
-            Self::Bulk(n) => write!(f, "the peer announces {n} bytes of bulk, more than the outbox holds"),
+            Self::Bulk(n) => write!(f, "the peer announces {n} bytes of bulk, more than there can be"),
         }
     }
 }
@@ -171,6 +177,19 @@ impl std::error::Error for ChannelError {}
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn what_a_class_does_not_use_is_reserved() {
+        let header = |class, status, extra| {
+            let header = Header { opcode: 1, class, length: 0, sequence: 1, status, epoch: 0, extra };
+            Header::parse(&header.to_bytes()).is_ok()
+        };
+        for class in [Class::Request, Class::Order, Class::Reply, Class::Event] {
+            assert!(header(class, Status::OK, 0));
+            assert_eq!(header(class, Status::LATE, 0), class == Class::Reply, "{class:?}");
+            assert_eq!(header(class, Status::OK, 1), matches!(class, Class::Reply | Class::Request), "{class:?}");
+        }
+    }
 
     proptest! {
         #[test]

@@ -55,6 +55,11 @@ pub(crate) struct Consumer<R, W> {
 }
 
 impl<R: BusMemory, W: BusMemory> Consumer<R, W> {
+    /// The most messages that can wait at once. Who takes so many at a look and leaves the rest to the next is kept busy by no peer.
+    pub(crate) fn most_waiting(&self) -> usize {
+        self.ring.len() / SLOT
+    }
+
     /// Takes the next message, copied out whole before anything of it is believed.
     pub(crate) fn receive(&mut self) -> Result<Option<(Header, Vec<u8>)>, ChannelError> {
         let capacity = (self.ring.len() / SLOT) as u64;

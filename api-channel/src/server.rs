@@ -2,6 +2,7 @@
 
 use ioreq_ring::BusMemory;
 
+use crate::bulk::MOST as MOST_BULK;
 use crate::call::Call;
 use crate::codec::Malformed;
 use crate::event::Event;
@@ -83,12 +84,15 @@ impl<B: BusMemory + Clone, M: BusMemory + Clone> Server<B, M> {
     }
 
     /// Takes the next request; `None` while there is none, or while the last bulk still waits to be fetched. Requests that can't
-    /// be read are answered here.
+    /// be read are answered here; there may be more after `None` only if the SoC goes on sending those.
     ///
     /// # Errors
     /// The SoC broke the channel's rules: the connection is over.
     pub fn poll(&mut self) -> Result<Option<(Asked, Call)>, ChannelError> {
-        while self.bulk_is_free()? {
+        for _ in 0..self.requests.most_waiting() {
+            if !self.bulk_is_free()? {
+                break;
+            }
             let Some((header, payload)) = self.requests.receive()? else { return Ok(None) };
             if header.epoch != self.epoch {
                 return Err(ChannelError::Epoch(header.epoch));
@@ -113,15 +117,18 @@ impl<B: BusMemory + Clone, M: BusMemory + Clone> Server<B, M> {
     /// Answers a request; does nothing for an order.
     ///
     /// # Errors
-    /// The ring is full, or the answer is too long: the connection is over.
+    /// The ring is full, the bulk of another reply was not fetched yet, or the answer is too long: the connection is over.
     pub fn reply(&mut self, asked: Asked, payload: &[u8], bulk: &[u8]) -> Result<(), ChannelError> {
         if !asked.answered {
             return Ok(());
         }
-        if bulk.len() > self.bulk.len() {
+        if bulk.len() > self.bulk.len().min(MOST_BULK) {
             return Err(ChannelError::TooLong(bulk.len()));
         }
         if !bulk.is_empty() {
+            if !self.bulk_is_free()? {
+                return Err(ChannelError::Full);
+            }
             self.bulk.copy_in(0, bulk);
             self.bulk_sent += 1;
         }
@@ -136,7 +143,7 @@ impl<B: BusMemory + Clone, M: BusMemory + Clone> Server<B, M> {
         if !asked.answered {
             return Ok(());
         }
-        self.answer(asked, status, &why.as_bytes()[..why.len().min(MOST_PAYLOAD)], 0)
+        self.answer(asked, status, &why.as_bytes()[..why.floor_char_boundary(MOST_PAYLOAD)], 0)
     }
 
     fn answer(&mut self, asked: Asked, status: Status, payload: &[u8], extra: u32) -> Result<(), ChannelError> {

@@ -1,5 +1,6 @@
 //! Both ends of the channel over memory on the heap: honest, and with a peer that writes what it likes.
 
+use api_channel::bulk;
 use api_channel::call::{Call, DirtyFetch, Memslot, PostedRange, VCPU_ALL};
 use api_channel::event::Event;
 use api_channel::lines::{host, soc};
@@ -135,6 +136,54 @@ fn events_arrive_in_order_and_a_reader_that_is_away_fills_the_ring_only() {
     }
     server.event(&Event::Eoi { gsi: 9 }).unwrap();
     assert_eq!(client.poll().unwrap(), Some(Incoming::Event(Event::Eoi { gsi: 9 })));
+}
+
+#[test]
+fn a_host_that_takes_requests_and_answers_none_is_not_remembered_for_ever() {
+    let memory = Memory::new();
+    let (mut client, _) = memory.ends();
+    let mut sent = 0;
+    let refused = loop {
+        match client.send(&Call::Ping, 0) {
+            Ok(_) => sent += 1,
+            Err(e) => break e,
+        }
+        // The host's head follows, and that is all it does.
+        memory.host_lines.store(host::REQUESTS_HEAD, memory.soc_lines.load(soc::REQUESTS_TAIL));
+        assert!(sent < 100_000);
+    };
+    assert_eq!(refused, ChannelError::Unanswered(sent));
+    client.order(&Call::Lines(vec![])).unwrap();
+}
+
+#[test]
+fn bulk_beyond_what_a_reply_can_have_is_refused_however_large_the_outbox() {
+    let memory = Memory { bulk: Heap::new(bulk::MOST * 2), ..Memory::new() };
+    let (mut client, mut server) = memory.ends();
+    client.send(&Call::Statistics, 0).unwrap();
+    let (asked, _) = server.poll().unwrap().unwrap();
+    let long = vec![0; bulk::MOST + 8];
+    assert_eq!(server.reply(asked, &[], &long), Err(ChannelError::TooLong(bulk::MOST + 8)));
+    server.reply(asked, &[], &long[..bulk::MOST]).unwrap();
+    // The last word of the reply's header: how much bulk there is.
+    memory.replies.store(24, bulk::MOST as u64 + 8);
+    assert_eq!(client.poll(), Err(ChannelError::Bulk(bulk::MOST as u32 + 8)));
+}
+
+#[test]
+fn a_second_bulk_waits_for_the_first_to_be_fetched() {
+    let memory = Memory::new();
+    let (mut client, mut server) = memory.ends();
+    for _ in 0..2 {
+        client.send(&Call::Statistics, 0).unwrap();
+    }
+    let (first, _) = server.poll().unwrap().unwrap();
+    let (second, _) = server.poll().unwrap().unwrap();
+    server.reply(first, &[], &[1; 8]).unwrap();
+    assert_eq!(server.reply(second, &[], &[2; 8]), Err(ChannelError::Full));
+    assert!(matches!(client.poll(), Ok(Some(Incoming::Reply { bulk, .. })) if bulk == [1; 8]));
+    server.reply(second, &[], &[2; 8]).unwrap();
+    assert!(matches!(client.poll(), Ok(Some(Incoming::Reply { bulk, .. })) if bulk == [2; 8]));
 }
 
 #[test]

@@ -137,7 +137,9 @@ fn put_text(w: Writer, text: &str) -> Writer {
 }
 
 fn take_text(r: &mut Reader<'_>) -> Result<String, Malformed> {
-    String::from_utf8(r.list::<u8>(TEXT)?).map_err(|_| Malformed)
+    let text = String::from_utf8(r.list::<u8>(TEXT)?).map_err(|_| Malformed)?;
+    // It goes to a terminal: nothing that steers one.
+    if text.contains(char::is_control) { Err(Malformed) } else { Ok(text) }
 }
 
 fn take_count(r: &mut Reader<'_>) -> Result<u64, Malformed> {
@@ -167,9 +169,10 @@ impl HostInfo {
     /// Reads it back.
     ///
     /// # Errors
-    /// It is truncated, too long, or no text where text should be.
+    /// It is truncated, too long, or something else than printable text stands where text should be.
     pub fn decode(bulk: &[u8]) -> Result<Self, Malformed> {
-        let r = &mut Reader::new(bulk);
+        let mut reader = Reader::new(bulk);
+        let r = &mut reader;
         let [cpu_model, cpu_vendor, cpu_flags, kernel] = [take_text(r)?, take_text(r)?, take_text(r)?, take_text(r)?];
         let cpus = super::narrow(r.take()?)?;
         let memory_kib = r.take()?;
@@ -189,6 +192,7 @@ impl HostInfo {
                 })
             })
             .collect::<Result<_, Malformed>>()?;
+        reader.end()?;
         Ok(Self { cpu_model, cpu_vendor, cpu_flags, cpus, memory_kib, kernel, nodes, pci })
     }
 }
