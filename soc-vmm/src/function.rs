@@ -6,8 +6,8 @@ use std::path::Path;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use pcie_function::header::Role;
 use pcie_function::local::LocalSoc;
+use pcie_function::vfio::VfioSoc;
 use pcie_function::{FunctionError, SocFunction};
-use pcie_function_card::CardFunction;
 
 use crate::cli::{ExitStatus, Failure, FunctionSpec};
 use crate::shim;
@@ -35,10 +35,11 @@ pub(crate) async fn open<U: Use>(spec: &FunctionSpec, role: Role, user: U) -> Re
             outcome
         }
         FunctionSpec::Unix(path) => user.on(dial(path).and_then(LocalSoc::new).map_err(cant)?).await,
-        FunctionSpec::Card(path) => user.on(CardFunction::open(path).map_err(cant)?).await,
-        FunctionSpec::Pci(_) | FunctionSpec::Pool => Err(Failure::new(
+        FunctionSpec::Card(path) => user.on(pcie_function_card::open(path).map_err(cant)?).await,
+        FunctionSpec::Pci(address) => user.on(VfioSoc::open(&address.to_string()).map_err(cant)?).await,
+        FunctionSpec::Pool => Err(Failure::new(
             ExitStatus::Unavailable,
-            format!("--function {spec}: not there yet; use local, unix:SOCKET or card:SOCKET"),
+            format!("--function {spec}: not there yet; use local, unix:SOCKET, pci:ADDRESS or card:SOCKET"),
         )),
     }
 }

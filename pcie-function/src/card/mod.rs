@@ -1,9 +1,11 @@
 //! The card interface of `docs/card.md`, as numbers: ids, BARs, registers; [`queue`] has what stands in the DMA rings.
 //!
-//! Shared by the programs that drive a card and by the card in software. Nothing here touches memory.
+//! Shared by the programs that drive a card and by the card in software. [`soc`] is the driver of its SoC side.
 
+mod engine;
 pub mod profile;
 pub mod queue;
+pub mod soc;
 
 use crate::FunctionError;
 

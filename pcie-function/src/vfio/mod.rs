@@ -7,7 +7,9 @@ mod domain;
 mod host;
 mod iova;
 mod open;
+mod soc;
 mod sys;
 mod sysfs;
 
 pub use host::{VfioBell, VfioHost};
+pub use soc::{MappedBars, VfioSoc};

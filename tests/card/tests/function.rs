@@ -36,7 +36,7 @@ impl Bed {
     }
 
     fn soc(&self, function: u32) -> CardFunction {
-        CardFunction::open(&self.card.soc_socket(function)).unwrap()
+        pcie_function_card::open(&self.card.soc_socket(function)).unwrap()
     }
 
     fn both(&self, function: u32) -> (Side, CardFunction) {
@@ -489,7 +489,7 @@ fn a_card_that_dies_is_gone_at_once() {
     let control = directory.path().join("control.sock");
     eventually("the card listens", || control.exists());
     let host = Side::plug(&directory.path().join("host-0.sock"), VECTORS);
-    let soc = CardFunction::open(&directory.path().join("soc-0.sock")).unwrap();
+    let soc = pcie_function_card::open(&directory.path().join("soc-0.sock")).unwrap();
     eventually("the function carries", || soc.write(RAM, &[1; 8]) == Ok(()));
     assert_eq!(host.ram.load(0), 0x0101_0101_0101_0101);
     ram(&soc).store(8, 1);
@@ -506,5 +506,5 @@ fn a_card_that_dies_is_gone_at_once() {
     soc.raise(0);
     soc.card_memory().store(0, 1);
     assert!(since.elapsed() < Duration::from_secs(2));
-    assert!(CardFunction::open(&directory.path().join("soc-0.sock")).is_err());
+    assert!(pcie_function_card::open(&directory.path().join("soc-0.sock")).is_err());
 }

@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use pcie_function::SocFunction;
-use pcie_function_card::CardFunction;
 use testbed::build;
-use testbed::card::{Card, HOST_VM};
+use testbed::card::{Card, HOST_VM, SOC_VM};
 use testbed::fetch::Arch;
 use testbed::machine::Machine;
-use testbed::protocol::Status;
+use testbed::protocol::{PciId, Status};
 use testbed::server::ServerConfig;
+use testbed::soc::SocConfig;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const PROBE: &str = "/bin/function-probe";
@@ -24,10 +24,10 @@ fn server(name: &str, card: &Card, plugged: u32) -> ServerConfig {
     server
 }
 
-/// Addresses of the card's vm functions, in the order of their slots.
-fn addresses(server: &Machine) -> Vec<String> {
-    let pci = server.inventory().unwrap().pci;
-    pci.into_iter().filter(|function| function.id == HOST_VM).map(|function| function.address).collect()
+/// Addresses of the functions of one kind, in the order of their slots.
+fn addresses(machine: &Machine, id: PciId) -> Vec<String> {
+    let pci = machine.inventory().unwrap().pci;
+    pci.into_iter().filter(|function| function.id == id).map(|function| function.address).collect()
 }
 
 #[test]
@@ -37,11 +37,11 @@ fn the_host_side_does_all_that_a_function_does() {
     }
     let card = Card::start(1).unwrap();
     let server = server("test-vfio-host", &card, 1).start().unwrap();
-    let address = addresses(&server).remove(0);
+    let address = addresses(&server, HOST_VM).remove(0);
 
     let probe = server.run(PROBE, &["host", &address], None).unwrap();
     assert!(server.control().wait_for_output(probe, "offered", LIMIT).is_some());
-    let function = CardFunction::open(&card.soc_socket(0)).unwrap();
+    let function = pcie_function_card::open(&card.soc_socket(0)).unwrap();
     let report = function_probe::soc::check(&function).unwrap();
     println!("{report:?}");
     assert_eq!(report.vectors, 128);
@@ -63,6 +63,29 @@ fn the_host_side_does_all_that_a_function_does() {
 }
 
 #[test]
+fn both_sides_are_reached_through_vfio() {
+    if !testbed::machines_or_skip("both_sides_are_reached_through_vfio") {
+        return;
+    }
+    let card = Card::start(1).unwrap();
+    let server = server("test-vfio-both", &card, 1).start().unwrap();
+    let mut soc = SocConfig::new("test-vfio-soc");
+    soc.basics.cards = vec![card.soc_socket(0)];
+    soc.basics.bind = vec![SOC_VM];
+    let probe = build::programs(Arch::Arm64, &["function-probe"]).unwrap().remove(0);
+    soc.basics.files.push((PROBE.to_owned(), probe));
+    let soc = soc.start().unwrap();
+
+    let host = server.run(PROBE, &["host", &addresses(&server, HOST_VM)[0]], None).unwrap();
+    let ended = soc.exec(PROBE, &["soc", &addresses(&soc, SOC_VM)[0]], LIMIT).unwrap();
+    println!("{}", ended.stdout);
+    assert_eq!((ended.status, &*ended.stderr), (Status::Code(0), ""));
+    assert_eq!(server.wait_for_exit(host, LIMIT).unwrap(), Status::Code(0));
+    soc.power_off(LIMIT).unwrap();
+    server.power_off(LIMIT).unwrap();
+}
+
+#[test]
 fn a_shared_group_an_unbound_and_an_absent_function_are_refused() {
     if !testbed::machines_or_skip("a_shared_group_an_unbound_and_an_absent_function_are_refused") {
         return;
@@ -79,7 +102,7 @@ fn a_shared_group_an_unbound_and_an_absent_function_are_refused() {
         config.basics.qemu_args.extend(["-device".into(), device]);
     }
     let server = config.start().unwrap();
-    let found = addresses(&server);
+    let found = addresses(&server, HOST_VM);
     let [alone, first, second] = &found[..] else { panic!("{found:?}") };
     let refused = |address: &str| {
         let ended = server.exec(PROBE, &["host", address], LIMIT).unwrap();

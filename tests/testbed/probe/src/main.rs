@@ -1,17 +1,19 @@
 //! `function-probe host ADDRESS`: the host's end of the function at a PCI address, through VFIO.
+//! `function-probe soc ADDRESS`: the SoC's end.
 //! `function-probe hold ADDRESS`: has it open until it is killed.
 
 use std::process::ExitCode;
 
-use pcie_function::vfio::VfioHost;
+use pcie_function::vfio::{VfioHost, VfioSoc};
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
         ["host", address] => host(address),
+        ["soc", address] => soc(address),
         ["hold", address] => hold(address),
-        _ => Err("usage: function-probe host|hold ADDRESS".to_owned()),
+        _ => Err("usage: function-probe host|soc|hold ADDRESS".to_owned()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -26,6 +28,12 @@ fn host(address: &str) -> Result<(), String> {
     let function = VfioHost::open(address).map_err(|e| e.to_string())?;
     let role = function.role();
     function_probe::host::serve(function, role, &mut |line| println!("{line}"))
+}
+
+fn soc(address: &str) -> Result<(), String> {
+    let function = VfioSoc::open(address).map_err(|e| e.to_string())?;
+    println!("{:?}", function_probe::soc::check(&function)?);
+    Ok(())
 }
 
 fn hold(address: &str) -> Result<(), String> {

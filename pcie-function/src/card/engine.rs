@@ -4,38 +4,46 @@
 //! it, so nothing overtakes a store that failed, and the first failure stays: the queue refuses what comes after. *Waited* work (copies)
 //! fails for its caller alone: an address in it can be a guest's.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
-use pcie_function::card::queue::{Descriptor, Done, Operation, Transfer, flag, status};
-use pcie_function::{BusError, BusMemory, FunctionError, Iova, Mapping, Reach, Window, local};
 use zerocopy::{FromZeros, IntoBytes};
 
+use super::queue::{Descriptor, Done, Operation, Transfer, flag, status};
+use crate::{BusError, BusMemory, FunctionError, Iova, Mapping, Reach, Window, local};
+
 /// Entries of each ring, and bounce buffers.
-pub(crate) const ENTRIES: u32 = 64;
+pub(super) const ENTRIES: u32 = 64;
 /// Bytes of a bounce buffer: the most that one descriptor carries here.
-pub(crate) const BOUNCE: usize = 64 << 10;
-/// IOVA of the queue's memory in the SoC function's domain. The domain holds nothing else.
-pub(crate) const IOVA: u64 = 0x10_0000;
+const BOUNCE: usize = 64 << 10;
 /// How long a descriptor may take before the card counts as gone.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The most waited descriptors in one go: others get their turn in between.
 const BATCH: usize = 16;
 
 const DONE_RING: usize = ENTRIES as usize * size_of::<Descriptor>();
-const BUFFERS: usize = 0x2000;
+/// The rings end well before; what is mapped is whole pages of 64 KiB too.
+const BUFFERS: usize = 0x1_0000;
 /// Bytes of memory that the queue takes.
-pub(crate) const SIZE: usize = BUFFERS + ENTRIES as usize * BOUNCE;
-/// IOVA of the submission ring.
-pub(crate) const SUBMISSION_IOVA: u64 = IOVA;
-/// IOVA of the done ring.
-pub(crate) const DONE_IOVA: u64 = IOVA + DONE_RING as u64;
+const SIZE: usize = BUFFERS + ENTRIES as usize * BOUNCE;
 
 const _: () = assert!(DONE_RING + ENTRIES as usize * size_of::<Done>() <= BUFFERS);
 
+/// Memory for a queue, and the file that it is of.
+pub(super) fn memory() -> Result<(Window, OwnedFd), FunctionError> {
+    let file = local::sealed_memfd("card-dma", SIZE as u64)?;
+    let memory = Mapping::new(file.as_fd(), 0, SIZE, Reach::Local)?.window();
+    Ok((memory, file))
+}
+
+/// Where the card sees the submission ring and the done ring of memory that it sees at `iova`.
+pub(super) fn rings(iova: Iova) -> (Iova, Iova) {
+    (iova, iova + DONE_RING as u64)
+}
+
 /// Tells the card, and looks after it.
-pub(crate) trait Bell {
+pub(super) trait Bell {
     /// Writes `DMA_TAIL`.
     fn submit(&self, tail: u32) -> Result<(), BusError>;
 
@@ -45,9 +53,10 @@ pub(crate) trait Bell {
 
 /// A queue that runs.
 #[derive(Debug)]
-pub(crate) struct Queue {
+pub(super) struct Queue {
     memory: Window,
-    file: OwnedFd,
+    /// Where the card sees the memory.
+    iova: Iova,
     generation: u32,
     /// Sequence of the newest descriptor; the first is 1.
     submitted: u64,
@@ -60,35 +69,23 @@ pub(crate) struct Queue {
 }
 
 impl Queue {
-    /// Memory for a queue; the card learns of it from [`Queue::file`] and the IOVAs above.
-    pub(crate) fn new() -> Result<Self, FunctionError> {
-        let file = local::sealed_memfd("card-dma", SIZE as u64)?;
-        let memory = Mapping::new(file.as_fd(), 0, SIZE, Reach::Local)?.window();
-        Ok(Self { memory, file, generation: 0, submitted: 0, reaped: 0, posted: 0, fault: None })
-    }
-
-    /// What the card is to map at [`IOVA`], [`SIZE`] bytes.
-    pub(crate) fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-
-    /// Sets the generation that every descriptor carries.
-    pub(crate) fn set_generation(&mut self, generation: u32) {
-        self.generation = generation;
+    /// A queue in `memory` of [`memory`], which the card sees at `iova`. Every descriptor will carry `generation`.
+    pub(super) fn new(memory: Window, iova: Iova, generation: u32) -> Self {
+        Self { memory, iova, generation, submitted: 0, reaped: 0, posted: 0, fault: None }
     }
 
     /// Stores `data` in host memory, in order with everything posted. At most 64 bytes go as one line.
-    pub(crate) fn store(&mut self, bell: &impl Bell, host: Iova, data: &[u8]) {
+    pub(super) fn store(&mut self, bell: &impl Bell, host: Iova, data: &[u8]) {
         for (at, piece) in (0..).step_by(BOUNCE).zip(data.chunks(BOUNCE)) {
             let Some(slot) = self.posting(bell) else { return };
             self.memory.copy_in(slot.bounce(), piece);
-            self.push(slot, Operation::ToHost(slot.transfer(host + at, piece.len())), true);
+            self.push(slot, Operation::ToHost(self.transfer(slot, host + at, piece.len())), true);
         }
         self.ring(bell);
     }
 
     /// Raises a host vector, in order with everything posted.
-    pub(crate) fn raise(&mut self, bell: &impl Bell, vector: u32) {
+    pub(super) fn raise(&mut self, bell: &impl Bell, vector: u32) {
         if let Some(slot) = self.posting(bell) {
             self.push(slot, Operation::RaiseVector(vector), true);
             self.ring(bell);
@@ -96,7 +93,7 @@ impl Queue {
     }
 
     /// What ended posting, as far as is known without waiting.
-    pub(crate) fn fault(&self) -> Option<BusError> {
+    pub(super) fn fault(&self) -> Option<BusError> {
         self.fault
     }
 
@@ -104,7 +101,7 @@ impl Queue {
     ///
     /// # Errors
     /// Something posted failed, now or before.
-    pub(crate) fn flush(&mut self, bell: &impl Bell) -> Result<(), BusError> {
+    pub(super) fn flush(&mut self, bell: &impl Bell) -> Result<(), BusError> {
         while self.reaped < self.posted {
             let (sequence, done) = self.reap(bell)?;
             self.note(sequence, &done);
@@ -116,7 +113,7 @@ impl Queue {
     ///
     /// # Errors
     /// A transfer faulted, or the queue is dead.
-    pub(crate) fn read(&mut self, bell: &impl Bell, host: Iova, data: &mut [u8]) -> Result<usize, BusError> {
+    pub(super) fn read(&mut self, bell: &impl Bell, host: Iova, data: &mut [u8]) -> Result<usize, BusError> {
         let slots = self.waited(bell, host, data.len(), |_, transfer| Operation::FromHost(transfer))?;
         let mut moved = 0;
         for (slot, piece) in slots.iter().zip(data.chunks_mut(BOUNCE)) {
@@ -130,7 +127,7 @@ impl Queue {
     ///
     /// # Errors
     /// A transfer faulted, or the queue is dead.
-    pub(crate) fn write(&mut self, bell: &impl Bell, host: Iova, data: &[u8]) -> Result<usize, BusError> {
+    pub(super) fn write(&mut self, bell: &impl Bell, host: Iova, data: &[u8]) -> Result<usize, BusError> {
         let memory = self.memory.clone();
         let mut pieces = data.chunks(BOUNCE);
         let mut moved = 0;
@@ -154,7 +151,7 @@ impl Queue {
         let mut slots = Vec::with_capacity(len.div_ceil(BOUNCE).min(BATCH));
         for at in (0..len).step_by(BOUNCE).take(BATCH) {
             let slot = self.free(bell)?;
-            let transfer = slot.transfer(host.wrapping_add(at as u64), (len - at).min(BOUNCE));
+            let transfer = self.transfer(slot, host.wrapping_add(at as u64), (len - at).min(BOUNCE));
             let operation = operation(slot, transfer);
             self.push(slot, operation, false);
             slots.push(slot);
@@ -190,6 +187,11 @@ impl Queue {
             self.note(sequence, &done);
         }
         Ok(Slot(self.submitted + 1))
+    }
+
+    /// `len` bytes between host memory and the slot's bounce buffer.
+    fn transfer(&self, slot: Slot, host: Iova, len: usize) -> Transfer {
+        Transfer { host, soc: self.iova + slot.bounce() as u64, length: len as u32 }
     }
 
     fn push(&mut self, slot: Slot, operation: Operation, posted: bool) {
@@ -252,10 +254,6 @@ impl Slot {
     /// Offset of its bounce buffer.
     fn bounce(self) -> usize {
         BUFFERS + self.index() * BOUNCE
-    }
-
-    fn transfer(self, host: Iova, len: usize) -> Transfer {
-        Transfer { host, soc: IOVA + self.bounce() as u64, length: len as u32 }
     }
 }
 
