@@ -50,6 +50,30 @@ impl Counts {
     }
 }
 
+/// The tests that a runner left out, with the reason where it knows one.
+pub(crate) fn left_out(output: &str) -> Vec<String> {
+    output.lines().filter_map(|line| by_harness(line).or_else(|| by_nextest(line))).collect()
+}
+
+/// `test NAME ... ignored, REASON`
+fn by_harness(line: &str) -> Option<String> {
+    let (name, reason) = line.strip_prefix("test ")?.split_once(" ... ignored")?;
+    Some(named(name, reason.trim_start_matches([',', ' '])))
+}
+
+/// `SKIP [   ] (──) BINARY NAME`
+fn by_nextest(line: &str) -> Option<String> {
+    let rest = line.trim_start().strip_prefix("SKIP [")?;
+    let words: Vec<&str> = rest.split_whitespace().collect();
+    let from = words.len().checked_sub(2)?;
+    Some(named(&words[from..].join(" "), ""))
+}
+
+fn named(name: &str, reason: &str) -> String {
+    let reason = if reason.is_empty() { "marked #[ignore]" } else { reason };
+    format!("{name}: {reason}")
+}
+
 /// The number in front of `word`.
 fn before(line: &str, word: &str) -> u64 {
     line.find(word).and_then(|at| line[..at].split_whitespace().next_back()?.parse().ok()).unwrap_or_default()
@@ -79,6 +103,25 @@ test result: FAILED. 4 passed; 1 failed; 0 ignored; 0 measured; 9 filtered out; 
 ";
         let counts = Counts { passed: 19, failed: 4, skipped: 5 };
         assert_eq!(Counts::of(output), counts);
+    }
+
+    #[test]
+    fn what_was_left_out_has_a_name() {
+        let output = "\
+test fault::tests::a_fault ... ignored, ends its process
+test fault::tests::b ... ignored
+test fault::tests::c ... ok
+        SKIP [         ] (─────) pcie-function fault::tests::d
+        PASS [   0.011s] ( 1/20) pcie-function e
+";
+        assert_eq!(
+            left_out(output),
+            [
+                "fault::tests::a_fault: ends its process",
+                "fault::tests::b: marked #[ignore]",
+                "pcie-function fault::tests::d: marked #[ignore]",
+            ]
+        );
     }
 
     #[test]

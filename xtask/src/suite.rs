@@ -9,7 +9,7 @@ use serde_json::Value;
 use testbed::fetch::{self, Arch};
 use testbed::{QUICK_VARIABLE, SKIPS_VARIABLE, build, paths};
 
-use crate::counts::Counts;
+use crate::counts::{Counts, left_out};
 use crate::step::{self, with_sources};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -83,6 +83,7 @@ impl Suite {
         // Read: the next step starts with none.
         fs::write(&self.skips, "").map_err(|e| format!("{}: {e}", self.skips.display()))?;
         self.skipped.extend(said.lines().map(str::to_owned));
+        self.skipped.extend(left_out(&outcome.output));
         let skipped = u64::try_from(said.lines().count()).unwrap_or(u64::MAX);
         let mut counts = Counts::of(&outcome.output).without(skipped);
         if !outcome.ok {
@@ -102,7 +103,7 @@ impl Suite {
         let limit = 30 * MINUTE;
         if nextest {
             // nextest leaves out examples in documentation.
-            self.tests("tests", cargo(["nextest", "run", "--workspace"]), limit)?;
+            self.tests("tests", cargo(["nextest", "run", "--workspace", "--status-level", "skip"]), limit)?;
             let docs = cargo(["test", "--workspace", "--doc"]);
             self.tests("documentation's examples", docs, limit)
         } else {
