@@ -10,7 +10,9 @@ fn main() -> ExitCode {
     match ended {
         Ok(status) => status.into(),
         Err(failure) => {
-            eprintln!("soc-vmm: {failure}");
+            if !failure.is_told() {
+                eprintln!("soc-vmm: {failure}");
+            }
             failure.status().into()
         }
     }

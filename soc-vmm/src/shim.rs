@@ -15,6 +15,9 @@ use crate::cli::{ExitStatus, Failure};
 /// How long the shim may take to end once its function's socket is closed.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// The exit status of a shim that can't serve, and has said why on standard error.
+const UNUSABLE: i32 = 4;
+
 /// A shim that ends with its VM.
 #[derive(Debug)]
 pub(crate) struct Shim(Child);
@@ -41,18 +44,18 @@ pub(crate) async fn start(role: Role) -> Result<(LocalSoc, Shim), Failure> {
         .map_err(|e| Failure::of(ExitStatus::Unavailable, &format!("can't start {}", program.display()), &e))?;
     // The command keeps a copy of the shim's end of the socket, and with it open nobody would see the shim hang up.
     drop(command);
-    match LocalSoc::new(ours) {
+    match tokio::task::block_in_place(|| LocalSoc::new(ours)) {
         Ok(function) => Ok((function, Shim(child))),
         Err(e) => {
             let ended = tokio::time::timeout(PATIENCE, child.wait()).await;
-            let why = match ended.ok().and_then(Result::ok).and_then(|status| status.code()) {
-                Some(code) => format!(
-                    "--function local: {} ended with status {code} (its reason stands above)",
-                    program.display()
+            Err(match ended.ok().and_then(Result::ok).map(|status| (status, status.code())) {
+                Some((_, Some(UNUSABLE))) => Failure::told(ExitStatus::Unavailable),
+                Some((status, _)) => Failure::new(
+                    ExitStatus::Unavailable,
+                    format!("--function local: {} ended before it served ({status})", program.display()),
                 ),
-                None => format!("--function local: {e}"),
-            };
-            Err(Failure::new(ExitStatus::Unavailable, why))
+                None => Failure::of(ExitStatus::Unavailable, "--function local", &e),
+            })
         }
     }
 }

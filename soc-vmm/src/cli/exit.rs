@@ -41,6 +41,7 @@ impl From<ExitStatus> for ExitCode {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     status: ExitStatus,
+    /// Empty: what there is to say was said.
     line: String,
 }
 
@@ -48,6 +49,16 @@ impl Failure {
     /// A failure in words. Whatever is in `text` becomes one printable line.
     pub fn new(status: ExitStatus, text: impl AsRef<str>) -> Self {
         Self { status, line: one_line(text.as_ref()) }
+    }
+
+    /// A failure that another program has told of on the same standard error.
+    pub(crate) fn told(status: ExitStatus) -> Self {
+        Self { status, line: String::new() }
+    }
+
+    /// Whether there is a line to print.
+    pub fn is_told(&self) -> bool {
+        self.line.is_empty()
     }
 
     /// An error with all its sources, behind what was being done (`""`: the error says it).
@@ -76,7 +87,7 @@ impl std::fmt::Display for Failure {
 impl Error for Failure {}
 
 /// Line ends become spaces; other control characters, which could confuse a terminal, are shown escaped.
-fn one_line(text: &str) -> String {
+pub(crate) fn one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for word in text.split(['\n', '\r']).map(str::trim).filter(|word| !word.is_empty()) {
         if !line.is_empty() {

@@ -11,6 +11,7 @@ use pcie_function::{BusError, Doorbell, SocFunction};
 use tokio::sync::{mpsc, oneshot};
 
 use super::bell::Bell;
+use super::log::HostLog;
 use super::open::CHANNEL_VECTOR;
 
 /// How long the host may take for a call: an emulated server starves for seconds.
@@ -19,6 +20,11 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const BEAT: Duration = Duration::from_secs(1);
 /// Heartbeats that may be missing before the host counts as silent.
 const SILENCE: u32 = 10;
+
+/// Notices that may wait for the control loop.
+const NOTICES: usize = 64;
+/// Most bytes of a host's sentence that are passed on.
+const MOST_WHY: usize = 1024;
 
 /// Why a call failed.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -37,9 +43,9 @@ pub enum CallError {
     /// The channel's rules were broken, or the ring is full.
     #[error(transparent)]
     Channel(#[from] ChannelError),
-    /// The connection is over.
-    #[error("the connection to the host is over")]
-    Over,
+    /// The connection is over, and why.
+    #[error("the connection to the host is over: {0}")]
+    Over(String),
     /// The reply can't be read.
     #[error("the host's reply can't be read: host-kvm-shim and soc-vmm don't fit each other")]
     Malformed,
@@ -63,8 +69,13 @@ pub struct Reply {
 /// What the channel tells the VM's control loop.
 #[derive(Clone, Debug)]
 pub enum Notice {
-    /// The host reports.
-    Event(Event),
+    /// A vCPU can't go on.
+    Failed {
+        /// Which.
+        vcpu: u32,
+        /// Why.
+        why: String,
+    },
     /// The host's heartbeat stopped, or went on.
     Silent(bool),
     /// The connection is over: the function is lost, or a rule was broken.
@@ -96,7 +107,8 @@ struct Shared<F: SocFunction> {
 struct State<F: SocFunction> {
     client: Client<F::Card, F::Remote>,
     waiting: Waiting,
-    over: bool,
+    /// Why it is, once the connection is over.
+    over: Option<String>,
 }
 
 impl<F: SocFunction> Shared<F> {
@@ -114,8 +126,8 @@ impl<F: SocFunction> Channel<F> {
         let (sender, receiver) = oneshot::channel();
         let sequence = {
             let mut state = self.shared.state();
-            if state.over {
-                return Err(CallError::Over);
+            if let Some(why) = &state.over {
+                return Err(CallError::Over(why.clone()));
             }
             let sequence = state.client.send(call, DEADLINE.as_millis() as u32)?;
             state.waiting.insert(sequence, sender);
@@ -123,7 +135,7 @@ impl<F: SocFunction> Channel<F> {
         };
         self.shared.function.raise(CHANNEL_VECTOR);
         match tokio::time::timeout(DEADLINE, receiver).await {
-            Ok(reply) => reply.unwrap_or(Err(CallError::Over)),
+            Ok(reply) => reply.unwrap_or_else(|_| Err(CallError::Over("nobody listens to it".into()))),
             Err(_) => {
                 self.shared.state().waiting.remove(&sequence);
                 Err(CallError::Late)
@@ -143,8 +155,8 @@ impl<F: SocFunction> Channel<F> {
     pub fn order(&self, call: &Call) -> Result<(), CallError> {
         {
             let mut state = self.shared.state();
-            if state.over {
-                return Err(CallError::Over);
+            if let Some(why) = &state.over {
+                return Err(CallError::Over(why.clone()));
             }
             state.client.order(call)?;
         }
@@ -165,24 +177,25 @@ impl<F: SocFunction> ChannelEnd<F> {
     pub(super) fn new(function: Arc<F>, client: Client<F::Card, F::Remote>) -> std::io::Result<Self> {
         let bell = Bell::new(function.doorbell(Doorbell::Channel))?;
         let lost = Bell::new(function.lost_event())?;
-        let state = Mutex::new(State { client, waiting: HashMap::new(), over: false });
+        let state = Mutex::new(State { client, waiting: HashMap::new(), over: None });
         Ok(Self { shared: Arc::new(Shared { function, state }), bell, lost })
     }
 
     /// Starts the task that listens; it ends when the connection is over or nobody takes notices any more.
     pub fn listen(self) -> (Channel<F>, mpsc::Receiver<Notice>) {
-        let (notices, receiver) = mpsc::channel(64);
+        let (notices, receiver) = mpsc::channel(NOTICES);
         let channel = Channel { shared: self.shared.clone() };
         tokio::spawn(async move {
             let why = self.run(&notices).await;
+            let over = why.clone().unwrap_or_else(|| "nobody listens to it".into());
             let waiting = {
                 let mut state = self.shared.state();
-                state.over = true;
+                state.over = Some(over.clone());
                 std::mem::take(&mut state.waiting)
             };
             for (_, reply) in waiting {
                 // Who asked may have given up.
-                let _ = reply.send(Err(CallError::Over));
+                let _ = reply.send(Err(CallError::Over(over.clone())));
             }
             if let Some(why) = why {
                 // Nobody listens once the VM has ended.
@@ -197,6 +210,12 @@ impl<F: SocFunction> ChannelEnd<F> {
         let mut beats = tokio::time::interval(BEAT);
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut host = Heart::default();
+        let mut log = HostLog::new();
+        // The control loop may wait for a reply: nothing here may wait for it. What finds no room is one too many of what is there.
+        let tell = |notice| match notices.try_send(notice) {
+            Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => Some(()),
+            Err(mpsc::error::TrySendError::Closed(_)) => None,
+        };
         loop {
             loop {
                 let incoming = match self.shared.state().client.poll() {
@@ -205,7 +224,9 @@ impl<F: SocFunction> ChannelEnd<F> {
                 };
                 match incoming {
                     None => break,
-                    Some(Incoming::Event(event)) => notices.send(Notice::Event(event)).await.ok()?,
+                    Some(Incoming::Event(Event::Log { level, text })) => log.record(level, &text),
+                    Some(Incoming::Event(Event::Eoi { gsi })) => tracing::trace!(gsi, "end of interrupt"),
+                    Some(Incoming::Event(Event::Failed { vcpu, why })) => tell(Notice::Failed { vcpu, why })?,
                     Some(Incoming::Reply { sequence, status, payload, bulk }) => {
                         self.answer(sequence, status, payload, bulk);
                     }
@@ -224,7 +245,7 @@ impl<F: SocFunction> ChannelEnd<F> {
                         state.client.host_beat()
                     };
                     if let Some(silent) = host.look(now) {
-                        notices.send(Notice::Silent(silent)).await.ok()?;
+                        tell(Notice::Silent(silent))?;
                     }
                 }
                 () = notices.closed() => return None,
@@ -237,7 +258,8 @@ impl<F: SocFunction> ChannelEnd<F> {
         let reply = if status == Status::OK {
             Ok(Reply { payload, bulk })
         } else {
-            Err(CallError::Refused { status, text: String::from_utf8_lossy(&payload).into_owned() })
+            let text = String::from_utf8_lossy(&payload[..payload.len().min(MOST_WHY)]).into_owned();
+            Err(CallError::Refused { status, text })
         };
         // Who asked may have given up.
         let _ = waiting.send(reply);

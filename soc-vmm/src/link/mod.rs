@@ -2,6 +2,7 @@
 
 mod bell;
 mod channel;
+mod log;
 mod open;
 
 pub use channel::{CallError, Channel, Notice, Reply};

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ioreq_ring::Request;
 use ioreq_ring::wire::exit_reason;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::power::{PowerEvent, PowerSink};
 
@@ -19,21 +19,33 @@ pub(super) enum GuestEvent {
     Lost(String),
 }
 
-/// Passes reports on. At most a few a reset can wait: each parks the vCPU that made it.
+/// Reports that may wait: each parks the vCPU that made it, so that an honest host has one for each vCPU.
+const WAITING: usize = 512;
+
+/// Passes reports on.
 #[derive(Debug)]
 pub(super) struct Relay {
-    events: UnboundedSender<GuestEvent>,
+    events: Sender<GuestEvent>,
     park: AtomicBool,
 }
 
 impl Relay {
-    pub(super) fn new(events: UnboundedSender<GuestEvent>) -> Self {
-        Self { events, park: AtomicBool::new(false) }
+    /// A relay, and where its reports come out.
+    pub(super) fn new() -> (Self, Receiver<GuestEvent>) {
+        let (events, receiver) = channel(WAITING);
+        (Self { events, park: AtomicBool::new(false) }, receiver)
     }
 
+    /// Passes a report on; one too many is dropped: the VM is about to be reset or ended anyway.
     pub(super) fn tell(&self, event: GuestEvent) {
         // Nobody listens once the VM has ended.
-        let _ = self.events.send(event);
+        let _ = self.events.try_send(event);
+    }
+
+    /// Says that the VM is lost: the last report, which is not dropped. Waits for room, so not from a task of tokio's.
+    pub(super) fn lost(&self, why: String) {
+        // Nobody listens once the VM has ended.
+        let _ = self.events.blocking_send(GuestEvent::Lost(why));
     }
 
     /// Whether the access that was served must keep its vCPU out of the guest.

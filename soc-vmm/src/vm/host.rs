@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api_channel::call::{
     Call, CpuidEntry, CreateVm, Extent, Groups, Irqchip, Memslot, PostedRange, RamRequest, SlotFlags, StateRequest,
@@ -28,6 +29,18 @@ const HIGH: u32 = 1;
 /// Allocation of ROM.
 const ROM: u32 = 2;
 
+/// How long the host may take to end the VM.
+const LAST_CALL: Duration = Duration::from_secs(10);
+
+/// Why the host made no VM.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum HostError {
+    #[error("can't make the VM on the host")]
+    Call(#[from] CallError),
+    #[error("--memory: the host can't give it")]
+    Memory(#[source] CallError),
+}
+
 /// The VM on the host.
 #[derive(Debug)]
 pub(super) struct HostVm<F: SocFunction> {
@@ -51,13 +64,16 @@ impl<F: SocFunction> HostVm<F> {
         layout: &MemoryLayout,
         memory: &Memory,
         rom: Option<Rom>,
-    ) -> Result<Self, CallError> {
+    ) -> Result<Self, HostError> {
         let create = CreateVm { vcpus, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 0, reserved: 0 };
         let reply = channel.call(&Call::CreateVm(create)).await?;
-        let created: VmCreated = Reader::new(&reply.payload).take()?;
+        let created: VmCreated = Reader::new(&reply.payload).take().map_err(CallError::from)?;
+        if !is_sound(&created, vcpus) {
+            return Err(CallError::Malformed.into());
+        }
         let ram = Arc::new(GuestRam::new(link.function.clone()));
         let vm = Self { channel, created, ram, vcpus };
-        vm.fill(layout, memory, rom).await?;
+        vm.fill(layout, memory, rom).await.map_err(HostError::Memory)?;
         Ok(vm)
     }
 
@@ -75,7 +91,12 @@ impl<F: SocFunction> HostVm<F> {
         let mut extents = Vec::new();
         for request in requests {
             let reply = self.channel.call(&Call::AddRam(request)).await?;
-            extents.push((request.id, Reader::new(&reply.payload).list::<Extent>(1024)?));
+            let mut list = Reader::new(&reply.payload).list::<Extent>(1024)?;
+            list.sort_by_key(|extent| extent.offset);
+            if !are_whole(&list, request.len) {
+                return Err(CallError::Malformed);
+            }
+            extents.push((request.id, list));
         }
         let ranges = layout.ram_ranges().map(|range| {
             let (ram, offset) = match range.offset.checked_sub(layout.low_end()) {
@@ -183,9 +204,37 @@ impl<F: SocFunction> HostVm<F> {
     }
 
     /// Ends the VM.
-    pub(super) async fn destroy(&self) -> Result<(), CallError> {
-        self.channel.call(&Call::DestroyVm).await.map(drop)
+    pub(super) async fn destroy(&self) {
+        destroy(&self.channel).await;
     }
+}
+
+/// Ends whatever VM there is. A host that refuses has none; one that doesn't answer soon is left alone with it, and sees this
+/// side go.
+pub(super) async fn destroy<F: SocFunction>(channel: &Channel<F>) {
+    let _ = tokio::time::timeout(LAST_CALL, channel.call(&Call::DestroyVm)).await;
+}
+
+/// Whether the lanes can lie where the host says: aligned, nothing past the end of addresses.
+fn is_sound(created: &VmCreated, vcpus: u32) -> bool {
+    let fits = |base: u64, stride: usize| {
+        base.is_multiple_of(stride as u64) && base.checked_add(u64::from(vcpus) * stride as u64).is_some()
+    };
+    [created.completions, created.credits].iter().all(|base| fits(*base, LINE))
+        && [created.ins, created.outs].iter().all(|base| fits(*base, STRING_PAGE))
+        && created.lane_vector.checked_add(created.lane_vectors).is_some()
+}
+
+/// Whether extents, sorted, are `len` bytes without gap or overlap, at IOVAs that there are.
+fn are_whole(extents: &[Extent], len: u64) -> bool {
+    let mut end = 0u64;
+    let follows = extents.iter().all(|extent| {
+        let follows = extent.offset == end && extent.iova.checked_add(extent.len).is_some();
+        let next = end.checked_add(extent.len);
+        end = next.unwrap_or(end);
+        follows && next.is_some()
+    });
+    follows && end == len
 }
 
 /// Memory for the lanes' private words: a file that outlives the process, or, without a directory, a memfd.
@@ -201,5 +250,26 @@ fn private_words(dir: Option<&Path>, len: usize) -> Result<Arc<Mapping>, LinkErr
             map(file.as_fd())
         }
         None => map(sealed_memfd("outboard-lanes", len as u64).map_err(unusable)?.as_fd()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_must_be_all_of_an_allocation() {
+        let extent = |offset, iova, len| Extent { offset, iova, len };
+        assert!(are_whole(&[extent(0, 1 << 32, 4096), extent(4096, 0, 4096)], 8192));
+        for bad in [
+            vec![],
+            vec![extent(0, 0, 4096)],
+            vec![extent(0, 0, 4096), extent(8192, 0, 4096)],
+            vec![extent(0, 0, 8192), extent(4096, 0, 4096)],
+            vec![extent(0, u64::MAX - 4095, 8192)],
+            vec![extent(0, 0, u64::MAX), extent(u64::MAX, 0, 2)],
+        ] {
+            assert!(!are_whole(&bad, 8192), "{bad:?}");
+        }
     }
 }

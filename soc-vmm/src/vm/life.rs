@@ -2,31 +2,27 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
-use std::thread::JoinHandle;
 
-use api_channel::event::Event;
 use ioreq_ring::SocIdle;
 use pcie_function::SocFunction;
-use pcie_function::header::Role;
 use pcie_function::modelled::Crossings;
-use tokio::sync::mpsc::{Receiver, UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::Receiver;
 
 use super::counters::Counters;
 use super::guest::{GuestEvent, Relay};
-use super::host::HostVm;
+use super::host::{HostError, HostVm};
 use super::lines::Lines;
 use super::machine::{Machine, Parts};
 use super::state;
-use super::worker::{Command, Waker, Worker};
+use super::worker::{Command, Serving, Waker, Worker};
 use crate::boot::{BootPlan, Entry};
-use crate::bus::{MapError, Wake};
+use crate::bus::MapError;
 use crate::cli::{ExitStatus, Failure, RunConfig};
 use crate::control::{self, Action, Order, RunState, ShutdownCause, VmControl};
 use crate::cpuid::{self, CpuidConfig, CpuidError, Topology, TopologyError};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::layout::{LayoutError, MemoryLayout};
-use crate::link::{CallError, Link, LinkError, Notice};
+use crate::link::{CallError, Channel, Link, LinkError, Notice};
 use crate::power::PowerEvent;
 
 /// The far ends of a machine's byte streams.
@@ -56,10 +52,8 @@ pub(super) struct Vm<F: SocFunction> {
     pristine: (Vec<Vec<u8>>, Vec<u8>),
     signature: u32,
     acpi: AcpiHandle,
-    waker: Arc<Waker>,
-    commands: Sender<Command>,
-    worker: JoinHandle<()>,
-    guest: UnboundedReceiver<GuestEvent>,
+    worker: Serving,
+    guest: Receiver<GuestEvent>,
     notices: Receiver<Notice>,
     counters: Arc<Counters>,
     crossings: Arc<Crossings>,
@@ -68,8 +62,10 @@ pub(super) struct Vm<F: SocFunction> {
 /// Why a VM can't be built or went no further.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LifeError {
-    #[error("the host refused the VM")]
+    #[error("the host did not do what it was asked for")]
     Call(#[from] CallError),
+    #[error(transparent)]
+    Host(#[from] HostError),
     #[error(transparent)]
     Link(#[from] LinkError),
     #[error(transparent)]
@@ -95,7 +91,7 @@ impl From<api_channel::codec::Malformed> for LifeError {
 }
 
 impl LifeError {
-    fn failure(&self) -> Failure {
+    pub(super) fn failure(&self) -> Failure {
         let status = if matches!(self, Self::Boot(_) | Self::Topology(_) | Self::Layout(_)) {
             ExitStatus::Usage
         } else {
@@ -106,17 +102,16 @@ impl LifeError {
 }
 
 impl<F: SocFunction> Vm<F> {
-    /// Builds the VM on `function`, everything loaded, nothing running.
+    /// Builds the VM behind `link`, everything loaded, nothing running. Where it fails or is cancelled, the host has part of a VM.
     pub(super) async fn build(
-        function: Arc<F>,
+        link: &Link<F>,
+        (channel, notices): (Channel<F>, Receiver<Notice>),
         crossings: Arc<Crossings>,
         blueprint: Blueprint<'_>,
     ) -> Result<Self, LifeError> {
         let Blueprint { config, layout, plan, streams, waker, state_dir } = blueprint;
-        let (link, end) = Link::open(function.clone(), Role::Vm).await?;
-        let (channel, notices) = end.listen();
         let vcpus = u32::from(config.cpus);
-        let host = HostVm::create(&link, channel.clone(), vcpus, &layout, &config.memory, plan.rom()).await?;
+        let host = HostVm::create(link, channel.clone(), vcpus, &layout, &config.memory, plan.rom()).await?;
         let supported = host.supported_cpuid().await?;
         layout.check_address_width(cpuid::physical_address_bits(&supported))?;
         let model = CpuidConfig {
@@ -135,8 +130,8 @@ impl<F: SocFunction> Vm<F> {
         }
         let pristine = (cpus, host.chips().await?);
 
-        let (events, guest) = unbounded_channel();
-        let relay = Arc::new(Relay::new(events));
+        let (relay, guest) = Relay::new();
+        let relay = Arc::new(relay);
         let lines = Lines::new(channel);
         let counters = Arc::new(Counters::default());
         let machine = Machine::new(Parts {
@@ -155,33 +150,20 @@ impl<F: SocFunction> Vm<F> {
         let idle = ioreq_ring::wire::LINE;
         let flag = pcie_function::Windowed::cut(&link.soc_lines, api_channel::lines::soc::LANES_IDLE, idle);
         let worker = Worker {
-            function,
-            lanes: host.lanes(&link, Some(state_dir))?,
+            function: link.function.clone(),
+            lanes: host.lanes(link, Some(state_dir))?,
             vectors: (0..vcpus).map(|lane| host.created.vector_of(lane)).collect(),
             idle: SocIdle::new(flag.ok_or(LifeError::Records)?),
             buses: machine.buses,
             lines,
             relay,
             counters: counters.clone(),
-            waker: waker.clone(),
+            waker,
             commands: receiver,
         };
-        let worker =
-            std::thread::Builder::new().name("ioreq".into()).spawn(|| worker.run()).map_err(LifeError::Thread)?;
-        let vm = Self {
-            host,
-            plan,
-            pristine,
-            signature,
-            acpi: machine.acpi,
-            waker,
-            commands,
-            worker,
-            guest,
-            notices,
-            counters,
-            crossings,
-        };
+        let worker = worker.start(commands).map_err(LifeError::Thread)?;
+        let vm =
+            Self { host, plan, pristine, signature, acpi: machine.acpi, worker, guest, notices, counters, crossings };
         vm.start_state().await?;
         Ok(vm)
     }
@@ -211,16 +193,10 @@ impl<F: SocFunction> Vm<F> {
     async fn reset(&self) -> Result<(), LifeError> {
         self.host.pause().await?;
         let (done, waits) = tokio::sync::oneshot::channel();
-        self.command(Command::Reset(done));
+        self.worker.command(Command::Reset(done));
         // The worker ends only when the function is lost, which is reported on its own.
         let _ = waits.await;
         self.start_state().await
-    }
-
-    fn command(&self, command: Command) {
-        // The worker has ended: then nothing is left to do.
-        let _ = self.commands.send(command);
-        self.waker.wake();
     }
 
     /// Keeps the VM until it ends; how it ended.
@@ -240,7 +216,7 @@ impl<F: SocFunction> Vm<F> {
                     Ok(Some(status)) => break Ok(status),
                     Err(failure) => break Err(failure),
                 },
-                Some(notice) = self.notices.recv() => if let Err(failure) = self.note(notice, &mut control) {
+                Some(notice) = self.notices.recv() => if let Err(failure) = Self::note(notice) {
                     break Err(failure);
                 },
             }
@@ -291,7 +267,8 @@ impl<F: SocFunction> Vm<F> {
         all.extend(named.map(|(name, value)| (name.to_owned(), value)));
         for statistic in self.host.statistics().await? {
             let name = statistic.name.split(|&b| b == 0).next().unwrap_or_default();
-            *all.entry(format!("host.{}", String::from_utf8_lossy(name))).or_default() += statistic.value;
+            let sum = all.entry(format!("host.{}", String::from_utf8_lossy(name))).or_default();
+            *sum = sum.saturating_add(statistic.value);
         }
         Ok(all)
     }
@@ -321,16 +298,9 @@ impl<F: SocFunction> Vm<F> {
         }
     }
 
-    fn note(&self, notice: Notice, _control: &mut VmControl) -> Result<(), Failure> {
+    fn note(notice: Notice) -> Result<(), Failure> {
         match notice {
-            Notice::Event(Event::Log { level, text }) => match level {
-                1 => tracing::error!(target: "host-kvm-shim", "{text}"),
-                2 => tracing::warn!(target: "host-kvm-shim", "{text}"),
-                3 => tracing::info!(target: "host-kvm-shim", "{text}"),
-                _ => tracing::debug!(target: "host-kvm-shim", "{text}"),
-            },
-            Notice::Event(Event::Eoi { gsi }) => tracing::trace!(gsi, "end of interrupt"),
-            Notice::Event(Event::Failed { vcpu, why }) => {
+            Notice::Failed { vcpu, why } => {
                 return Err(Failure::new(ExitStatus::Failed, format!("vCPU {vcpu} failed on the host: {why}")));
             }
             Notice::Silent(true) => tracing::warn!("the host is silent: its heartbeat stopped"),
@@ -343,17 +313,11 @@ impl<F: SocFunction> Vm<F> {
     }
 
     async fn end(self) {
-        // A host that is gone has no VM to destroy.
-        let _ = self.host.destroy().await;
-        self.command(Command::Stop);
-        let counters = self.counters.clone();
-        let worker = self.worker;
-        let _ = tokio::task::spawn_blocking(move || worker.join()).await;
+        self.host.destroy().await;
+        let Self { worker, guest, counters, .. } = self;
+        // The worker's last report must not wait for room.
+        drop(guest);
+        let _ = tokio::task::spawn_blocking(|| worker.end()).await;
         tracing::debug!(?counters, "the VM has ended");
     }
-}
-
-/// The failure that a build ended in.
-pub(super) fn failure(error: &LifeError) -> Failure {
-    error.failure()
 }

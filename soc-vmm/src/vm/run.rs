@@ -6,16 +6,18 @@ use pcie_function::SocFunction;
 use pcie_function::header::Role;
 use pcie_function::modelled::{Crossings, ModelledSoc};
 
-use super::life::{Blueprint, Streams, Vm, failure};
+use super::host;
+use super::life::{Blueprint, LifeError, Streams, Vm};
 use super::machine::acpi_config;
 use super::worker::Waker;
 use crate::boot::BootPlan;
 use crate::cli::{ExitStatus, Failure, RunConfig};
 use crate::console::{ConsoleError, DebugconBackend, SerialBackend};
-use crate::control::{self, RunDir, VmInfo};
+use crate::control::{self, Action, RunDir, VmControl, VmInfo};
 use crate::devices::{input_pipe, output_pipe};
 use crate::function::{self, Use};
 use crate::layout::MemoryLayout;
+use crate::link::Link;
 use crate::qmp;
 
 /// Bytes that may wait between the guest's serial port and its far end, each way.
@@ -88,17 +90,49 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
 /// What is to be done with the function: build the VM, and keep it until it ends.
 struct Setup<'a> {
     blueprint: Blueprint<'a>,
-    control: control::VmControl,
+    control: VmControl,
 }
 
 impl Use for Setup<'_> {
     type Output = ExitStatus;
 
-    async fn on<F: SocFunction>(self, function: F) -> Result<ExitStatus, Failure> {
+    async fn on<F: SocFunction>(mut self, function: F) -> Result<ExitStatus, Failure> {
         let paused = self.blueprint.config.paused;
         let crossings = Arc::<Crossings>::default();
         let function = Arc::new(ModelledSoc::new(function, crossings.clone()));
-        let vm = Vm::build(function, crossings, self.blueprint).await.map_err(|e| failure(&e))?;
-        vm.live(self.control, paused).await
+        let opened = tokio::select! {
+            opened = Link::open(function, Role::Vm) => opened,
+            () = told_to_quit(&mut self.control) => return Ok(ExitStatus::Done),
+        };
+        let (link, end) = opened.map_err(|e| LifeError::from(e).failure())?;
+        let (channel, notices) = end.listen();
+        let built = tokio::select! {
+            built = Vm::build(&link, (channel.clone(), notices), crossings, self.blueprint) => Some(built),
+            () = told_to_quit(&mut self.control) => None,
+        };
+        let ended = match built {
+            Some(Ok(vm)) => {
+                drop((link, channel));
+                return vm.live(self.control, paused).await;
+            }
+            Some(Err(error)) => Err(error.failure()),
+            None => Ok(ExitStatus::Done),
+        };
+        // A host would hold what there is of a VM for a soc-vmm to come.
+        host::destroy(&channel).await;
+        ended
     }
+}
+
+/// Waits for the order to quit; a VM that isn't there yet does nothing else.
+async fn told_to_quit(control: &mut VmControl) {
+    while let Some(order) = control.next().await {
+        let quits = matches!(order.action(), Action::Quit(_));
+        control.finish(order, if quits { Ok(()) } else { Err("the VM is still being built".into()) });
+        if quits {
+            return;
+        }
+    }
+    // Nobody is left who could tell.
+    std::future::pending::<()>().await;
 }

@@ -3,7 +3,8 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ioreq_ring::{
@@ -14,7 +15,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use pcie_function::{Doorbell, SocFunction, Window};
 
 use super::counters::Counters;
-use super::guest::{GuestEvent, Relay};
+use super::guest::Relay;
 use super::lines::Lines;
 use super::string::StringAccess;
 use crate::bus::{Access, Answer, Bus, Deferred, LateAnswer, RequestId, Wake};
@@ -43,8 +44,40 @@ pub(super) type Lane<F> = SocLane<<F as SocFunction>::Card, <F as SocFunction>::
 pub(super) enum Command {
     /// Reset every device; answered by dropping the sender.
     Reset(tokio::sync::oneshot::Sender<()>),
-    /// End.
-    Stop,
+}
+
+/// A worker on its thread; told to end when this is dropped.
+#[derive(Debug)]
+pub(super) struct Serving {
+    commands: Option<Sender<Command>>,
+    waker: Arc<Waker>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Serving {
+    /// Asks the worker for something. One that has ended, its function lost, does nothing.
+    pub(super) fn command(&self, command: Command) {
+        if let Some(commands) = &self.commands {
+            let _ = commands.send(command);
+        }
+        self.waker.wake();
+    }
+
+    /// Ends the worker, and waits until it has let the function go.
+    pub(super) fn end(mut self) {
+        let thread = self.thread.take();
+        drop(self);
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        drop(self.commands.take());
+        self.waker.wake();
+    }
 }
 
 /// Wakes the worker.
@@ -109,10 +142,20 @@ struct Late {
 }
 
 impl<F: SocFunction> Worker<F> {
+    /// Serves on a thread of its own; `commands` are those that it takes.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub(super) fn start(self, commands: Sender<Command>) -> std::io::Result<Serving> {
+        let waker = self.waker.clone();
+        let thread = std::thread::Builder::new().name("ioreq".into()).spawn(|| self.run())?;
+        Ok(Serving { commands: Some(commands), waker, thread: Some(thread) })
+    }
+
     /// Serves until it is told to stop, or the function is lost.
-    pub(super) fn run(mut self) {
+    fn run(mut self) {
         if let Err(fault) = self.serve() {
-            self.relay.tell(GuestEvent::Lost(fault.to_string()));
+            self.relay.lost(fault.to_string());
         }
     }
 
@@ -287,18 +330,18 @@ impl<F: SocFunction> Worker<F> {
                 self.answer(lane, &request, answer)?;
             }
         }
-        while let Ok(command) = self.commands.try_recv() {
-            match command {
-                Command::Reset(done) => {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Reset(done)) => {
                     self.buses.ports.reset();
                     self.buses.memory.reset();
                     // Who asked may have gone.
                     let _ = done.send(());
                 }
-                Command::Stop => return Ok(true),
+                Err(TryRecvError::Empty) => return Ok(false),
+                Err(TryRecvError::Disconnected) => return Ok(true),
             }
         }
-        Ok(false)
     }
 
     fn deadline(&self) -> Option<Instant> {
