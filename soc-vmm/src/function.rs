@@ -1,9 +1,5 @@
 //! From `--function SPEC` to an open function, whatever stands behind it.
 
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
-
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use pcie_function::header::Role;
 use pcie_function::local::LocalSoc;
 use pcie_function::vfio::VfioSoc;
@@ -31,10 +27,10 @@ pub(crate) async fn open<U: Use>(spec: &FunctionSpec, role: Role, user: U) -> Re
         FunctionSpec::Local => {
             let (function, mut shim) = shim::start(role).await?;
             let outcome = user.on(function).await;
-            shim.end().await?;
-            outcome
+            let ended = shim.end().await;
+            outcome.and_then(|outcome| ended.map(|()| outcome))
         }
-        FunctionSpec::Unix(path) => user.on(dial(path).and_then(LocalSoc::new).map_err(cant)?).await,
+        FunctionSpec::Unix(path) => user.on(tokio::task::block_in_place(|| LocalSoc::dial(path)).map_err(cant)?).await,
         FunctionSpec::Card(path) => user.on(pcie_function_card::open(path).map_err(cant)?).await,
         FunctionSpec::Pci(address) => user.on(VfioSoc::open(&address.to_string()).map_err(cant)?).await,
         FunctionSpec::Pool => Err(Failure::new(
@@ -42,14 +38,4 @@ pub(crate) async fn open<U: Use>(spec: &FunctionSpec, role: Role, user: U) -> Re
             format!("--function {spec}: not there yet; use local, unix:SOCKET, pci:ADDRESS or card:SOCKET"),
         )),
     }
-}
-
-/// Connects to a shim that listens.
-fn dial(path: &Path) -> Result<OwnedFd, FunctionError> {
-    let os = |what| move |e| FunctionError::Os(what, e);
-    let fd =
-        socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(os("make a socket"))?;
-    let address = UnixAddr::new(path).map_err(os("name the socket"))?;
-    connect(fd.as_raw_fd(), &address).map_err(os("connect to the host-kvm-shim there"))?;
-    Ok(fd)
 }
