@@ -4,6 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use pcie_function::header::Role;
+
 use crate::serve::{Level, Options};
 
 /// Where the function is.
@@ -38,6 +40,7 @@ pub enum Command {
 /// What `--help` prints.
 pub const USAGE: &str = "\
 usage: host-kvm-shim --function unix:PATH|pci:BDF|fd:N [--once] [--keep] [--lease 5m] [--log error|warn|info|debug]
+                     [--role vm|host]
 
 Runs the vCPUs of one VM at a time for the soc-vmm on the other end of a PCIe function.
 
@@ -48,6 +51,7 @@ Runs the vCPUs of one VM at a time for the soc-vmm on the other end of a PCIe fu
   --keep                 with fd: hold the VM when the peer goes, as unix: and pci: do
   --lease D              how long a VM is held after its soc-vmm was lost, before it is paused: 30s, 5m, 1h; 0 destroys it at once
   --log LEVEL            what is logged to the SoC
+  --role host            serve the server's inventory instead of VMs
 ";
 
 /// Reads the command line (without the program's name).
@@ -57,7 +61,7 @@ Runs the vCPUs of one VM at a time for the soc-vmm on the other end of a PCIe fu
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
     let mut function = None;
     let mut keep = false;
-    let mut options = Options { lease: Duration::from_secs(300), once: false, log: Level::Info };
+    let mut options = Options { lease: Duration::from_secs(300), once: false, log: Level::Info, role: Role::Vm };
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
         let mut value = |name: &str| args.next().ok_or_else(|| format!("{name} needs a value; see --help"));
@@ -68,6 +72,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String
             Some("--keep") => keep = true,
             Some("--function") => function = Some(spec(&value("--function")?)?),
             Some("--lease") => options.lease = lease(&value("--lease")?)?,
+            Some("--role") => options.role = role(&value("--role")?)?,
             Some("--log") => options.log = level(&value("--log")?)?,
             _ => return Err(format!("unknown argument {}; see --help", arg.display())),
         }
@@ -130,6 +135,14 @@ fn lease(text: &OsStr) -> Result<Duration, String> {
     parsed.ok_or_else(|| format!("--lease {}: a time is written 30s, 5m or 1h, or 0", text.display()))
 }
 
+fn role(text: &OsStr) -> Result<Role, String> {
+    match text.to_str() {
+        Some("vm") => Ok(Role::Vm),
+        Some("host") => Ok(Role::Host),
+        _ => Err(format!("--role {}: roles are vm and host", text.display())),
+    }
+}
+
 fn level(text: &OsStr) -> Result<Level, String> {
     match text.to_str() {
         Some("error") => Ok(Level::Error),
@@ -165,13 +178,12 @@ mod tests {
 
     #[test]
     fn options_and_their_defaults() {
+        let defaults = Options { lease: Duration::from_secs(300), once: false, log: Level::Info, role: Role::Vm };
         let (_, keep, options) = serve("--function fd:3");
-        assert_eq!(
-            (keep, options),
-            (false, Options { lease: Duration::from_secs(300), once: false, log: Level::Info })
-        );
-        let (_, keep, options) = serve("--function fd:3 --once --keep --lease 0 --log debug");
-        assert_eq!((keep, options), (true, Options { lease: Duration::ZERO, once: true, log: Level::Debug }));
+        assert_eq!((keep, options), (false, defaults));
+        let (_, keep, options) = serve("--function fd:3 --once --keep --lease 0 --log debug --role host");
+        let all = Options { lease: Duration::ZERO, once: true, log: Level::Debug, role: Role::Host };
+        assert_eq!((keep, options), (true, all));
         for (text, seconds) in [("30s", 30), ("90", 90), ("2m", 120), ("1h", 3600)] {
             assert_eq!(serve(&format!("--function fd:3 --lease {text}")).2.lease.as_secs(), seconds);
         }
@@ -194,6 +206,7 @@ mod tests {
             ("--function fd:3 --lease m", "--lease m"),
             ("--function fd:3 --lease -1", "--lease -1"),
             ("--function fd:3 --log loud", "loud"),
+            ("--function fd:3 --role guest", "guest"),
             ("--function fd:3 --nope", "--nope"),
         ] {
             let why = parsed(line).expect_err(line);

@@ -21,19 +21,20 @@ pub(crate) struct Offer<F: HostFunction> {
     layout: Layout,
     inbox: (Iova, F::Window),
     outbox: (Iova, F::Window),
+    role: Role,
     /// Names the current offer.
     nonce: u64,
 }
 
 impl<F: HostFunction> Offer<F> {
     /// Lays a function out. Nothing is offered yet.
-    pub(crate) fn new(mut function: F) -> Result<Self, ServeError> {
+    pub(crate) fn new(mut function: F, role: Role) -> Result<Self, ServeError> {
         let card = function.card_memory();
         let layout = regions::layout(card.len() as u64).map_err(ServeError::Layout)?;
         let inbox = function.map_mailbox(INBOX, true)?;
         let outbox = function.map_mailbox(OUTBOX, false)?;
         let notices = Arc::new(Notices::new().map_err(|errno| ServeError::Os("create an eventfd", errno))?);
-        Ok(Self { function, notices, state: State::Absent, card, layout, inbox, outbox, nonce: 0 })
+        Ok(Self { function, notices, state: State::Absent, card, layout, inbox, outbox, role, nonce: 0 })
     }
 
     /// Offers the function anew: takes the old header away, zeroes what it led to, stores a header with a new nonce, and rings.
@@ -53,7 +54,7 @@ impl<F: HostFunction> Offer<F> {
             outbox_len: OUTBOX as u32,
             table: regions::TABLE,
             regions: self.layout.regions.len() as u16,
-            role: Role::Vm,
+            role: self.role,
             nonce: self.nonce,
         };
         header.store(&self.card);

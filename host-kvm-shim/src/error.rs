@@ -31,6 +31,12 @@ impl std::fmt::Display for ServeError {
 
 impl std::error::Error for ServeError {}
 
+impl From<ServeError> for String {
+    fn from(error: ServeError) -> Self {
+        error.to_string()
+    }
+}
+
 impl From<FunctionError> for ServeError {
     fn from(error: FunctionError) -> Self {
         Self::Function(error)

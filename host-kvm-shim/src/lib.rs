@@ -15,13 +15,17 @@ mod api;
 pub mod args;
 mod bootstrap;
 mod error;
+mod frugal;
 mod host;
 mod kvm;
 mod poller;
+mod sandbox;
 mod serve;
 pub mod socket;
 mod vcpu;
 mod vm;
 
 pub use error::ServeError;
+pub use frugal::frugal;
+pub use sandbox::close_inherited;
 pub use serve::{Ended, Level, Options, Shim};

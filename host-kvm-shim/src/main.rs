@@ -6,9 +6,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use host_kvm_shim::args::{self, Command, Spec};
-use host_kvm_shim::{Ended, Options, ServeError, Shim, socket};
+use host_kvm_shim::{Ended, Options, ServeError, Shim, close_inherited, frugal, socket};
 use nix::errno::Errno;
 use pcie_function::local::LocalHost;
+use pcie_function::vfio::VfioHost;
 
 /// The command line is wrong.
 const USAGE: u8 = 2;
@@ -28,10 +29,12 @@ fn main() -> ExitCode {
         }
         Err(why) => return fail(USAGE, &why),
     };
+    close_inherited(if let Spec::Fd(fd) = function { Some(fd) } else { None });
+    frugal();
     let served = match &function {
         Spec::Unix(path) => serve_unix(path, options),
         Spec::Fd(fd) => serve_fd(*fd, keep, options),
-        Spec::Pci(bdf) => Err(format!("--function pci:{bdf}: this build has no VFIO; use unix:PATH or fd:N")),
+        Spec::Pci(address) => serve_pci(address, options),
     };
     match served {
         Ok(()) => ExitCode::SUCCESS,
@@ -46,26 +49,24 @@ fn fail(status: u8, why: &str) -> ExitCode {
 
 /// Serves one connection after the other.
 fn serve_unix(path: &Path, options: Options) -> Result<(), String> {
-    let once = options.once;
-    let mut shim = Shim::open(options).map_err(|e| e.to_string())?;
+    let mut shim = Shim::open(options)?;
     let listener = socket::listen(path).map_err(|errno| {
         let todo = if errno == Errno::EADDRINUSE { "; another host-kvm-shim serves it" } else { "" };
         format!("--function unix:{}: can't listen there: {}{todo}", path.display(), errno.desc())
     })?;
+    shim.confine()?;
     loop {
-        shim.wait_for(listener.as_fd()).map_err(|e| e.to_string())?;
+        shim.wait_for(listener.as_fd())?;
         let Ok(peer) = socket::accept(&listener) else { continue };
         match LocalHost::new(peer).map_err(ServeError::from).and_then(|function| shim.serve(function)) {
-            Ok(Ended::Shutdown | Ended::Once) => break,
-            Ok(Ended::Lost(_)) if once && !shim.holds_vm() => break,
+            Ok(Ended::Shutdown | Ended::Once) => return Ok(()),
+            Ok(Ended::Lost(_)) if options.once && !shim.holds_vm() => return Ok(()),
             Ok(Ended::Lost(why)) => eprintln!("host-kvm-shim: {why}"),
             // A peer that left while the function was set up is no reason not to serve the next one.
             Err(error @ ServeError::Function(_)) => eprintln!("host-kvm-shim: {error}"),
-            Err(error) => return Err(error.to_string()),
+            Err(error) => return Err(error.into()),
         }
     }
-    let _ = std::fs::remove_file(path);
-    Ok(())
 }
 
 /// Serves the peer of an inherited socket, and ends with it unless its VM shall be kept.
@@ -74,11 +75,23 @@ fn serve_fd(fd: i32, keep: bool, options: Options) -> Result<(), String> {
         format!("--function fd:{fd}: no connected SOCK_SEQPACKET socket was inherited there: {}", errno.desc())
     })?;
     let lease = if keep { options.lease } else { Duration::ZERO };
-    let mut shim = Shim::open(Options { lease, ..options }).map_err(|e| e.to_string())?;
+    let mut shim = Shim::open(Options { lease, ..options })?;
+    shim.confine()?;
     let function = LocalHost::new(peer).map_err(|e| format!("--function fd:{fd}: {e}"))?;
-    shim.serve(function).map_err(|e| e.to_string())?;
+    shim.serve(function)?;
     if shim.holds_vm() {
         shim.hold();
     }
     Ok(())
+}
+
+/// Serves a PCIe function. Its loss ends this process: whoever started it may start it again, and so open the function anew.
+fn serve_pci(address: &str, options: Options) -> Result<(), String> {
+    let function = VfioHost::open(address).map_err(|e| format!("--function pci:{address}: {e}"))?;
+    let mut shim = Shim::open(Options { role: function.role(), ..options })?;
+    shim.confine()?;
+    match shim.serve(function)? {
+        Ended::Shutdown | Ended::Once => Ok(()),
+        Ended::Lost(why) => Err(format!("--function pci:{address}: {why}")),
+    }
 }

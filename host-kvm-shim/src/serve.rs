@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use pcie_function::header::SocHeader;
+use pcie_function::header::{Role, SocHeader};
 use pcie_function::{HostFunction, State};
 
 use crate::api::{End, Session};
@@ -24,6 +24,8 @@ pub struct Options {
     pub once: bool,
     /// What is logged.
     pub log: Level,
+    /// What the function is for; only [`Role::Vm`] runs VMs.
+    pub role: Role,
 }
 
 /// Log levels; each includes those before it.
@@ -101,6 +103,15 @@ impl Shim {
         Ok(Self { host: Host::open()?, options, held: None })
     }
 
+    /// Confines this process for good: no privileges, no files, no network, no exec. Everything that must be opened is open by now:
+    /// the function, or the socket that local ones come by.
+    ///
+    /// # Errors
+    /// The kernel lacks seccomp.
+    pub fn confine(&mut self) -> Result<(), ServeError> {
+        self.host.confine()
+    }
+
     /// Whether a VM is held for a lost SoC.
     pub fn holds_vm(&self) -> bool {
         self.held.is_some()
@@ -139,7 +150,7 @@ impl Shim {
     /// # Errors
     /// The function can't be used, or the host fails.
     pub fn serve<F: HostFunction + 'static>(&mut self, function: F) -> Result<Ended, ServeError> {
-        let mut offer = Offer::new(function)?;
+        let mut offer = Offer::new(function, self.options.role)?;
         let poller = Poller::new(&offer)?;
         offer.offer()?;
         let mut answered = None;
@@ -208,6 +219,7 @@ impl Shim {
     fn orphan<F: HostFunction + 'static>(&mut self, offer: &mut Offer<F>, machine: Machine<F>) {
         if self.options.lease.is_zero() || machine.is_bare() {
             machine.destroy(offer);
+            offer.go(State::Negotiated);
             return;
         }
         if offer.state == State::Running {

@@ -2,7 +2,7 @@
 
 mod soc;
 
-use api_channel::call::{Call, Irqchip, PostedRange, VCPU_ALL};
+use api_channel::call::{Call, Irqchip, PostedRange};
 use ioreq_ring::wire::exit_reason;
 use ioreq_ring::{BusMemory, Completion, Direction, Kind, Status};
 use soc::Soc;
@@ -62,12 +62,162 @@ fn port_and_memory_accesses_reach_the_soc_with_their_data_and_take_its_answer() 
         ]
     );
     assert!(soc.seen.windows(2).all(|pair| pair[0].request.host_tsc < pair[1].request.host_tsc));
-    // Parked as if by a pause: its state can be read.
-    soc.until("out", |_| true);
+    // Parked as if by a pause: its state can be read once it is out.
     soc.pause();
     assert_eq!(soc.regs(0).rax & 0xffff, 0xbeef);
     assert_eq!((soc.counter("shim.pio"), soc.counter("shim.mmio"), soc.counter("shim.unclaimed")), (4, 2, 3));
     // Fragments of page-split accesses apart, KVM counts as many. (It counts no port access of an emulated instruction.)
     assert_eq!(soc.counter("mmio_exits"), 2);
+    assert!(soc.shut_down().success());
+}
+
+#[test]
+fn strings_travel_whole_and_in_order() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let mut soc = Soc::start(&[]);
+    let guest = code(&[
+        &[0xfc, 0xbf, 0x00, 0x40, 0xb9, 0x2c, 0x01, 0xba, 0x70, 0x01], // cld; mov di, 0x4000; mov cx, 300; mov dx, 0x170
+        &[0xf3, 0x6d],                                                 // rep insw
+        &[0xbe, 0x00, 0x40, 0xb9, 0x2c, 0x01],                         // mov si, 0x4000; mov cx, 300
+        &[0xf3, 0x6f],                                                 // rep outsw
+        &[0xe6, 0x90],                                                 // out 0x90, al
+    ]);
+    let mut next = 0u16;
+    soc.handler = Box::new(move |seen, lane| {
+        let request = seen.request;
+        if request.string && request.direction == Direction::Read {
+            assert_eq!(request.data, 2);
+            let mut bytes = Vec::new();
+            for _ in 0..request.length / 2 {
+                next += 1;
+                bytes.extend(next.to_le_bytes());
+            }
+            lane.ins().copy_in(0, &bytes);
+        } else if request.direction == Direction::Read {
+            next += 1;
+            return Some(Completion::ok(next.into()));
+        }
+        Some(Completion { park: request.address == 0x90, ..Completion::ok(0) })
+    });
+    soc.real_mode(1, Irqchip::Full, &guest);
+    soc.run();
+    soc.until("done", |soc| soc.seen.last().is_some_and(|s| s.request.address == 0x90));
+    let mut written: Vec<u8> = Vec::new();
+    for seen in soc.seen.iter().filter(|s| s.request.direction == Direction::Write && s.request.address == 0x170) {
+        if seen.request.string {
+            written.extend(&seen.string);
+        } else {
+            written.extend(&(seen.request.data as u16).to_le_bytes());
+        }
+    }
+    let expected: Vec<u8> = (1..=300u16).flat_map(u16::to_le_bytes).collect();
+    assert_eq!(written, expected);
+    assert!(soc.counter("shim.string") >= 1, "no string came as one");
+    assert!(soc.shut_down().success());
+}
+
+#[test]
+fn an_unclaimed_string_gives_all_ones() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let mut soc = Soc::start(&[]);
+    // cld; mov di, 0x4000; mov cx, 40; mov dx, 0x170; rep insb; out 0x90, al
+    let guest = code(&[&[0xfc, 0xbf, 0x00, 0x40, 0xb9, 40, 0, 0xba, 0x70, 0x01, 0xf3, 0x6c, 0xe6, 0x90]]);
+    soc.handler = Box::new(|seen, _| {
+        let status = if seen.request.address == 0x170 { Status::UNCLAIMED } else { Status::OK };
+        Some(Completion { status, park: seen.request.address == 0x90, ..Completion::ok(0) })
+    });
+    soc.real_mode(1, Irqchip::Full, &guest);
+    soc.run();
+    soc.until("done", |soc| soc.seen.last().is_some_and(|s| s.request.address == 0x90));
+    let mut bytes = [0; 41];
+    pcie_function::SocFunction::read(&soc.function, 0x4000, &mut bytes).unwrap();
+    assert_eq!(bytes[..40], [0xff; 40]);
+    assert_eq!(bytes[40], 0);
+    assert!(soc.shut_down().success());
+}
+
+#[test]
+fn what_ends_a_vcpu_is_reported_and_parks_it_until_it_is_set_anew() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let mut soc = Soc::start(&[]);
+    // jmp 0xffff:0x10, which is past the end of RAM: no instruction comes from there.
+    soc.real_mode(1, Irqchip::Full, &[0xea, 0x10, 0x00, 0xff, 0xff]);
+    soc.run();
+    soc.until("reported", |soc| !soc.seen.is_empty());
+    let report = soc.seen[0].request;
+    assert_eq!((report.kind, report.length), (Kind::EXIT_REPORT, 0));
+    assert_eq!(report.address, exit_reason::INTERNAL_ERROR, "{report:?}");
+    assert_eq!(report.words.unwrap()[0], 1, "KVM_INTERNAL_ERROR_EMULATION");
+    assert_eq!(soc.counter("shim.report"), 1);
+    soc.pause();
+    // The same vCPU goes on once it has another state: out 0x90, al.
+    pcie_function::SocFunction::write(&soc.function, 0x2000, &code(&[&[0xe6, 0x90]])).unwrap();
+    soc.set_real_mode(0, 0x2000);
+    soc.run();
+    soc.until("went on", |soc| soc.seen.len() == 2);
+    assert_eq!(soc.seen[1].request.address, 0x90);
+    assert!(soc.shut_down().success());
+}
+
+#[test]
+fn posted_writes_wait_for_nobody_and_keep_their_order() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let mut soc = Soc::start(&[]);
+    let guest = code(&[
+        &[0xb9, 200, 0],           // mov cx, 200
+        &[0x88, 0xc8, 0xe6, 0xe0], // 1: mov al, cl; out 0xe0, al     posted
+        &[0xe2, 0xfa],             // loop 1
+        &[0xe6, 0x90],             // out 0x90, al                    waits
+        &[0xe4, 0xe0, 0xe7, 0xe0], // in al, 0xe0; out 0xe0, ax       a read is never posted; two ports are not one
+        &[0xe6, 0x91],             // out 0x91, al
+    ]);
+    soc.real_mode(1, Irqchip::Full, &guest);
+    assert_eq!(soc.created.unwrap().features & 1, 1, "TSCs are synchronised here");
+    soc.ok(&Call::PostedRanges(vec![PostedRange { base: 0xe0, len: 1, ports: 1 }]));
+    soc.handler = Box::new(|seen, _| Some(Completion { park: seen.request.address == 0x91, ..Completion::ok(0) }));
+    soc.run();
+    soc.until("done", |soc| soc.seen.last().is_some_and(|s| s.request.address == 0x91));
+    let data: Vec<_> = soc.seen.iter().filter(|s| s.request.length == 1).map(|s| s.request.data as u8).collect();
+    let expected: Vec<u8> = (1..=200).rev().chain([1, 0, 0]).collect();
+    assert_eq!(data, expected);
+    let synchronous: Vec<_> =
+        soc.seen.iter().filter(|s| !s.posted).map(|s| (s.request.address, s.request.length)).collect();
+    let own = [(0x90, 1), (0xe0, 1), (0xe0, 2), (0x91, 1)];
+    assert!(synchronous.ends_with(&own), "{synchronous:?}");
+    // Those that found the ring full went synchronously.
+    assert!(synchronous[..synchronous.len() - own.len()].iter().all(|s| *s == (0xe0, 1)));
+    assert_eq!(soc.counter("shim.posted") + soc.counter("shim.posted_full"), 200);
+    assert_eq!(soc.counter("shim.pio"), 204);
+    assert!(soc.shut_down().success());
+}
+
+#[test]
+fn a_full_ring_goes_synchronously() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let mut soc = Soc::start(&[]);
+    // mov cx, 100; 1: out 0xe0, al; loop 1; out 0x90, al
+    soc.real_mode(1, Irqchip::Full, &code(&[&[0xb9, 100, 0, 0xe6, 0xe0, 0xe2, 0xfc, 0xe6, 0x90]]));
+    soc.ok(&Call::PostedRanges(vec![PostedRange { base: 0xe0, len: 1, ports: 1 }]));
+    // The SoC looks at nothing until the guest waits for it.
+    let lanes = std::mem::take(&mut soc.lanes);
+    soc.run();
+    let deadline = std::time::Instant::now() + soc::PATIENCE;
+    while soc.counter("shim.posted_full") != 1 {
+        assert!(std::time::Instant::now() < deadline, "{} posted", soc.counter("shim.posted"));
+    }
+    assert_eq!(soc.counter("shim.posted"), 64);
+    soc.lanes = lanes;
+    soc.until("done", |soc| soc.seen.last().is_some_and(|s| s.request.address == 0x90));
+    assert_eq!(soc.seen.len(), 101);
     assert!(soc.shut_down().success());
 }

@@ -4,6 +4,7 @@ use api_channel::call::{Call, CreateVm, Irqfd, Statistic};
 use api_channel::codec::Writer;
 use api_channel::{bulk, call};
 use ioreq_ring::LineChange;
+use pcie_function::header::Role;
 use pcie_function::{HostFunction, State};
 
 use super::Session;
@@ -75,6 +76,9 @@ impl<F: HostFunction + 'static> Session<'_, F> {
     }
 
     fn create_vm(&mut self, create: &CreateVm) -> Result<Reply, Refusal> {
+        if self.options.role == Role::Host {
+            return Err(Refusal::state("this function serves the server itself and runs no VM: use a vm function"));
+        }
         if let Some(held) = &self.held {
             return Err(Refusal::state(held.clone()));
         }
@@ -90,7 +94,11 @@ impl<F: HostFunction + 'static> Session<'_, F> {
 
     fn destroy_vm(&mut self) -> Result<(), Refusal> {
         let machine = self.machine.take().ok_or_else(|| Refusal::state("there is no VM"))?;
-        self.pausing = None;
+        if let Some(pausing) = self.pausing.take() {
+            let gone = Refusal::state("the VM was destroyed meanwhile");
+            // A ring that is full shows at the next answer.
+            let _ = self.server.refuse(pausing.asked, gone.status, &gone.why);
+        }
         machine.destroy(self.offer);
         self.offer.go(State::Negotiated);
         self.ended_one = true;

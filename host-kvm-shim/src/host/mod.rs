@@ -14,6 +14,7 @@ pub(crate) use memory::MemoryInfo;
 
 use crate::error::{Refusal, ServeError};
 use crate::kvm::{install_kick, tsc_khz};
+use crate::sandbox::VcpuFilter;
 use crate::vcpu::{Abilities, from_cpuid};
 
 /// The host as a VM needs to know it.
@@ -25,6 +26,7 @@ pub(crate) struct Host {
     one_cpu: bool,
     memory: MemoryInfo,
     inventory: Vec<u8>,
+    vcpu_filter: Option<VcpuFilter>,
 }
 
 /// What this KVM must have, by api.rst's names; Linux 5.17 has all of it.
@@ -86,7 +88,19 @@ impl Host {
             one_cpu,
             memory: MemoryInfo::open().map_err(|errno| ServeError::Os("open /proc/meminfo", errno))?,
             inventory: inventory::read().encode(),
+            vcpu_filter: None,
         })
+    }
+
+    /// Confines this process: see [`crate::sandbox`].
+    pub(crate) fn confine(&mut self) -> Result<(), ServeError> {
+        self.vcpu_filter = Some(crate::sandbox::confine()?);
+        Ok(())
+    }
+
+    /// What vCPU threads are confined by.
+    pub(crate) fn vcpu_filter(&self) -> Option<VcpuFilter> {
+        self.vcpu_filter.clone()
     }
 
     pub(crate) fn kvm(&self) -> &Kvm {

@@ -11,6 +11,7 @@ use pcie_function::HostFunction;
 use super::shared::{Answer, Command, Place, Shared, Want};
 use super::{Lane, Runner};
 use crate::kvm::{KICK, StatsFd};
+use crate::sandbox::VcpuFilter;
 use crate::vm::Environment;
 
 /// A vCPU's thread, and the way to it. Dropping it ends the thread.
@@ -33,10 +34,11 @@ pub(crate) struct Plan<F: HostFunction> {
 const STACK: usize = 128 << 10;
 
 impl Handle {
-    /// Starts the thread of a vCPU, paused. `confine` runs first in it.
+    /// Starts the thread of a vCPU, paused, confined by `filter`.
     pub(crate) fn start<F: HostFunction + 'static>(
         plan: Plan<F>,
         environment: Arc<Environment>,
+        filter: Option<VcpuFilter>,
     ) -> std::io::Result<Self> {
         let Plan { fd, lane, shared, stats } = plan;
         let runner = Runner::<F> {
@@ -50,7 +52,13 @@ impl Handle {
             generation: 0,
         };
         let name = format!("vcpu{}", shared.index);
-        let thread = std::thread::Builder::new().name(name).stack_size(STACK).spawn(move || runner.live())?;
+        let thread = std::thread::Builder::new().name(name).stack_size(STACK).spawn(move || {
+            // Where the filter of the whole process could be applied, this one can: else there is no reason to go on.
+            if let Some(Err(error)) = filter.map(|filter| filter.apply()) {
+                panic!("a vCPU's thread can't be confined: {error}");
+            }
+            runner.live();
+        })?;
         Ok(Self { shared, stats, thread: Some(thread) })
     }
 

@@ -212,7 +212,7 @@ impl<F: HostFunction + 'static> Machine<F> {
                 .map_err(Refusal::nix("create an epoll"))?;
             let stats = stats_fd(&fd).ok().map(StatsFd::new);
             let plan = Plan { fd, lane, shared, stats };
-            let handle = Handle::start::<F>(plan, self.environment.clone());
+            let handle = Handle::start::<F>(plan, self.environment.clone(), host.vcpu_filter());
             let handle = handle.map_err(|e| Refusal::unavailable(format!("can't start a vCPU's thread: {e}")))?;
             self.vcpus.push(handle);
         }

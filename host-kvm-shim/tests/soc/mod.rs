@@ -21,7 +21,7 @@ use pcie_function::regions::{self, Region, Spaces, Type as RegionType};
 use pcie_function::{Doorbell, Mapping, Reach, SocFunction, Window, Windowed};
 
 /// What is waited for at most, anywhere.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 pub type Lane = SocLane<Window, LocalRemote, Window>;
 
@@ -34,6 +34,9 @@ pub struct Seen {
     /// The bytes of a string write.
     pub string: Vec<u8>,
 }
+
+/// How a call ended: payload and bulk, or why not.
+pub type Reply = Result<(Vec<u8>, Vec<u8>), (Status, String)>;
 
 /// Answers a request; `None` leaves it unanswered for now.
 pub type Handler = Box<dyn FnMut(&Seen, &Lane) -> Option<Completion>>;
@@ -148,11 +151,12 @@ impl Soc {
     }
 
     /// Does a call, and serves exits meanwhile.
-    pub fn call(&mut self, call: &Call) -> Result<(Vec<u8>, Vec<u8>), (Status, String)> {
+    pub fn call(&mut self, call: &Call) -> Reply {
         self.call_within(call, 0)
     }
 
-    pub fn call_within(&mut self, call: &Call, deadline_ms: u32) -> Result<(Vec<u8>, Vec<u8>), (Status, String)> {
+    /// [`Soc::call`] with a deadline for the host.
+    pub fn call_within(&mut self, call: &Call, deadline_ms: u32) -> Reply {
         let wanted = self.client.send(call, deadline_ms).unwrap();
         self.function.raise(0);
         let deadline = Instant::now() + PATIENCE;
@@ -177,7 +181,7 @@ impl Soc {
     }
 
     /// One look at everything: serves what waits; gives the reply that is waited for.
-    pub fn pump(&mut self, wanted: Option<u32>) -> Option<Result<(Vec<u8>, Vec<u8>), (Status, String)>> {
+    pub fn pump(&mut self, wanted: Option<u32>) -> Option<Reply> {
         if self.last_beat.elapsed() > Duration::from_secs(1) {
             self.client.beat();
             self.last_beat = Instant::now();
@@ -307,18 +311,23 @@ impl Soc {
         let iova = self.add_ram(1 << 20);
         self.function.write(iova + 0x1000, code).unwrap();
         for vcpu in 0..vcpus {
+            self.set_cpuid(vcpu);
             self.set_real_mode(vcpu, 0x1000);
         }
     }
 
-    /// Sets a vCPU to real mode, flat, at `ip`, its stack below 0x8000, its number in BX.
-    pub fn set_real_mode(&mut self, vcpu: u32, ip: u64) {
+    /// Sets a vCPU's CPUID to what KVM supports, with its own APIC id.
+    pub fn set_cpuid(&mut self, vcpu: u32) {
         let (_, bulk) = self.ok(&Call::SupportedCpuid);
         let mut entries: Vec<CpuidEntry> = Reader::new(&bulk).list(4096).unwrap();
         for entry in entries.iter_mut().filter(|e| e.function == 1) {
             entry.ebx = entry.ebx & 0x00ff_ffff | vcpu << 24;
         }
         self.ok(&Call::SetCpuid { vcpu, entries });
+    }
+
+    /// Sets a vCPU to real mode, flat, at `ip`, its stack below 0x8000, its number in BX.
+    pub fn set_real_mode(&mut self, vcpu: u32, ip: u64) {
         let segment = |attributes| Segment { base: 0, limit: 0xffff, selector: 0, attributes };
         let (data, table) = (segment(0x93), Table { base: 0, limit: 0xffff });
         let sregs = Sregs {
