@@ -1,18 +1,25 @@
-//! What the tests of the whole path share: the programs, as cargo builds them, and VMs run by them as a user would.
+//! What the tests of the whole path share: the programs, as cargo builds them, and VMs: run by soc-vmm as a user would, or by a
+//! small SoC side of the test's own that sees every request.
 
 mod programs;
+pub mod soc;
 mod vm;
 
-pub use programs::program;
+pub use programs::{optimized_program, program};
 pub use vm::{Ended, Vm};
 
-/// Whether VMs can run on this machine: `/dev/kvm` can be opened. If not, says on standard error that `test` is skipped and why.
+/// Whether VMs can run on this machine: `/dev/kvm` can be opened. If not, says that `test` is skipped and why.
 pub fn kvm(test: &str) -> bool {
     match std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         Ok(_) => true,
         Err(e) => {
-            eprintln!("SKIP {test}: /dev/kvm can't be opened: {e}");
+            testbed::skip(test, &format!("/dev/kvm can't be opened: {e}"));
             false
         }
     }
+}
+
+/// The name of the running test: its thread has it.
+pub fn test_name() -> String {
+    std::thread::current().name().unwrap_or("a test").to_owned()
 }

@@ -110,8 +110,7 @@ fn there_is_one_version_of_each_rust_vmm_crate() {
     for package in &metadata.packages {
         versions.entry(package.name.to_string()).or_default().insert(package.version.to_string());
     }
-    let rust_vmm =
-        ["vm-memory", "vmm-sys-util", "kvm-bindings", "kvm-ioctls", "vfio-bindings", "linux-loader"];
+    let rust_vmm = ["vm-memory", "vmm-sys-util", "kvm-bindings", "kvm-ioctls", "vfio-bindings", "linux-loader"];
     for name in rust_vmm {
         assert_eq!(versions.get(name).map(BTreeSet::len), Some(1), "{name}: {:?}", versions.get(name));
     }
