@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -36,12 +37,14 @@ pub fn inherited(fd: i32) -> Result<OwnedFd, Errno> {
 /// Listens at `path`; a socket that a killed shim left behind is replaced.
 ///
 /// # Errors
-/// Somebody listens there already, or the path can't be used.
+/// Somebody listens there already, something that is no socket lies there ([`Errno::EEXIST`]), or the path can't be used.
 pub fn listen(path: &Path) -> Result<OwnedFd, Errno> {
     let new = || socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None);
     let fd = new()?;
     let address = UnixAddr::new(path)?;
     match bind(fd.as_raw_fd(), &address) {
+        // Connecting to what is no socket is refused too: that is not ours to remove.
+        Err(Errno::EADDRINUSE) if !is_socket(path) => return Err(Errno::EEXIST),
         Err(Errno::EADDRINUSE) if connect(new()?.as_raw_fd(), &address) == Err(Errno::ECONNREFUSED) => {
             std::fs::remove_file(path).map_err(|_| Errno::EADDRINUSE)?;
             bind(fd.as_raw_fd(), &address)?;
@@ -52,6 +55,10 @@ pub fn listen(path: &Path) -> Result<OwnedFd, Errno> {
     Ok(fd)
 }
 
+fn is_socket(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
+}
+
 /// Takes the next connection.
 ///
 /// # Errors
@@ -60,4 +67,27 @@ pub fn accept(listener: &OwnedFd) -> Result<OwnedFd, Errno> {
     let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: the kernel has just made this descriptor, and nobody else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dead_socket_is_replaced_and_nothing_else_is() {
+        let directory = std::env::temp_dir().join(format!("outboard-socket-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let (file, link, socket) = (directory.join("file"), directory.join("link"), directory.join("socket"));
+        std::fs::write(&file, "kept").unwrap();
+        drop(listen(&socket).unwrap());
+        std::os::unix::fs::symlink(&socket, &link).unwrap();
+        for path in [&file, &link, &directory] {
+            assert_eq!(listen(path).unwrap_err(), Errno::EEXIST, "{}", path.display());
+        }
+        assert_eq!(std::fs::read(&file).unwrap(), b"kept");
+        let first = listen(&socket).unwrap();
+        assert_eq!(listen(&socket).unwrap_err(), Errno::EADDRINUSE);
+        drop(first);
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
 }
