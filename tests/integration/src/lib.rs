@@ -1,6 +1,7 @@
 //! What the tests of the whole path share: the programs, as cargo builds them, and VMs: run by soc-vmm as a user would, or by a
 //! small SoC side of the test's own that sees every request.
 
+pub mod hostile;
 mod programs;
 pub mod soc;
 mod vm;

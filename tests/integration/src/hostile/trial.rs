@@ -1,0 +1,234 @@
+//! Programs run with all that they may leave behind in sight: files, processes, what they said.
+
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::program;
+
+/// Marks the processes of a trial: those that they start inherit it.
+const MARK: &str = "OUTBOARD_TRIAL";
+
+/// A directory for a test's programs, and a mark by which they and their children are found.
+#[derive(Debug)]
+pub struct Trial {
+    directory: TempDir,
+    mark: String,
+    started: AtomicU32,
+}
+
+/// A program of a trial; killed when dropped.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    stderr: PathBuf,
+}
+
+/// How a program ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit status.
+    pub status: ExitStatus,
+    /// What it said on standard error.
+    pub stderr: String,
+}
+
+impl Default for Trial {
+    fn default() -> Self {
+        static TRIALS: AtomicU32 = AtomicU32::new(0);
+        let mark = format!("{}-{}", std::process::id(), TRIALS.fetch_add(1, Ordering::Relaxed));
+        let directory = TempDir::new().expect("a temporary directory");
+        std::fs::create_dir(directory.path().join("run")).expect("a runtime directory");
+        Self { directory, mark, started: AtomicU32::new(0) }
+    }
+}
+
+impl Trial {
+    /// A path in the trial's directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// The same, as text.
+    pub fn at(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    /// Writes a file and gives its path.
+    pub fn file(&self, name: &str, bytes: &[u8]) -> String {
+        std::fs::write(self.path(name), bytes).expect("a file is written");
+        self.at(name)
+    }
+
+    /// Starts `soc-vmm ARGS…`.
+    pub fn soc_vmm(&self, args: &[&str]) -> Running {
+        self.start(Command::new(program("soc-vmm")).args(args))
+    }
+
+    /// Starts `host-kvm-shim ARGS…`.
+    pub fn shim(&self, args: &[&str]) -> Running {
+        self.start(Command::new(program("host-kvm-shim")).args(args))
+    }
+
+    /// Starts a shim that listens on `NAME` in the trial's directory, and waits until it does.
+    pub fn listening_shim(&self, name: &str, more: &[&str]) -> Running {
+        let function = format!("unix:{}", self.at(name));
+        let shim = self.shim(&[&["--function", &function], more].concat());
+        let path = self.path(name);
+        wait_until("the shim listens", Duration::from_secs(30), || path.exists());
+        shim
+    }
+
+    /// Starts a command as a program of this trial.
+    pub fn start(&self, command: &mut Command) -> Running {
+        let stderr = self.path(&format!("stderr-{}", self.started.fetch_add(1, Ordering::Relaxed)));
+        let child = command
+            .env("XDG_RUNTIME_DIR", self.path("run"))
+            .env("RUST_BACKTRACE", "1")
+            .env(MARK, &self.mark)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&stderr).expect("a file for standard error"))
+            .spawn()
+            .expect("the program starts");
+        Running { child, stderr }
+    }
+
+    /// Process ids of the trial's programs and of those that they started.
+    pub fn processes(&self) -> Vec<u32> {
+        let wanted = format!("{MARK}={}", self.mark);
+        let all = std::fs::read_dir("/proc").expect("/proc").flatten();
+        let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let marked = |pid: &u32| {
+            // One that ends meanwhile, or has ended and waits for its parent, is none of ours any more.
+            let environ = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            environ.split(|&b| b == 0).any(|variable| variable == wanted.as_bytes())
+        };
+        pids.filter(marked).collect()
+    }
+
+    /// # Panics
+    /// A process, a socket or a state directory is left behind.
+    pub fn leaves_nothing(&self, what: &str) {
+        // A process that was killed goes a moment after its parent knows.
+        wait_until(&format!("{what}: every process is gone"), Duration::from_secs(15), || self.processes().is_empty());
+        let left = files_below(&self.path("run"));
+        assert!(left.is_empty(), "{what} left {left:?}");
+    }
+}
+
+impl Running {
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it said so far.
+    pub fn stderr(&self) -> String {
+        std::fs::read(&self.stderr).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).expect("the program is there");
+    }
+
+    /// Whether it still runs.
+    pub fn runs(&mut self) -> bool {
+        self.child.try_wait().expect("the program can be waited for").is_none()
+    }
+
+    /// Waits until it has said `text`.
+    ///
+    /// # Panics
+    /// It ends first, or it takes longer than `most`.
+    pub fn says(&mut self, text: &str, most: Duration) {
+        let start = Instant::now();
+        while !self.stderr().contains(text) {
+            let runs = self.runs();
+            assert!(runs || self.stderr().contains(text), "it ended before it said {text:?}: {}", self.stderr());
+            assert!(start.elapsed() < most, "it never said {text:?}: {}", self.stderr());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// It takes longer than `most`.
+    pub fn wait(&mut self, most: Duration) -> Ended {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the program can be waited for") {
+                return Ended { status, stderr: self.stderr() };
+            }
+            assert!(start.elapsed() < most, "{} does not end within {most:?}: {}", self.child.id(), self.stderr());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The number after `field` in its /proc/PID/status: kibibytes, or a count.
+    pub fn proc_status(&self, field: &str) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).map_or(0, Iterator::count)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// # Panics
+/// The program did not end with `status` and one line that holds every one of `words`.
+pub fn one_line(what: &str, ended: &Ended, status: i32, words: &[&str]) {
+    free_of_trouble(what, ended);
+    assert_eq!(ended.status.code(), Some(status), "{what}: {}", ended.stderr);
+    let lines: Vec<_> = ended.stderr.lines().collect();
+    assert_eq!(lines.len(), 1, "{what} is told in {} lines: {}", lines.len(), ended.stderr);
+    for word in words {
+        assert!(lines[0].contains(word), "{what}: no {word:?} in {:?}", lines[0]);
+    }
+}
+
+/// # Panics
+/// The program was killed by a signal, or panicked.
+pub fn free_of_trouble(what: &str, ended: &Ended) {
+    assert_eq!(ended.status.signal(), None, "{what}: {}", ended.stderr);
+    assert!(!ended.stderr.contains("panicked") && !ended.stderr.contains("backtrace"), "{what}: {}", ended.stderr);
+}
+
+/// # Panics
+/// The condition does not come about in time.
+fn wait_until(what: &str, most: Duration, condition: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < most, "{what}: not within {most:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Everything below a directory that is no directory itself, and state directories.
+fn files_below(path: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let found = |path: PathBuf| match path.is_dir() && path.extension().is_none() {
+        true => files_below(&path),
+        false => vec![path],
+    };
+    entries.flat_map(found).collect()
+}
