@@ -55,7 +55,7 @@ pub(crate) enum End {
     Lost(String),
     /// Another SoC, or the same after a restart, took over.
     Restarted(SocHeader),
-    /// The SoC broke a rule, or is silent for good.
+    /// The SoC broke a rule.
     Broken(String),
 }
 
@@ -72,9 +72,10 @@ struct Pausing {
 struct Pulse {
     beat: u64,
     changed: Instant,
-    /// Whether it was reported silent, and the VM paused for it.
+    /// Whether it was reported silent.
     silent: bool,
-    paused: bool,
+    /// The vCPUs that ran when the VM was paused for it.
+    paused: Option<Vec<u32>>,
 }
 
 /// A heartbeat that stands still so long is lost.
@@ -92,7 +93,7 @@ impl<'a, F: HostFunction + 'static> Session<'a, F> {
         soc_nonce: u64,
         held: Option<String>,
     ) -> Self {
-        let pulse = Pulse { beat: server.soc_beat(), changed: Instant::now(), silent: false, paused: false };
+        let pulse = Pulse { beat: server.soc_beat(), changed: Instant::now(), silent: false, paused: None };
         Self {
             host,
             options,
@@ -159,7 +160,7 @@ impl<'a, F: HostFunction + 'static> Session<'a, F> {
                 Wake::Tick => {
                     tick();
                     self.server.beat();
-                    self.feel_pulse()?;
+                    self.feel_pulse();
                 }
                 Wake::Eoi(gsi) => self.report(Event::Eoi { gsi }),
             }
@@ -178,6 +179,7 @@ impl<'a, F: HostFunction + 'static> Session<'a, F> {
         while let Some((asked, call)) = self.server.poll()? {
             self.bulk_wait = None;
             self.sent = true;
+            self.soc_lives();
             if self.options.log == Level::Debug {
                 self.log(Level::Debug, &format!("call {:#05x}", call.opcode()));
             }
@@ -264,23 +266,17 @@ impl<F: HostFunction + 'static> Session<'_, F> {
         Ok(())
     }
 
-    /// Suspends and reports when the SoC's heartbeat stands still; resumes when it goes on.
-    fn feel_pulse(&mut self) -> Result<(), Stop> {
+    /// Suspends and reports when the SoC's heartbeat stands still. Nothing is destroyed: the SoC may starve, or be stopped.
+    fn feel_pulse(&mut self) {
         let beat = self.server.soc_beat();
         if beat != self.pulse.beat {
             self.pulse.beat = beat;
-            self.pulse.changed = Instant::now();
-            if std::mem::take(&mut self.pulse.silent) {
-                if self.offer.state == State::Quiesced {
-                    self.offer.go(State::Running);
-                }
-                self.log(Level::Warn, "the SoC's heartbeat is back");
-            }
-            return Ok(());
+            self.soc_lives();
+            return;
         }
         let silent = self.pulse.changed.elapsed();
         if silent < SILENCE {
-            return Ok(());
+            return;
         }
         if !self.pulse.silent {
             self.pulse.silent = true;
@@ -289,17 +285,30 @@ impl<F: HostFunction + 'static> Session<'_, F> {
             }
             self.log(Level::Warn, "the SoC's heartbeat is silent");
         }
-        if silent >= SILENCE.saturating_add(self.options.lease) && !self.pulse.paused {
-            if self.options.lease.is_zero() {
-                return Err(Stop::End(End::Broken("the SoC's heartbeat is silent".into())));
-            }
-            self.pulse.paused = true;
-            if let Some(machine) = &self.machine {
-                let _ = machine.pause(api_channel::call::VCPU_ALL);
-                self.log(Level::Error, "the lease is over: the VM is paused (soc-lost)");
+        if silent >= SILENCE.saturating_add(self.options.lease)
+            && self.pulse.paused.is_none()
+            && let Some(machine) = &self.machine
+        {
+            self.pulse.paused = Some(machine.pause(api_channel::call::VCPU_ALL).unwrap_or_default());
+            self.log(Level::Error, "the lease is over: the VM is paused (soc-lost)");
+        }
+    }
+
+    /// The SoC has shown itself: what was suspended because it did not goes on.
+    fn soc_lives(&mut self) {
+        self.pulse.changed = Instant::now();
+        if !std::mem::take(&mut self.pulse.silent) {
+            return;
+        }
+        if self.offer.state == State::Quiesced {
+            self.offer.go(State::Running);
+        }
+        if let (Some(paused), Some(machine)) = (self.pulse.paused.take(), &self.machine) {
+            for vcpu in paused {
+                let _ = machine.run(vcpu);
             }
         }
-        Ok(())
+        self.log(Level::Warn, "the SoC's heartbeat is back");
     }
 
     /// Logs to the SoC.
