@@ -74,7 +74,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String
             Some("--lease") => options.lease = lease(&value("--lease")?)?,
             Some("--role") => options.role = role(&value("--role")?)?,
             Some("--log") => options.log = level(&value("--log")?)?,
-            _ => return Err(format!("unknown argument {}; see --help", arg.display())),
+            _ => return Err(format!("unknown argument {}; see --help", shown(&arg))),
         }
     }
     let function = function.ok_or("--function is missing: which function shall be served? See --help")?;
@@ -82,7 +82,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String
 }
 
 fn spec(text: &OsStr) -> Result<Spec, String> {
-    let bad = |why: &str| Err(format!("--function {}: {why}", text.display()));
+    let bad = |why: &str| Err(format!("--function {}: {why}", shown(text)));
     use std::os::unix::ffi::OsStrExt;
     if let Some(path) = text.as_bytes().strip_prefix(b"unix:") {
         return if path.is_empty() { bad("the path is empty") } else { Ok(Spec::Unix(OsStr::from_bytes(path).into())) };
@@ -132,14 +132,14 @@ fn lease(text: &OsStr) -> Result<Duration, String> {
         digits.bytes().all(|b| b.is_ascii_digit()).then_some(())?;
         digits.parse::<u32>().ok().map(|n| Duration::from_secs(u64::from(n) * unit))
     });
-    parsed.ok_or_else(|| format!("--lease {}: a time is written 30s, 5m or 1h, or 0", text.display()))
+    parsed.ok_or_else(|| format!("--lease {}: a time is written 30s, 5m or 1h, or 0", shown(text)))
 }
 
 fn role(text: &OsStr) -> Result<Role, String> {
     match text.to_str() {
         Some("vm") => Ok(Role::Vm),
         Some("host") => Ok(Role::Host),
-        _ => Err(format!("--role {}: roles are vm and host", text.display())),
+        _ => Err(format!("--role {}: roles are vm and host", shown(text))),
     }
 }
 
@@ -149,8 +149,17 @@ fn level(text: &OsStr) -> Result<Level, String> {
         Some("warn") => Ok(Level::Warn),
         Some("info") => Ok(Level::Info),
         Some("debug") => Ok(Level::Debug),
-        _ => Err(format!("--log {}: levels are error, warn, info and debug", text.display())),
+        _ => Err(format!("--log {}: levels are error, warn, info and debug", shown(text))),
     }
+}
+
+/// What was typed, as a sentence can hold it: control characters escaped.
+fn shown(text: &OsStr) -> String {
+    let mut shown = String::new();
+    for c in text.to_string_lossy().chars() {
+        if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
+    }
+    shown
 }
 
 #[cfg(test)]
@@ -189,6 +198,14 @@ mod tests {
         }
         assert_eq!(parsed("--help"), Ok(Command::Help));
         assert_eq!(parsed("-V"), Ok(Command::Version));
+    }
+
+    #[test]
+    fn what_was_typed_steers_no_terminal() {
+        let why = parse(["--log".into(), "\u{1b}[2J\n".into()]).expect_err("no level");
+        assert!(why.starts_with("--log \\u{1b}[2J\\n: "), "{why}");
+        let why = parse(["\r".into()]).expect_err("no argument");
+        assert!(why.starts_with("unknown argument \\r;"), "{why}");
     }
 
     #[test]

@@ -108,6 +108,12 @@ impl Plan {
         plan.blobs.extend(acpi.pieces().map(|(to, bytes)| (to, bytes.to_vec())));
         Ok(plan)
     }
+
+    /// Guest-physical address and bytes of everything that goes to guest memory, zeros behind a file's bytes included.
+    pub fn pieces(&self) -> impl Iterator<Item = (u64, u64)> {
+        let loads = self.loads.iter().map(|load| (load.to, load.mem_len));
+        loads.chain(self.blobs.iter().map(|(to, bytes)| (*to, bytes.len() as u64)))
+    }
 }
 
 /// `cmdline` with its NUL, if the kernel takes `max` bytes and the loader has room.

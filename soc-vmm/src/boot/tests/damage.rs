@@ -27,9 +27,7 @@ fn place(image: &[u8], initrd: Option<u64>) -> Option<Plan> {
     let config = AcpiConfig { apic_ids: vec![0], serial_ports: 1, keyboard: true };
     let acpi = AcpiTables::new(&config, layout.low_end()).unwrap();
     let plan = Plan::for_kernel(image, initrd, "x", &layout, &acpi).ok()?;
-    let mut pieces: Vec<_> = plan.loads.iter().map(|load| (load.to, load.mem_len)).collect();
-    pieces.extend(plan.blobs.iter().map(|(to, bytes)| (*to, bytes.len() as u64)));
-    pieces.retain(|(_, len)| *len != 0);
+    let mut pieces: Vec<_> = plan.pieces().filter(|(_, len)| *len != 0).collect();
     pieces.sort_unstable();
     for (to, len) in &pieces {
         assert!(layout.is_low_ram(*to, *len), "{to:#x}+{len:#x}");
