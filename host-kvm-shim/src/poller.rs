@@ -13,10 +13,10 @@ use pcie_function::HostFunction;
 use crate::bootstrap::Offer;
 use crate::error::ServeError;
 
-/// An epoll of all that can wake the API thread, edge-triggered: nothing is read, each signal wakes once.
+/// An epoll of all that can wake the API thread, edge-triggered: each signal wakes once, and no eventfd is read.
 pub(crate) struct Poller {
     epoll: Epoll,
-    _timer: TimerFd,
+    timer: TimerFd,
 }
 
 /// What happened.
@@ -58,7 +58,7 @@ impl Poller {
         epoll.add(offer.function.lost_event(), edge(LOST)).map_err(os)?;
         epoll.add(offer.notices.event(), edge(NOTICE)).map_err(os)?;
         epoll.add(timer.as_fd(), edge(TICK)).map_err(os)?;
-        Ok(Self { epoll, _timer: timer })
+        Ok(Self { epoll, timer })
     }
 
     /// Waits for a guest's EOIs too; forgotten when the eventfd is closed.
@@ -78,6 +78,10 @@ impl Poller {
             Err(Errno::EINTR) => 0,
             Err(errno) => return Err(ServeError::Os("wait for events", errno)),
         };
+        if events[..count].iter().any(|event| event.data() == TICK) {
+            // A timer goes on only once it was read.
+            let _ = self.timer.wait();
+        }
         Ok(events.into_iter().take(count).map(|event| match event.data() {
             CHANNEL => Wake::Channel,
             LOST => Wake::Lost,

@@ -38,6 +38,8 @@ pub(crate) struct Session<'a, F: HostFunction> {
     /// Until when a bulk is looked after without being rung, and how long to wait next.
     bulk_wait: Option<Duration>,
     pulse: Pulse,
+    /// Whether calls came since the last tick, and since memory was given back.
+    busy: [bool; 2],
     /// The shim ends once the VM is gone.
     shutting_down: bool,
     /// A VM was created and destroyed.
@@ -108,6 +110,7 @@ impl<'a, F: HostFunction + 'static> Session<'a, F> {
             sent: false,
             bulk_wait: None,
             pulse,
+            busy: [true; 2],
             shutting_down: false,
             ended_one: false,
         }
@@ -160,12 +163,22 @@ impl<'a, F: HostFunction + 'static> Session<'a, F> {
                 Wake::Tick => {
                     tick();
                     self.server.beat();
+                    self.rest();
                     self.feel_pulse();
                 }
                 Wake::Eoi(gsi) => self.report(Event::Eoi { gsi }),
             }
         }
         Ok(())
+    }
+
+    /// After a second without a call: gives back the memory that the calls before it took.
+    fn rest(&mut self) {
+        if self.busy == [false, true] {
+            self.host.program().forget();
+            self.busy[1] = false;
+        }
+        self.busy[0] = false;
     }
 
     /// How long nothing need be looked at without being woken.
@@ -180,6 +193,7 @@ impl<'a, F: HostFunction + 'static> Session<'a, F> {
             self.bulk_wait = None;
             self.sent = true;
             self.soc_lives();
+            self.busy = [true; 2];
             if self.options.log == Level::Debug {
                 self.log(Level::Debug, &format!("call {:#05x}", call.opcode()));
             }

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 pub(crate) use memory::MemoryInfo;
 
 use crate::error::{Refusal, ServeError};
+use crate::frugal::Program;
 use crate::kvm::{install_kick, tsc_khz};
 use crate::sandbox::VcpuFilter;
 use crate::vcpu::{Abilities, from_cpuid};
@@ -27,6 +28,7 @@ pub(crate) struct Host {
     memory: MemoryInfo,
     inventory: Vec<u8>,
     vcpu_filter: Option<VcpuFilter>,
+    program: Program,
 }
 
 /// What this KVM must have, by api.rst's names; Linux 5.17 has all of it.
@@ -89,6 +91,7 @@ impl Host {
             memory: MemoryInfo::open().map_err(|errno| ServeError::Os("open /proc/meminfo", errno))?,
             inventory: inventory::read().encode(),
             vcpu_filter: None,
+            program: Program::new(),
         })
     }
 
@@ -101,6 +104,11 @@ impl Host {
     /// What vCPU threads are confined by.
     pub(crate) fn vcpu_filter(&self) -> Option<VcpuFilter> {
         self.vcpu_filter.clone()
+    }
+
+    /// This program, whose code need not all stay mapped.
+    pub(crate) fn program(&self) -> &Program {
+        &self.program
     }
 
     pub(crate) fn kvm(&self) -> &Kvm {

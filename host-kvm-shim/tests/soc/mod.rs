@@ -75,11 +75,16 @@ pub fn socket_pair() -> (OwnedFd, OwnedFd) {
     socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
 }
 
+/// The program: `OUTBOARD_SHIM` names another build of it.
+pub fn program() -> std::ffi::OsString {
+    std::env::var_os("OUTBOARD_SHIM").unwrap_or_else(|| env!("CARGO_BIN_EXE_host-kvm-shim").into())
+}
+
 /// Starts the program on one end of a socket pair, with more arguments; gives the other end.
 pub fn start_shim(args: &[&str]) -> (Child, OwnedFd) {
     let (ours, theirs) = socket_pair();
     nix::fcntl::fcntl(&theirs, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
-    let child = Command::new(env!("CARGO_BIN_EXE_host-kvm-shim"))
+    let child = Command::new(program())
         .arg("--function")
         .arg(format!("fd:{}", theirs.as_raw_fd()))
         .args(args)
