@@ -2,4 +2,4 @@
 
 mod trial;
 
-pub use trial::{Ended, Running, Trial, free_of_trouble, one_line};
+pub use trial::{Ended, Running, Trial, free_of_trouble, one_line, wait_until};

@@ -8,7 +8,7 @@ use std::time::Duration;
 use integration::hostile::{Ended, Trial, one_line};
 use integration::{kvm, program, test_name};
 use nix::unistd::{getuid, mkfifo};
-use payloads::Privilege;
+use payloads::{Payload, Privilege};
 
 /// Longer than any of this may take on a busy machine.
 const MOST: Duration = Duration::from_secs(60);
@@ -19,8 +19,8 @@ fn kernel() -> Vec<u8> {
 }
 
 /// A kernel that runs until it is ended.
-fn endless() -> Vec<u8> {
-    payloads::counter::counter(Privilege::Cpl0, payloads::counter::Each::Nothing).expect("it assembles").file().1
+fn endless() -> Payload {
+    payloads::counter::counter(Privilege::Cpl0, payloads::counter::Each::Nothing).expect("the payload assembles")
 }
 
 /// Runs `soc-vmm run` with `args` to its end.
@@ -238,33 +238,17 @@ fn a_function_that_serves_another() {
         return;
     }
     let trial = Trial::default();
-    let kernel = trial.file("kernel", &endless());
     let mut shim = trial.listening_shim("function", &["--lease", "0"]);
     let spec = format!("unix:{}", trial.at("function"));
-    let qmp = format!("unix:{}", trial.at("qmp"));
-    let args = ["run", "--serial", "null", "--memory", "64M", "--kernel", &kernel, "--function", &spec];
-    let mut first = trial.soc_vmm(&[&args[..], &["--name", "first", "--qmp", &qmp]].concat());
-    status_becomes(&trial, "running");
-    let second = trial.soc_vmm(&args).wait(MOST);
+    let mut first = trial.vm("first", &endless(), &["--function", &spec]);
+    trial.becomes("first", "running");
+    let second = trial.vm("second", &endless(), &["--function", &spec]).wait(MOST);
     one_line("a busy function", &second, 4, &["--function", &spec, "serves another soc-vmm"]);
     assert!(first.runs() && shim.runs());
-    assert!(trial.soc_vmm(&["quit", "--qmp", &trial.at("qmp")]).wait(MOST).status.success());
+    assert!(trial.soc_vmm(&["quit", "--qmp", &trial.at("first.qmp")]).wait(MOST).status.success());
     assert!(first.wait(MOST).status.success());
     drop(shim);
     trial.leaves_nothing("a busy function");
-}
-
-/// Waits until the VM behind the trial's `qmp` is in that state.
-fn status_becomes(trial: &Trial, state: &str) {
-    let start = std::time::Instant::now();
-    loop {
-        let output = Command::new(program("soc-vmm")).args(["status", "--qmp", &trial.at("qmp")]).output().unwrap();
-        if String::from_utf8_lossy(&output.stdout).contains(state) {
-            return;
-        }
-        assert!(start.elapsed() < MOST, "the VM never is {state}: {output:?}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 #[test]
@@ -273,19 +257,18 @@ fn a_name_that_is_taken() {
         return;
     }
     let trial = Trial::default();
-    let kernel = trial.file("kernel", &endless());
-    let qmp = format!("unix:{}", trial.at("qmp"));
-    let args = ["run", "--serial", "null", "--memory", "64M", "--kernel", &kernel, "--name", "web"];
-    let mut first = trial.soc_vmm(&[&args[..], &["--paused", "--qmp", &qmp]].concat());
-    status_becomes(&trial, "prelaunch");
-    one_line("a name in use", &trial.soc_vmm(&args).wait(MOST), 4, &["--name", "web"]);
-    let args = ["run", "--serial", "null", "--kernel", &kernel, "--qmp", &qmp];
-    one_line("a QMP socket in use", &trial.soc_vmm(&args).wait(MOST), 2, &["--qmp", &trial.at("qmp"), "in use"]);
+    let mut first = trial.vm("first", &endless(), &["--name", "web", "--paused"]);
+    trial.becomes("first", "prelaunch");
+    let second = trial.vm("second", &endless(), &["--name", "web"]).wait(MOST);
+    one_line("a name in use", &second, 4, &["--name", "web"]);
+    let qmp = format!("unix:{}", trial.at("first.qmp"));
+    let third = trial.vm("third", &endless(), &["--qmp", &qmp]).wait(MOST);
+    one_line("a QMP socket in use", &third, 2, &["--qmp", &trial.at("first.qmp"), "in use"]);
     assert!(first.runs());
     first.signal(nix::sys::signal::Signal::SIGTERM);
     assert!(first.wait(MOST).status.success());
     trial.leaves_nothing("a name in use");
-    wrong(&trial, &["--kernel", &kernel, "--name", "../web"], 2, &["--name"]);
+    wrong(&trial, &["--kernel", "absent", "--name", "../web"], 2, &["--name"]);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use payloads::Payload;
 use tempfile::TempDir;
 
 use crate::program;
@@ -70,6 +71,43 @@ impl Trial {
     /// Starts `soc-vmm ARGS…`.
     pub fn soc_vmm(&self, args: &[&str]) -> Running {
         self.start(Command::new(program("soc-vmm")).args(args))
+    }
+
+    /// Starts a VM of `payload` with 64 MiB; its monitor listens on `NAME.qmp` in the trial's directory.
+    pub fn vm(&self, name: &str, payload: &Payload, more: &[&str]) -> Running {
+        let (option, bytes) = payload.file();
+        let image = self.file(&format!("{name}.image"), &bytes);
+        let qmp = format!("unix:{}", self.at(&format!("{name}.qmp")));
+        let cpus = payload.vcpus.to_string();
+        let debugcon = format!("file:{}", self.at(&format!("{name}.debugcon")));
+        let all = ["run", option, &image, "--cpus", &cpus, "--memory", "64M", "--serial", "null", "--debug-exit"];
+        self.soc_vmm(&[&all[..], &["--qmp", &qmp, "--debugcon", &debugcon], more].concat())
+    }
+
+    /// What `soc-vmm status --json` says of a VM of [`Trial::vm`]; `None` while it doesn't answer.
+    pub fn status(&self, name: &str) -> Option<serde_json::Value> {
+        let mut command = Command::new(program("soc-vmm"));
+        let output = command.args(["status", "--json", "--qmp", &self.at(&format!("{name}.qmp"))]).output();
+        serde_json::from_slice(&output.expect("soc-vmm starts").stdout).ok()
+    }
+
+    /// Waits until a VM of [`Trial::vm`] is in a state.
+    ///
+    /// # Panics
+    /// It isn't within a minute.
+    pub fn becomes(&self, name: &str, state: &str) {
+        wait_until(&format!("{name} is {state}"), Duration::from_secs(60), || {
+            self.status(name).is_some_and(|status| status["status"] == state)
+        });
+    }
+
+    /// How many port accesses of a VM were served so far.
+    ///
+    /// # Panics
+    /// The VM doesn't answer.
+    pub fn exits(&self, name: &str) -> u64 {
+        let status = self.status(name).expect("the VM answers");
+        status["counters"]["exits.pio"].as_u64().expect("a counter")
     }
 
     /// Starts `host-kvm-shim ARGS…`.
@@ -181,6 +219,25 @@ impl Running {
         line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
     }
 
+    /// Processor time that it has taken, user and system.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
+        // Fields 14 and 15, behind the name in parentheses, in ticks of 10 ms.
+        let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
+        Duration::from_millis(fields.filter_map(|ticks| ticks.parse::<u64>().ok()).sum::<u64>() * 10)
+    }
+
+    /// The processes that it started and that are still there.
+    pub fn children(&self) -> Vec<u32> {
+        let pid = self.child.id();
+        let of = |thread: PathBuf| std::fs::read_to_string(thread.join("children")).unwrap_or_default();
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        threads
+            .flat_map(|thread| of(thread.path()).split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+            .filter_map(|child| child.parse().ok())
+            .collect()
+    }
+
     /// How many descriptors it has open.
     pub fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).map_or(0, Iterator::count)
@@ -215,7 +272,7 @@ pub fn free_of_trouble(what: &str, ended: &Ended) {
 
 /// # Panics
 /// The condition does not come about in time.
-fn wait_until(what: &str, most: Duration, condition: impl Fn() -> bool) {
+pub fn wait_until(what: &str, most: Duration, condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(start.elapsed() < most, "{what}: not within {most:?}");
