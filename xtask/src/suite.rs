@@ -15,12 +15,6 @@ use crate::step::{self, with_sources};
 const MINUTE: Duration = Duration::from_secs(60);
 /// How long each fuzz target runs on top of replaying its corpus.
 const FUZZ_SECONDS: u32 = 5;
-/// What a fuzz target needs of the compiler: libFuzzer's coverage, which stable Rust can give.
-const FUZZ_FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module \
-    -Cllvm-args=-sanitizer-coverage-level=4 \
-    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
-    -Cllvm-args=-sanitizer-coverage-pc-table \
-    -Cllvm-args=-sanitizer-coverage-trace-compares";
 /// What has unit tests that mean something on an Arm SoC: everything that runs there.
 const ON_ARM: [&str; 5] = ["ioreq-ring", "api-channel", "pcie-function", "pcie-function-card", "soc-vmm"];
 
@@ -37,6 +31,8 @@ pub(crate) fn run(quick: bool) -> Result<ExitCode, String> {
     let began = Instant::now();
     suite.prepare();
     suite.check("format", cargo(["fmt", "--all", "--check"]), 2 * MINUTE)?;
+    let fuzz = ["fmt", "--manifest-path", "tests/fuzz/Cargo.toml", "--check"];
+    suite.check("format of the fuzz targets", cargo(fuzz), 2 * MINUTE)?;
     let lints = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
     suite.check("lints", cargo(lints), 15 * MINUTE)?;
     suite.workspace_tests()?;
@@ -122,10 +118,10 @@ impl Suite {
         let dir = paths::workspace().join("tests/fuzz");
         let target_dir = paths::target().join("fuzz");
         let manifest = dir.join("Cargo.toml");
-        // With a target named, the flags aren't for build scripts.
         let triple = format!("{}-unknown-linux-gnu", env::consts::ARCH);
-        let mut command = cargo(["build", "--release", "--bins", "--target", &triple]);
-        command.arg("--manifest-path").arg(&manifest).env("RUSTFLAGS", FUZZ_FLAGS).env("CARGO_TARGET_DIR", &target_dir);
+        // The flags stand in .cargo/config.toml, which cargo looks for from where it is started, and which this variable overrides.
+        let mut command = cargo(["build", "--release", "--bins"]);
+        command.current_dir(&dir).env_remove("RUSTFLAGS").env("CARGO_TARGET_DIR", &target_dir);
         if !step::run("fuzz targets: build", command, 15 * MINUTE)?.ok {
             self.failed.push("fuzz targets: build".to_owned());
             self.counts.failed += 1;
