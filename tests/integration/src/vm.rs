@@ -97,14 +97,18 @@ impl Vm {
 
     fn file_has(&mut self, name: &str, text: &str) {
         let path = self.file(name);
-        self.wait_until(&format!("{name} has {text:?}"), || read(&path).contains(text));
+        self.wait_until(&format!("{name} has {text:?}"), |_| read(&path).contains(text));
     }
 
-    fn wait_until(&mut self, what: &str, condition: impl Fn() -> bool) {
+    /// Waits until `condition` holds.
+    ///
+    /// # Panics
+    /// The VM ends first, or it takes too long.
+    pub fn wait_until(&mut self, what: &str, condition: impl Fn(&Self) -> bool) {
         let start = Instant::now();
-        while !condition() {
+        while !condition(self) {
             let ended = self.child.try_wait().expect("the child can be waited for");
-            if ended.is_some() && !condition() {
+            if ended.is_some() && !condition(self) {
                 let stderr = self.stderr();
                 panic!("soc-vmm ended ({ended:?}) before {what}: {stderr}\n{}", read(&self.file("debugcon")));
             }
@@ -118,14 +122,30 @@ impl Vm {
     /// # Panics
     /// It fails.
     pub fn command(&self, words: &[&str]) -> String {
+        self.try_command(words).unwrap_or_else(|why| panic!("{words:?}: {why}"))
+    }
+
+    /// Runs one of soc-vmm's commands on this VM; its standard output.
+    ///
+    /// # Errors
+    /// It fails: its standard error.
+    pub fn try_command(&self, words: &[&str]) -> Result<String, String> {
+        let qmp = self.file("qmp").display().to_string();
+        self.soc_vmm(&[words, &["--qmp", &qmp]].concat())
+    }
+
+    /// Runs soc-vmm where VMs of this one's user are; its standard output.
+    ///
+    /// # Errors
+    /// It fails: its standard error.
+    pub fn soc_vmm(&self, words: &[&str]) -> Result<String, String> {
         let output = Command::new(program("soc-vmm"))
             .args(words)
-            .arg("--qmp")
-            .arg(self.file("qmp"))
+            .env("XDG_RUNTIME_DIR", self.directory.path())
             .output()
             .expect("soc-vmm starts");
-        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8_lossy(&output.stdout).into_owned()
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
     /// Waits for the VM's end.
