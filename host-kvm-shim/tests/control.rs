@@ -210,7 +210,7 @@ fn the_dirty_log_is_exact_and_survives_the_slots_it_was_kept_for() {
     soc.ok(&Call::DirtyLog(true));
     assert_eq!(fetch(&mut soc, 1), [(0, 256)], "at its start everything counts as dirty");
     assert_eq!(fetch(&mut soc, 1), []);
-    let mut write = |soc: &mut Soc, list: &[u64]| {
+    let write = |soc: &mut Soc, list: &[u64]| {
         // The request that waits is answered by hand, and the guest asks again after each write.
         let seen = soc.seen.len();
         pages.borrow_mut().extend(&list[1..]);

@@ -390,6 +390,8 @@ impl Soc {
     /// Ends the shim in order; its exit status.
     pub fn shut_down(mut self) -> ExitStatus {
         if self.created.is_some() {
+            // What the guest still asks is nobody's business any more.
+            self.lanes.clear();
             self.ok(&Call::DestroyVm);
         }
         self.ok(&Call::Shutdown);
