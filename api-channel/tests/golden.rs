@@ -8,7 +8,10 @@ use api_channel::call::{
 use api_channel::codec::Writer;
 use api_channel::event::Event;
 use api_channel::message::{Class, Header, Status};
-use api_channel::state::{Clock, DebugRegs, Msr, Records, Regs, Segment, Sregs, Table, Type};
+use api_channel::state::{
+    Clock, DebugRegs, Events, IoApic, Lapic, MpState, Msr, Pic, Pit, PitChannel, Records, Regs, Segment, Sregs, Table,
+    Type, Xcr, records,
+};
 use wire_kit::golden;
 
 /// Compares, both ways where there is a way back.
@@ -158,4 +161,55 @@ fn state_records() {
         .put(Type::CLOCK, &Clock { kvmclock: 1, realtime: 2, host_tsc: 3, flags: 6 })
         .done();
     holds("state-records", &list);
+}
+
+#[test]
+fn state_records_of_a_vcpu() {
+    let lapic = Lapic { registers: std::array::from_fn(|i| (i * 7) as u8) };
+    let events = Events {
+        exception: [1, 14, 1, 0],
+        error_code: 0x10,
+        interrupt: [1, 0x30, 0, 2],
+        nmi: [0, 1, 1, 0],
+        sipi_vector: 0x9a,
+        flags: 0x2d,
+        smi: [0, 1, 0, 1],
+        more: [1, 1, 0, 0],
+        payload: 0xfeed_0000_beef,
+    };
+    let xcrs = [Xcr { number: 0, value: 7 }, Xcr { number: 1, value: 3 }];
+    let list = Records::default()
+        .list(Type::XCRS, &xcrs)
+        .put(Type::LAPIC, &lapic)
+        .put(Type::MP_STATE, &MpState { state: 3 })
+        .put(Type::EVENTS, &events)
+        .done();
+    holds("state-records-vcpu", &list);
+    let read = records(&list).unwrap();
+    assert_eq!(read[0].get_list(), Ok(xcrs.to_vec()));
+    assert_eq!((read[1].get(), read[2].get(), read[3].get()), (Ok(lapic), Ok(MpState { state: 3 }), Ok(events)));
+}
+
+#[test]
+fn state_records_of_the_chips() {
+    let pic = Pic { chips: [std::array::from_fn(|i| 0x10 + i as u8), std::array::from_fn(|i| 0x20 + i as u8)] };
+    let ioapic = IoApic {
+        base: 0xfec0_0000,
+        select: 0x11,
+        id: 2,
+        irr: 0x10,
+        reserved: 0,
+        redirection: std::array::from_fn(|pin| 0x1_0000 | pin as u64),
+    };
+    let channel = |i: u8| PitChannel {
+        count: 0x1_0000 - u32::from(i),
+        latched_count: 0x1234 + u16::from(i),
+        bytes: std::array::from_fn(|byte| i * 16 + byte as u8),
+        load_time: -5 + i64::from(i) * 1_000_000,
+    };
+    let pit = Pit { channels: [channel(0), channel(1), channel(2)], flags: 2 };
+    let list = Records::default().put(Type::PIC, &pic).put(Type::IOAPIC, &ioapic).put(Type::PIT, &pit).done();
+    holds("state-records-chips", &list);
+    let read = records(&list).unwrap();
+    assert_eq!((read[0].get(), read[1].get(), read[2].get()), (Ok(pic), Ok(ioapic), Ok(pit)));
 }
