@@ -50,7 +50,7 @@ impl Relay {
 
     /// Whether the access that was served must keep its vCPU out of the guest.
     pub(super) fn take_park(&self) -> bool {
-        self.park.swap(false, Ordering::Relaxed)
+        self.park.load(Ordering::Relaxed) && self.park.swap(false, Ordering::Relaxed)
     }
 
     /// A vCPU's exit report.

@@ -1,7 +1,9 @@
 //! Interrupt lines on their way to the host: with the completion that is being made, or through the channel.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::ThreadId;
 
 use api_channel::call::Call;
 use ioreq_ring::LineChange;
@@ -14,6 +16,13 @@ use crate::link::Channel;
 #[derive(Debug)]
 pub(super) struct Lines<F: SocFunction> {
     state: Mutex<State>,
+    /// The thread whose changes may wait for a completion: the worker. It alone writes the two flags below, so that an access that
+    /// moves no line costs no lock.
+    worker: OnceLock<ThreadId>,
+    /// Whether the worker serves an access.
+    gathering: AtomicBool,
+    /// Whether any change waits.
+    any: AtomicBool,
     channel: Channel<F>,
 }
 
@@ -22,23 +31,41 @@ struct State {
     /// Sequence and level of every GSI that was ever set.
     gsis: HashMap<u16, (u32, bool)>,
     /// Changes that wait for the completion of the access that is being served.
-    gathered: Option<[Option<LineChange>; 2]>,
+    gathered: [Option<LineChange>; 2],
 }
 
 impl<F: SocFunction> Lines<F> {
     /// All lines low.
     pub(super) fn new(channel: Channel<F>) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), channel })
+        Arc::new(Self {
+            state: Mutex::default(),
+            worker: OnceLock::new(),
+            gathering: AtomicBool::new(false),
+            any: AtomicBool::new(false),
+            channel,
+        })
     }
 
-    /// From here to [`Lines::gathered`] changes wait for a completion.
+    /// Makes the calling thread the worker.
+    pub(super) fn serve_here(&self) {
+        // The first call stands: a VM has one worker.
+        let _ = self.worker.set(std::thread::current().id());
+    }
+
+    /// From here to [`Lines::gathered`] the worker's changes wait for a completion.
     pub(super) fn gather(&self) {
-        self.state().gathered = Some([None; 2]);
+        self.gathering.store(true, Ordering::Relaxed);
     }
 
     /// The changes that go with the completion.
     pub(super) fn gathered(&self) -> [Option<LineChange>; 2] {
-        self.state().gathered.take().unwrap_or_default()
+        self.gathering.store(false, Ordering::Relaxed);
+        if !self.any.load(Ordering::Relaxed) {
+            return [None; 2];
+        }
+        let mut state = self.state();
+        self.any.store(false, Ordering::Relaxed);
+        std::mem::take(&mut state.gathered)
     }
 
     /// The access is not completed yet: its changes go through the channel.
@@ -70,8 +97,11 @@ impl<F: SocFunction> LineSink for Lines<F> {
             }
             (*sequence, *level) = (sequence.wrapping_add(1), high);
             let change = LineChange { gsi, high, sequence: *sequence };
-            if let Some(free) = state.gathered.as_mut().and_then(|g| g.iter_mut().find(|slot| slot.is_none())) {
+            let waits =
+                self.gathering.load(Ordering::Relaxed) && self.worker.get() == Some(&std::thread::current().id());
+            if let Some(free) = state.gathered.iter_mut().find(|slot| waits && slot.is_none()) {
                 *free = Some(change);
+                self.any.store(true, Ordering::Relaxed);
                 return;
             }
             change

@@ -164,9 +164,10 @@ impl<F: SocFunction> Worker<F> {
         let waiting = self.lanes.iter().map(|_| None).collect();
         let mut late = Late { sender, receiver, waiting, wake: self.waker.clone() };
         let mut spin = Spin::new();
+        self.lines.serve_here();
         self.idle.awake();
         loop {
-            if self.waker.woken.swap(false, Ordering::Acquire) {
+            if self.waker.woken.load(Ordering::Relaxed) && self.waker.woken.swap(false, Ordering::Acquire) {
                 let _ = self.waker.event.read();
                 if self.obey(&mut late)? {
                     return Ok(());
