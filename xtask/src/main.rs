@@ -1,5 +1,6 @@
 //! `cargo xtask`: what a person types.
 
+mod bench;
 mod counts;
 mod demo;
 mod hold;
@@ -29,6 +30,12 @@ enum Task {
         /// Leave out the emulated machines.
         #[arg(long)]
         quick: bool,
+    },
+    /// This project beside its peers, interleaved in one run: [NAME…] [--json FILE] [--record].
+    #[command(disable_help_flag = true)]
+    Bench {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
     /// Emulated DPU servers that stay up.
     Testbed {
@@ -81,6 +88,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Task::Demo(demo) => demo::run(&demo),
         Task::Test { quick } => suite::run(quick),
+        Task::Bench { arguments } => bench::run(&arguments),
         Task::Testbed { command } => match command {
             Testbed::Up(up) => hold::up(&up),
             Testbed::Down => hold::down(),
