@@ -111,7 +111,7 @@ fn arguments_out_of_range_are_refused_by_name() {
         (RamRequest { node: -2, ..ram(0, 4096) }, Status::ARGUMENT),
         (RamRequest { node: 999, ..ram(0, 4096) }, Status::UNAVAILABLE),
         (ram(0, 1 << 45), Status::UNAVAILABLE),
-        (ram(0, u64::MAX & !4095), Status::ARGUMENT),
+        (ram(0, !4095), Status::ARGUMENT),
         (RamRequest { huge: 1 << 30, ..ram(0, 1 << 40) }, Status::UNAVAILABLE),
     ] {
         let (found, why) = soc.refused(&Call::AddRam(bad));
@@ -130,8 +130,8 @@ fn arguments_out_of_range_are_refused_by_name() {
         vec![slot(0, 2 << 20, 0)],
         vec![slot(0, 4096, 1 << 20)],
         vec![slot(0, 8192, 0), slot(4096, 4096, 0)],
-        vec![slot(u64::MAX & !4095, 8192, 0)],
-        vec![slot(0, 4096, u64::MAX & !4095)],
+        vec![slot(!4095, 8192, 0)],
+        vec![slot(0, 4096, !4095)],
         vec![Memslot { ram: 1, ..slot(0, 4096, 0) }],
         vec![Memslot { flags: 2, ..slot(0, 4096, 0) }],
     ] {

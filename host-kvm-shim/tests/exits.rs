@@ -5,6 +5,7 @@ mod soc;
 use api_channel::call::{Call, Irqchip, PostedRange};
 use ioreq_ring::wire::exit_reason;
 use ioreq_ring::{BusMemory, Completion, Direction, Kind, Status};
+use pcie_function::SocFunction;
 use soc::Soc;
 
 /// `hlt`, for ever.
@@ -134,7 +135,7 @@ fn an_unclaimed_string_gives_all_ones() {
     soc.run();
     soc.until("done", |soc| soc.seen.last().is_some_and(|s| s.request.address == 0x90));
     let mut bytes = [0; 41];
-    pcie_function::SocFunction::read(&soc.function, 0x4000, &mut bytes).unwrap();
+    soc.function.read(0x4000, &mut bytes).unwrap();
     assert_eq!(bytes[..40], [0xff; 40]);
     assert_eq!(bytes[40], 0);
     assert!(soc.shut_down().success());
@@ -157,7 +158,7 @@ fn what_ends_a_vcpu_is_reported_and_parks_it_until_it_is_set_anew() {
     assert_eq!(soc.counter("shim.report"), 1);
     soc.pause();
     // The same vCPU goes on once it has another state: out 0x90, al.
-    pcie_function::SocFunction::write(&soc.function, 0x2000, &code(&[&[0xe6, 0x90]])).unwrap();
+    soc.function.write(0x2000, &code(&[&[0xe6, 0x90]])).unwrap();
     soc.set_real_mode(0, 0x2000);
     soc.run();
     soc.until("went on", |soc| soc.seen.len() == 2);
