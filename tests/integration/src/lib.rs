@@ -4,6 +4,7 @@
 pub mod hostile;
 mod programs;
 pub mod soc;
+pub mod trace;
 mod vm;
 
 pub use programs::{optimized_program, program};

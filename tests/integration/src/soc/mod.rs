@@ -22,7 +22,7 @@ use api_channel::{Client, ClientWindows, Incoming, Status};
 use ioreq_ring::{BusMemory, Completion, Direction, Kind, Request, SocIdle, SocLane, drain};
 use pcie_function::header::{HostHeader, SocHeader, VERSION, epoch};
 use pcie_function::local::LocalSoc;
-use pcie_function::modelled::{Crossings, ModelledSoc};
+use pcie_function::modelled::{Crossings, ModelledHost, ModelledSoc};
 use pcie_function::regions::{self, Region, Spaces, Type};
 use pcie_function::{Doorbell, SocFunction, Window, Windowed};
 
@@ -122,9 +122,9 @@ impl Soc<LocalSoc> {
         Self::connect(LocalSoc::new(socket).expect("the shim's function"), shim)
     }
 
-    /// Connects to a shim that serves one VM in a thread of this process. `first` runs first in that thread.
-    pub fn in_process(first: impl FnOnce() + Send + 'static) -> Self {
-        let (shim, socket) = Shim::thread(|function| function, first);
+    /// Connects to a shim that serves one VM in a thread of this process.
+    pub fn in_process() -> Self {
+        let (shim, socket) = Shim::thread(|function| function);
         Self::connect(LocalSoc::new(socket).expect("the shim's function"), shim)
     }
 }
@@ -134,7 +134,7 @@ impl Soc<ModelledSoc<LocalSoc>> {
     pub fn modelled() -> (Self, Counters) {
         let counters = Counters { host: Arc::default(), soc: Arc::default() };
         let host = counters.host.clone();
-        let (shim, socket) = Shim::thread(|function| pcie_function::modelled::ModelledHost::new(function, host), || {});
+        let (shim, socket) = Shim::thread(|function| ModelledHost::new(function, host));
         let function = LocalSoc::new(socket).expect("the shim's function");
         (Self::connect(ModelledSoc::new(function, counters.soc.clone()), shim), counters)
     }

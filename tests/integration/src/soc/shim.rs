@@ -35,14 +35,12 @@ impl Shim {
     /// Serves one VM in a thread, on the function that `wrap` makes of a local one.
     pub(super) fn thread<F: HostFunction + 'static>(
         wrap: impl FnOnce(LocalHost) -> F + Send + 'static,
-        first: impl FnOnce() + Send + 'static,
     ) -> (Self, OwnedFd) {
         let (ours, theirs) = socket_pair();
         let Ok(Asked::Serve { options, .. }) = args::parse(ARGS.map(Into::into)) else {
             panic!("arguments of the shim")
         };
         let serve = move || {
-            first();
             let mut shim = host_kvm_shim::Shim::open(options).expect("KVM");
             let function = LocalHost::new(theirs).expect("a local function");
             shim.serve(wrap(function)).expect("the shim serves");
