@@ -15,7 +15,7 @@ use super::lines::Lines;
 use super::machine::{Machine, Parts};
 use super::state;
 use super::worker::{Command, Serving, Waker, Worker};
-use crate::boot::{BootPlan, Entry};
+use crate::boot::{BootError, BootPlan, Entry};
 use crate::bus::MapError;
 use crate::cli::{ExitStatus, Failure, RunConfig};
 use crate::control::{self, Action, Order, RunState, ShutdownCause, VmControl};
@@ -69,7 +69,7 @@ pub(super) enum LifeError {
     #[error(transparent)]
     Link(#[from] LinkError),
     #[error(transparent)]
-    Boot(#[from] crate::boot::BootError),
+    Boot(#[from] BootError),
     #[error("the machine's devices overlap")]
     Machine(#[from] MapError),
     #[error("--cpus")]
@@ -92,10 +92,11 @@ impl From<api_channel::codec::Malformed> for LifeError {
 
 impl LifeError {
     pub(super) fn failure(&self) -> Failure {
-        let status = if matches!(self, Self::Boot(_) | Self::Topology(_) | Self::Layout(_)) {
-            ExitStatus::Usage
-        } else {
-            ExitStatus::Unavailable
+        let status = match self {
+            // The images are what they should be; the function is not.
+            Self::Boot(BootError::Memory(_)) => ExitStatus::Unavailable,
+            Self::Boot(_) | Self::Topology(_) | Self::Layout(_) => ExitStatus::Usage,
+            _ => ExitStatus::Unavailable,
         };
         Failure::of(status, "", self)
     }
