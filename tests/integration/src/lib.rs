@@ -2,6 +2,7 @@
 //! small SoC side of the test's own that sees every request.
 
 pub mod hostile;
+pub mod machines;
 mod programs;
 pub mod soc;
 pub mod trace;

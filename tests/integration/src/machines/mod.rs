@@ -1,0 +1,5 @@
+//! What the tests on emulated servers share.
+
+mod counters;
+
+pub use counters::Counters;

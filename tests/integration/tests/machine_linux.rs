@@ -1,0 +1,64 @@
+//! An unmodified Linux kernel as the guest of an emulated server: boots, answers, reboots, is reset, switches itself off.
+
+use std::time::Duration;
+
+use integration::machines::Counters;
+use integration::test_name;
+use testbed::bed::BedConfig;
+use testbed::guest::UP_MARK;
+use testbed::protocol::Status;
+use testbed::vmm::{VmConfig, Vmm};
+
+/// How long a guest may take to come up. Seconds on an idle machine.
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+
+#[test]
+fn linux_lives_where_soc_vmm_runs_on_this_machine() {
+    linux_lives(&BedConfig::new("machine-linux", 1));
+}
+
+fn linux_lives(config: &BedConfig) {
+    if !testbed::machines_or_skip(&test_name()) {
+        return;
+    }
+    let bed = config.start().unwrap();
+    let vm = VmConfig::new("linux", 0);
+    let mut vmm = Vmm::run(&bed, &vm).unwrap();
+    is_up(&mut vmm, vm.cpus);
+    vmm.type_text("echo $((6 * 7)) is the answer; nproc\n").unwrap();
+    vmm.expect("42 is the answer\r\n2\r\n", ANSWER_LIMIT).unwrap();
+
+    vmm.expect("# ", ANSWER_LIMIT).unwrap();
+    vmm.type_text("reboot -f\n").unwrap();
+    is_up(&mut vmm, vm.cpus);
+
+    does(&vmm, &["reset"]);
+    is_up(&mut vmm, vm.cpus);
+
+    // Paused, so that both sides count the same exits.
+    does(&vmm, &["pause"]);
+    let counters = Counters::of_status(&does(&vmm, &["status", "--json"]));
+    counters.agree();
+    assert!(counters.get("exits.pio") > 1000, "a kernel's boot takes port exits: {counters:?}");
+    does(&vmm, &["resume"]);
+
+    vmm.type_text("poweroff -f\n").unwrap();
+    assert_eq!(vmm.wait_for_exit(ANSWER_LIMIT).unwrap(), Status::Code(0), "{}", vmm.errors());
+    assert_eq!(vmm.errors(), "");
+    drop(vmm);
+    bed.server.power_off(ANSWER_LIMIT).unwrap();
+}
+
+/// Waits for the guest's own init, and its prompt.
+fn is_up(vmm: &mut Vmm<'_>, cpus: u32) {
+    vmm.expect(&format!("{UP_MARK}{cpus}"), BOOT_LIMIT).unwrap();
+    vmm.expect("# ", ANSWER_LIMIT).unwrap();
+}
+
+/// Runs a soc-vmm command on the VM; what it printed.
+fn does(vmm: &Vmm<'_>, verb: &[&str]) -> String {
+    let ended = vmm.command(verb).unwrap();
+    assert_eq!(ended.status, Status::Code(0), "{verb:?}: {}", ended.stderr);
+    ended.stdout
+}
