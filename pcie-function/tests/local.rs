@@ -105,6 +105,17 @@ fn memory_that_could_vanish_is_refused() {
     }
 }
 
+#[test]
+fn what_is_mapped_anywhere_but_at_a_page_is_refused() {
+    for iova in [1, 8, 64, 0x1800] {
+        let (mut host, soc) = function();
+        let ram = sealed_memfd("ram", 1 << 20).unwrap();
+        assert!(host.map_ram(ram.as_fd(), 0, iova, 1 << 20, true).is_err(), "{iova:#x}");
+        assert_eq!(soc.check(), Err(BusError::Gone));
+        assert_eq!(soc.remote(0x2000, 64).load(0), u64::MAX);
+    }
+}
+
 /// Listens with a queue of one connection, and never answers.
 fn mute(path: &std::path::Path) -> OwnedFd {
     let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();

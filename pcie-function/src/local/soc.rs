@@ -17,6 +17,8 @@ use crate::{BusError, BusMemory, Doorbell, FunctionError, Iova, Mapping, Reach, 
 
 /// Most mappings that a host's end may announce: a VM has at most 64 of RAM, and a few mailboxes.
 const MOST_MAPPINGS: usize = 256;
+/// IOVAs are mapped by pages of so many bytes.
+const PAGE: u64 = 4096;
 /// Most vectors: MSI-X has no more than 2048.
 const MOST_VECTORS: u64 = 2048;
 /// How long a shim that listens may take to greet; one that serves another soc-vmm doesn't.
@@ -162,7 +164,9 @@ impl Shared {
                 let mut table = table();
                 let last = table.range(..end).next_back();
                 let apart = last.is_none_or(|(base, entry)| base + entry.len() as u64 <= iova);
-                if !sealed || !apart || table.len() >= MOST_MAPPINGS {
+                // Pages, as an IOMMU has them: else words of a window that is aligned would not be.
+                let aligned = iova.is_multiple_of(PAGE);
+                if !sealed || !apart || !aligned || table.len() >= MOST_MAPPINGS {
                     return Err(broken());
                 }
                 let window = Mapping::guarded(fd.as_fd(), offset, size, Reach::Local)?.window();
