@@ -43,7 +43,9 @@ fn main() -> ExitCode {
 }
 
 fn fail(status: u8, why: &str) -> ExitCode {
-    eprintln!("host-kvm-shim: {why}");
+    // What was typed may have line ends in it, or worse.
+    let line: String = why.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    eprintln!("host-kvm-shim: {line}");
     ExitCode::from(status)
 }
 

@@ -53,6 +53,11 @@ impl GuestMemory {
             // SAFETY: the range is the mapping just made; the advice changes no content.
             unsafe { madvise(memory.base, len, advice) }.map_err(|e| ("keep the guest's memory out of dumps", e))?;
         }
+        if huge == 0 {
+            // Where the host has huge pages for shared memory by advice; elsewhere it is refused, and nothing is lost.
+            // SAFETY: as above.
+            let _ = unsafe { madvise(memory.base, len, MmapAdvise::MADV_HUGEPAGE) };
+        }
         if let Some(node) = node {
             memory.bind(node).map_err(|e| ("bind the guest's memory to the NUMA node", e))?;
         }

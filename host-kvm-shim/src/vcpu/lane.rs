@@ -81,18 +81,18 @@ impl<F: HostFunction> Lane<F> {
     ) -> Result<Completion, Unanswered> {
         let ring = self.ring.submit(request)?;
         self.ring_if(ring, shared);
-        let start = host_tsc();
-        let answer = match self.spin(start, shared, called)? {
-            Some(completion) => {
-                shared.counters.add(Count::SpinNs, self.spin.ns(host_tsc().wrapping_sub(start)));
+        let start = request.host_tsc;
+        let answer = self.spin(start, shared, called)?;
+        let mut waited = host_tsc().wrapping_sub(start);
+        shared.counters.add(Count::SpinNs, self.spin.ns(waited));
+        let answer = match answer {
+            Some(completion) => completion,
+            None => {
+                let completion = self.sleep(shared, called)?;
+                waited = host_tsc().wrapping_sub(start);
                 completion
             }
-            None => {
-                shared.counters.add(Count::SpinNs, self.spin.ns(host_tsc().wrapping_sub(start)));
-                self.sleep(shared, called)?
-            }
         };
-        let waited = host_tsc().wrapping_sub(start);
         self.spin.learn(waited);
         shared.counters.add(Count::WaitNs, self.spin.ns(waited));
         Ok(answer)
@@ -106,6 +106,7 @@ impl<F: HostFunction> Lane<F> {
     }
 
     fn spin(&mut self, start: u64, shared: &Shared, called: &mut bool) -> Result<Option<Completion>, Unanswered> {
+        let mut looks = 0u32;
         loop {
             if let Some(completion) = self.ring.poll()? {
                 return Ok(Some(completion));
@@ -117,7 +118,11 @@ impl<F: HostFunction> Lane<F> {
             if host_tsc().wrapping_sub(start) >= self.spin.budget {
                 return Ok(None);
             }
-            std::hint::spin_loop();
+            // A pause takes up to 60 ns: a fast answer is not kept waiting by it, a slow one doesn't mind.
+            looks += 1;
+            if looks > EAGER_LOOKS {
+                std::hint::spin_loop();
+            }
         }
     }
 
@@ -139,7 +144,10 @@ impl<F: HostFunction> Lane<F> {
     }
 }
 
-/// Sleeps until the lane's vector or the vCPU's own wake-up is signalled.
+/// The longest sleep in milliseconds (docs/wire.md §5): a vector that was lost costs its vCPU this much, not the VM.
+const LONGEST_SLEEP: u16 = 1000;
+
+/// Sleeps until the lane's vector or the vCPU's own wake-up is signalled, and never for long.
 ///
 /// Edge-triggered, and nobody reads the eventfds: several lanes may share a vector without taking each other's signals.
 struct Sleeper(Epoll);
@@ -153,10 +161,10 @@ impl Sleeper {
         Ok(Self(epoll))
     }
 
-    /// Returns after a signal, perhaps an old one: the caller looks again.
+    /// Returns after a signal, perhaps an old one, or without any: the caller looks again.
     fn sleep(&self) {
         let mut events = [EpollEvent::empty(); 2];
-        let _ = self.0.wait(&mut events, EpollTimeout::NONE);
+        let _ = self.0.wait(&mut events, EpollTimeout::from(LONGEST_SLEEP));
     }
 }
 
@@ -172,6 +180,8 @@ pub(crate) struct Spin {
     slow: u32,
 }
 
+/// Looks at the completion before the first pause: some 2 µs.
+const EAGER_LOOKS: u32 = 100;
 /// What is spun in any case, in nanoseconds, so that a fast answer is noticed again.
 const LEAST_NS: u64 = 2_000;
 /// After so many slow answers in a row one spin is as long as it may be: a sleeper's answer always looks slow, by its wake-up.
