@@ -1,13 +1,12 @@
 //! What fuzz targets share.
 
+pub mod channel;
+
 use arbitrary::Arbitrary;
-use heap::Heap;
 use ioreq_ring::BusMemory;
+use wire_kit::Heap;
 
-#[path = "../../../ioreq-ring/tests/heap/mod.rs"]
-pub mod heap;
-
-/// What a peer stores over a word: anything, or a sequence number near the one that stands there under any upper half.
+/// What a peer stores over a word: anything, or a number near the one that stands there under any upper half.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 pub enum Word {
     Any(u64),
@@ -27,4 +26,15 @@ impl Word {
         };
         memory.store(offset, word);
     }
+}
+
+/// The command line that `data` stands for: words with a NUL between them.
+pub fn words(data: &[u8]) -> Vec<std::ffi::OsString> {
+    use std::os::unix::ffi::OsStrExt;
+    data.split(|byte| *byte == 0).map(|word| std::ffi::OsStr::from_bytes(word).to_owned()).collect()
+}
+
+/// Whether `text` is what a person gets to see of an error: one line that steers no terminal.
+pub fn is_one_line(text: &str) -> bool {
+    !text.is_empty() && !text.contains(char::is_control)
 }

@@ -1,11 +1,11 @@
 //! Header lines and region table, of any bytes.
 #![no_main]
 
-use fuzz::heap::Heap;
 use libfuzzer_sys::fuzz_target;
 use pcie_function::BusMemory;
 use pcie_function::header::{HostHeader, SocHeader};
 use pcie_function::regions::{self, Space, Spaces};
+use wire_kit::Heap;
 
 const CARD: usize = 0x2000;
 

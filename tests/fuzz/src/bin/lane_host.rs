@@ -2,11 +2,11 @@
 #![no_main]
 
 use fuzz::Word;
-use fuzz::heap::Heap;
 use ioreq_ring::wire::{LINE, POSTED_RING, POSTED_SLOTS};
 use ioreq_ring::{BusMemory, Direction, HostLane, HostWindows, Kind, Posted, Request};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
+use wire_kit::Heap;
 
 #[derive(Arbitrary, Debug)]
 enum Window {

@@ -1,0 +1,22 @@
+//! soc-vmm's command line: what is accepted is possible, what is refused is one line.
+#![no_main]
+
+use fuzz::{is_one_line, words};
+use libfuzzer_sys::fuzz_target;
+use soc_vmm::cli::{ExitStatus, Invocation, MAX_CPUS};
+
+fuzz_target!(|data: &[u8]| {
+    let args = std::iter::once("soc-vmm".into()).chain(words(data));
+    match Invocation::parse(args) {
+        Ok(Invocation::Run(config)) => {
+            assert!((1..=MAX_CPUS).contains(&config.cpus));
+            assert!(config.memory.size != 0 && config.memory.size.is_multiple_of(4096));
+            assert!(config.cpu_affinity.0.iter().all(|(vcpu, _)| *vcpu < config.cpus));
+        }
+        Ok(_) => {}
+        Err(failure) => {
+            assert_eq!(failure.status(), ExitStatus::Usage);
+            assert!(is_one_line(&failure.to_string()), "{failure:?}");
+        }
+    }
+});
