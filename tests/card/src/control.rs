@@ -19,6 +19,7 @@ pub(crate) enum Command {
     Remove,
     Reset,
     Doorbell(Doorbell),
+    LoseVectors(bool),
     Dma(Dma),
     Stats,
 }
@@ -62,6 +63,7 @@ pub(crate) fn run(function: &Function, command: Command) -> String {
         Command::Remove => function.remove(),
         Command::Reset => function.reset(Link::Host),
         Command::Doorbell(doorbell) => function.misbehave(|how| how.doorbell = doorbell),
+        Command::LoseVectors(lose) => function.misbehave(|how| how.vectors_lost = lose),
         Command::Dma(dma) => function.misbehave(|how| how.dma = dma),
         Command::Stats => return function.stats().to_string(),
     }
@@ -85,6 +87,8 @@ fn parse(line: &str) -> Result<(usize, Command), String> {
         ("doorbell", ["drop"]) => Command::Doorbell(Doorbell::Drop),
         ("doorbell", ["double"]) => Command::Doorbell(Doorbell::Double),
         ("doorbell", ["delay", ms]) => Command::Doorbell(Doorbell::Delay(time(ms, Duration::from_millis)?)),
+        ("vector", ["normal"]) => Command::LoseVectors(false),
+        ("vector", ["drop"]) => Command::LoseVectors(true),
         ("dma", ["normal"]) => Command::Dma(Dma::Normal),
         ("dma", ["fault"]) => Command::Dma(Dma::Fault),
         ("dma", ["torn"]) => Command::Dma(Dma::Torn),
@@ -107,6 +111,7 @@ mod tests {
             ("link 12 up", Some((12, Command::Link(true)))),
             ("remove 1", Some((1, Command::Remove))),
             ("doorbell 2 delay 30", Some((2, Command::Doorbell(Doorbell::Delay(Duration::from_millis(30)))))),
+            ("vector 2 drop", Some((2, Command::LoseVectors(true)))),
             ("dma 3 slow 7", Some((3, Command::Dma(Dma::Slow(Duration::from_micros(7)))))),
             ("stats 4", Some((4, Command::Stats))),
             ("", None),

@@ -235,7 +235,8 @@ impl Function {
 
     /// Raises a vector of the host function; lost where it can't arrive.
     pub(crate) fn raise_host(&self, bus: &Bus, vector: u32) {
-        let arrived = bus.link() && bus.host.master && self.host_vectors.raise(vector);
+        let carried = bus.link() && bus.host.master && !self.misbehaviour().vectors_lost;
+        let arrived = carried && self.host_vectors.raise(vector);
         add(if arrived { &self.counts.vectors } else { &self.counts.vectors_lost }, 1);
     }
 

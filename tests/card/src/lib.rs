@@ -103,6 +103,11 @@ impl Card {
         self.run(function, Command::Doorbell(doorbell));
     }
 
+    /// Whether vectors of the host are lost from now on.
+    pub fn lose_vectors(&self, function: u32, lose: bool) {
+        self.run(function, Command::LoseVectors(lose));
+    }
+
     /// What becomes of DMA from now on.
     pub fn set_dma(&self, function: u32, dma: Dma) {
         self.run(function, Command::Dma(dma));

@@ -6,6 +6,8 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Misbehaviour {
     pub(crate) doorbell: Doorbell,
+    /// Vectors of the host are lost.
+    pub(crate) vectors_lost: bool,
     pub(crate) dma: Dma,
 }
 

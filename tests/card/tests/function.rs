@@ -424,6 +424,20 @@ fn doorbells_go_wrong_on_demand() {
 }
 
 #[test]
+fn vectors_are_lost_on_demand() {
+    let bed = Bed::new(1);
+    let (host, soc) = bed.both(0);
+    for (lose, arrived) in [(true, 0), (false, 1)] {
+        bed.card.lose_vectors(0, lose);
+        soc.raise(5);
+        // Behind the vector in the queue.
+        soc.write(RAM, &[1; 8]).unwrap();
+        assert_eq!(host.raised(5), arrived);
+    }
+    assert_eq!(bed.card.stats(0).vectors_lost, 1);
+}
+
+#[test]
 fn functions_know_nothing_of_each_other() {
     let bed = Bed::new(4);
     let mut pairs: Vec<(Side, CardFunction)> = (0..5).map(|function| bed.both(function)).collect();
