@@ -26,6 +26,8 @@ const SPIN_MOST: Duration = Duration::from_micros(100);
 const SPIN_LEAST: Duration = Duration::from_micros(2);
 /// The clock is looked at once in so many empty rounds.
 const ROUNDS: u32 = 32;
+/// The longest sleep (docs/wire.md §5): a doorbell that was lost costs its vCPU this much, not the VM.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
 /// The machine's buses.
 #[derive(Default)]
@@ -356,7 +358,7 @@ impl<F: SocFunction> Worker<F> {
         }
     }
 
-    /// Sleeps until a doorbell, a waker, a deadline, or the function's loss.
+    /// Sleeps until a doorbell, a waker, a deadline, or the function's loss, and never for long.
     fn sleep(&mut self) -> Result<(), Fault> {
         self.function.check()?;
         self.idle.about_to_sleep()?;
@@ -365,14 +367,10 @@ impl<F: SocFunction> Worker<F> {
             return Ok(());
         }
         self.counters.sleeps.add(1);
-        let timeout = match self.deadline() {
-            None => PollTimeout::NONE,
-            Some(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                // Rounded up: to wake a little early would only mean to sleep once more.
-                PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
-            }
-        };
+        let left = self.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        // Rounded up: to wake a little early would only mean to sleep once more.
+        let left = left.map_or(LONGEST_SLEEP, |left| (left + Duration::from_millis(1)).min(LONGEST_SLEEP));
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         let bell = self.function.doorbell(Doorbell::Lanes);
         let lost = self.function.lost_event();
         let mut fds = [bell, self.waker.event.as_fd(), lost].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
