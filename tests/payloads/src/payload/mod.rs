@@ -10,6 +10,7 @@ pub mod pio;
 pub mod real;
 pub mod smp;
 pub mod string_io;
+pub mod watch;
 
 use crate::{IcedError, Payload, Privilege, ports};
 
@@ -27,6 +28,7 @@ pub fn catalogue(vcpus: u8) -> Result<Vec<Payload>, IcedError> {
         smp::ipi(vcpus)?,
         smp::halted(vcpus)?,
         order::order(vcpus)?,
+        watch::watch(1)?,
     ];
     for privilege in [Privilege::Cpl0, Privilege::Cpl3] {
         payloads.push(pio::pio(privilege)?);
