@@ -53,8 +53,8 @@ fn the_host_side_does_all_that_a_function_does() {
     assert_eq!(server.wait_for_exit(probe, LIMIT).unwrap(), Status::Code(0));
 
     // Whoever opens it next finds a function that was reset: the generation of before is stale.
-    let next = server.run(PROBE, &["hold", &address], None).unwrap();
-    assert!(server.control().wait_for_output(next, "held", LIMIT).is_some());
+    let next = server.run(PROBE, &["watch", &address], None).unwrap();
+    assert!(server.control().wait_for_output(next, "watching", LIMIT).is_some());
     assert!(function.check().is_err());
     let busy = server.exec(PROBE, &["host", &address], LIMIT).unwrap();
     assert_eq!(busy.status, Status::Code(1));
@@ -83,6 +83,38 @@ fn both_sides_are_reached_through_vfio() {
     assert_eq!(server.wait_for_exit(host, LIMIT).unwrap(), Status::Code(0));
     soc.power_off(LIMIT).unwrap();
     server.power_off(LIMIT).unwrap();
+}
+
+#[test]
+fn a_function_that_is_reset_cut_off_removed_or_recalled_says_so() {
+    if !testbed::machines_or_skip("a_function_that_is_reset_cut_off_removed_or_recalled_says_so") {
+        return;
+    }
+    let card = Card::start(4).unwrap();
+    let server = server("test-vfio-lost", &card, 4).start().unwrap();
+    let addresses = addresses(&server, HOST_VM);
+    let watch = |address: &String| {
+        let probe = server.run(PROBE, &["watch", address], None).unwrap();
+        assert!(server.control().wait_for_output(probe, "watching", LIMIT).is_some());
+        probe
+    };
+    let probes: Vec<i32> = addresses.iter().map(watch).collect();
+    for order in ["reset 0", "link 1 down", "remove 2"] {
+        assert_eq!(card.control(order).unwrap(), "ok");
+    }
+    // Returns once the function was given back.
+    server.write(&format!("/sys/bus/pci/devices/{}/driver/unbind", addresses[3]), &addresses[3]).unwrap();
+    for (probe, says) in probes.iter().zip(["was reset", "is gone", "is gone", "as was told"]) {
+        assert!(
+            server.control().wait_for_output(*probe, says, LIMIT).is_some(),
+            "{:?}",
+            server.control().output(*probe)
+        );
+    }
+    // Not those behind a dead link: the kernel resets a function when it is closed, and waits a minute and more for its answer.
+    for probe in [probes[0], probes[3]] {
+        assert_eq!(server.wait_for_exit(probe, LIMIT).unwrap(), Status::Code(0));
+    }
 }
 
 #[test]

@@ -18,11 +18,16 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Something that went another way than it must.
 pub type Failure = String;
 
-/// Waits for `event`, then empties it; false when that took longer than `limit`.
-pub fn wait(event: BorrowedFd<'_>, limit: Duration) -> bool {
+/// Waits until `event` is readable; false when that took longer than `limit`.
+pub fn readable(event: BorrowedFd<'_>, limit: Duration) -> bool {
     let mut ready = [PollFd::new(event, PollFlags::POLLIN)];
     let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
-    if !poll(&mut ready, limit).is_ok_and(|n| n == 1) {
+    poll(&mut ready, limit).is_ok_and(|n| n == 1)
+}
+
+/// Waits for `event`, then empties it; false when that took longer than `limit`.
+pub fn wait(event: BorrowedFd<'_>, limit: Duration) -> bool {
+    if !readable(event, limit) {
         return false;
     }
     let _ = nix::unistd::read(event, &mut [0; 8]);

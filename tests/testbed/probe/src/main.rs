@@ -1,9 +1,11 @@
 //! `function-probe host ADDRESS`: the host's end of the function at a PCI address, through VFIO.
 //! `function-probe soc ADDRESS`: the SoC's end.
-//! `function-probe hold ADDRESS`: has it open until it is killed.
+//! `function-probe watch ADDRESS`: has its host's end open until that is lost.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
+use pcie_function::HostFunction;
 use pcie_function::vfio::{VfioHost, VfioSoc};
 
 fn main() -> ExitCode {
@@ -12,8 +14,8 @@ fn main() -> ExitCode {
     let done = match args[..] {
         ["host", address] => host(address),
         ["soc", address] => soc(address),
-        ["hold", address] => hold(address),
-        _ => Err("usage: function-probe host|soc|hold ADDRESS".to_owned()),
+        ["watch", address] => watch(address),
+        _ => Err("usage: function-probe host|soc|watch ADDRESS".to_owned()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -36,10 +38,14 @@ fn soc(address: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn hold(address: &str) -> Result<(), String> {
-    let _function = VfioHost::open(address).map_err(|e| e.to_string())?;
-    println!("held");
+fn watch(address: &str) -> Result<(), String> {
+    let function = VfioHost::open(address).map_err(|e| e.to_string())?;
+    println!("watching");
     loop {
-        std::thread::park();
+        let told = function_probe::readable(function.lost_event(), Duration::from_millis(50));
+        if let Err(lost) = function.check() {
+            println!("{lost}{}", if told { ", as was told" } else { "" });
+            return Ok(());
+        }
     }
 }
