@@ -63,7 +63,8 @@ fn serve_unix(path: &Path, options: Options) -> Result<(), String> {
         match LocalHost::new(peer).map_err(ServeError::from).and_then(|function| shim.serve(function)) {
             Ok(Ended::Shutdown | Ended::Once) => return Ok(()),
             Ok(Ended::Lost(_)) if options.once && !shim.holds_vm() => return Ok(()),
-            Ok(Ended::Lost(why)) => eprintln!("host-kvm-shim: {why}"),
+            // A peer that hung up; what became of its VM has been said.
+            Ok(Ended::Lost(_)) => {}
             // A peer that left while the function was set up is no reason not to serve the next one.
             Err(error @ ServeError::Function(_)) => eprintln!("host-kvm-shim: {error}"),
             Err(error) => return Err(error.into()),

@@ -2,10 +2,10 @@
 
 mod soc;
 
-use api_channel::call::{Call, Irqchip, PostedRange};
+use api_channel::call::{Call, IoEvent, Irqchip, PostedRange};
 use ioreq_ring::wire::exit_reason;
 use ioreq_ring::{BusMemory, Completion, Direction, Kind, Status};
-use pcie_function::SocFunction;
+use pcie_function::{Doorbell, SocFunction};
 use soc::Soc;
 
 /// `hlt`, for ever.
@@ -220,5 +220,52 @@ fn a_full_ring_goes_synchronously() {
     soc.lanes = lanes;
     soc.until("done", |soc| soc.seen.last().is_some_and(|s| s.request.address == 0x90));
     assert_eq!(soc.seen.len(), 101);
+    assert!(soc.shut_down().success());
+}
+
+#[test]
+fn an_ioeventfd_rings_the_doorbell_without_an_exit() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let mut soc = Soc::start(&[]);
+    // in al, 0x90; out 0xe4, al; in al, 0x90; hlt
+    soc.real_mode(1, Irqchip::Full, &code(&[&[0xe4, 0x90, 0xe6, 0xe4, 0xe4, 0x90]]));
+    soc.handler = Box::new(|_, _| Some(Completion::ok(7)));
+    soc.ok(&Call::IoEvent(IoEvent { address: 0xe4, data: 7, len: 1, port: 1, match_data: 1, on: 1 }));
+    soc::rang(&soc, Doorbell::Lanes);
+    soc.run();
+    soc.until("asked twice", |soc| soc.seen.len() == 2);
+    assert!(soc.seen.iter().all(|s| s.request.address == 0x90), "{:?}", soc.seen);
+    assert!(soc::rang(&soc, Doorbell::Lanes));
+    assert_eq!(soc.counter("shim.doorbell"), 0, "KVM rang, not the shim");
+    assert!(soc.shut_down().success());
+}
+
+#[test]
+fn lanes_that_share_a_vector_take_no_wake_up_from_each_other() {
+    if !soc::has_kvm() {
+        return;
+    }
+    const VCPUS: u32 = 40;
+    let mut soc = Soc::start(&[]);
+    // in al, 0x90; jmp back
+    soc.real_mode(VCPUS, Irqchip::Split, &[0xe4, 0x90, 0xeb, 0xfc]);
+    let created = soc.created.unwrap();
+    assert!(created.lane_vectors < VCPUS);
+    soc.handler = Box::new(|_, _| None);
+    soc.run();
+    for round in 1..=3 {
+        soc.until("asked", |soc| soc.seen.len() == (round * VCPUS) as usize);
+        let deadline = std::time::Instant::now() + soc::PATIENCE;
+        while soc.counter("shim.sleep") < u64::from(round * VCPUS) {
+            assert!(std::time::Instant::now() < deadline, "all sleep at last");
+        }
+        // Those that share a vector are answered one after the other.
+        for lane in 0..VCPUS as usize {
+            soc.complete(lane, &Completion::ok(0));
+        }
+    }
+    soc.until("asked", |soc| soc.seen.len() == 4 * VCPUS as usize);
     assert!(soc.shut_down().success());
 }
