@@ -2,8 +2,10 @@
 
 mod dice;
 mod host;
+mod soc;
 mod trial;
 
 pub use dice::Dice;
 pub use host::{Attack, HostileHost};
+pub use soc::{HostileSoc, Stage, random_call};
 pub use trial::{Ended, Running, Trial, free_of_trouble, one_line, wait_until};

@@ -314,7 +314,7 @@ fn a_shim_s_command_line() {
         (&["--function", "pci:3:0.0"], &["pci:3:0.0", "0000:03:00.1"]),
         (&["--function", "fd:3", "--lease", "soon"], &["--lease soon", "30s"]),
         (&["--function", "fd:3", "--log", "loud"], &["--log loud", "levels"]),
-        (&["--frobnicate"], &["unknown argument"]),
+        (&["--frobnicate\n\x1b[2J"], &["unknown argument"]),
     ] {
         shim(args, 2, words);
     }
