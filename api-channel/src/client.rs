@@ -61,6 +61,8 @@ pub struct Client<C, M> {
     bulk: M,
     bulk_fetched: u64,
     epoch: u64,
+    /// Whether the host's words are of this epoch.
+    host_is_here: bool,
     sequence: u32,
     /// Requests that wait: sequence → opcode.
     waiting: BTreeMap<u32, u16>,
@@ -70,9 +72,10 @@ pub struct Client<C, M> {
 }
 
 impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
-    /// A client in windows that the host has zeroed for this epoch.
+    /// A client of a new epoch: zeroes this side's words, so it comes before the SoC header that tells the host of the epoch.
     pub fn new(windows: ClientWindows<C, M>, epoch: u64) -> Self {
         let ClientWindows { host_lines, replies, events, soc_lines, requests, bulk } = windows;
+        soc::ALL.iter().for_each(|word| soc_lines.store(*word, 0));
         let consumer = |ring, tail, head| Consumer {
             ring,
             tail_word: (host_lines.clone(), tail),
@@ -93,6 +96,7 @@ impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
             bulk,
             bulk_fetched: 0,
             epoch,
+            host_is_here: false,
             sequence: 0,
             waiting: BTreeMap::new(),
             beat: 0,
@@ -133,10 +137,18 @@ impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
             epoch: self.epoch,
             extra,
         };
-        self.requests.send(&header, &payload)?;
+        // A host that isn't here yet has read nothing.
+        let head = if self.meet() { self.requests.head() } else { 0 };
+        self.requests.send(&header, &payload, head)?;
         self.bytes.0 += (HEADER + payload.len()) as u64;
         self.sequence = sequence;
         Ok(sequence)
+    }
+
+    /// Whether the host has begun this connection: only then its words are to be believed.
+    fn meet(&mut self) -> bool {
+        self.host_is_here = self.host_is_here || self.host_lines.load(host::EPOCH) == self.epoch;
+        self.host_is_here
     }
 
     /// Takes the next thing that the host said; replies first. There may be more after `None` only if the host goes on sending events
@@ -145,6 +157,9 @@ impl<C: BusMemory + Clone, M: BusMemory + Clone> Client<C, M> {
     /// # Errors
     /// The host broke the channel's rules: the connection is over.
     pub fn poll(&mut self) -> Result<Option<Incoming>, ChannelError> {
+        if !self.meet() {
+            return Ok(None);
+        }
         if let Some((header, payload)) = self.replies.receive()? {
             return self.reply(&header, payload).map(Some);
         }

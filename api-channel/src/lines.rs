@@ -3,6 +3,8 @@
 
 /// Words that the host writes.
 pub mod host {
+    /// All of them but the epoch.
+    pub(crate) const ALL: [usize; 4] = [HEARTBEAT, REPLIES_TAIL, EVENTS_TAIL, REQUESTS_HEAD];
     /// Heartbeat: grows about once a second.
     pub const HEARTBEAT: usize = 0;
     /// Tail of the reply ring, in slots since the start.
@@ -11,10 +13,14 @@ pub mod host {
     pub const EVENTS_TAIL: usize = 128;
     /// Head of the SoC's request ring, in slots since the start.
     pub const REQUESTS_HEAD: usize = 192;
+    /// The epoch that the words above are of, stored once they are zero: before that they may be another connection's.
+    pub const EPOCH: usize = 256;
 }
 
 /// Words that the SoC writes. The first line is the SoC header.
 pub mod soc {
+    /// All of them.
+    pub(crate) const ALL: [usize; 6] = [HEARTBEAT, REQUESTS_TAIL, REPLIES_HEAD, EVENTS_HEAD, LANES_IDLE, BULK_FETCHED];
     /// Heartbeat: grows about once a second.
     pub const HEARTBEAT: usize = 64;
     /// Tail of the request ring, in slots since the start.

@@ -14,14 +14,18 @@ pub(crate) struct Producer<W, R> {
 }
 
 impl<W: BusMemory, R: BusMemory> Producer<W, R> {
-    /// Writes one message: header, payload, then the tail.
-    pub(crate) fn send(&mut self, header: &Header, payload: &[u8]) -> Result<(), ChannelError> {
+    /// How far the reader says that it has read.
+    pub(crate) fn head(&self) -> u64 {
+        self.head_word.0.load(self.head_word.1)
+    }
+
+    /// Writes one message: header, payload, then the tail. The reader has read up to `head`.
+    pub(crate) fn send(&mut self, header: &Header, payload: &[u8], head: u64) -> Result<(), ChannelError> {
         if payload.len() > MOST_PAYLOAD {
             return Err(ChannelError::TooLong(payload.len()));
         }
         let capacity = (self.ring.len() / SLOT) as u64;
         let slots = (HEADER + payload.len()).div_ceil(SLOT) as u64;
-        let head = self.head_word.0.load(self.head_word.1);
         let used = self.tail.wrapping_sub(head);
         if used > capacity {
             return Err(ChannelError::Head { head, tail: self.tail });

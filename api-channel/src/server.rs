@@ -55,9 +55,11 @@ pub struct Server<B, M> {
 }
 
 impl<B: BusMemory + Clone, M: BusMemory + Clone> Server<B, M> {
-    /// A server in windows that were zeroed for this epoch.
+    /// A server for the epoch that a SoC header told of: zeroes this side's words, then says whose they are.
     pub fn new(windows: ServerWindows<B, M>, epoch: u64) -> Self {
         let ServerWindows { host_lines, replies, events, soc_lines, requests, bulk } = windows;
+        host::ALL.iter().for_each(|word| host_lines.store(*word, 0));
+        host_lines.store(host::EPOCH, epoch);
         let producer = |ring, tail, head| Producer {
             ring,
             tail_word: (host_lines.clone(), tail),
@@ -156,7 +158,8 @@ impl<B: BusMemory + Clone, M: BusMemory + Clone> Server<B, M> {
             epoch: self.epoch,
             extra,
         };
-        self.replies.send(&header, payload)
+        let head = self.replies.head();
+        self.replies.send(&header, payload, head)
     }
 
     /// Reports an event.
@@ -174,7 +177,8 @@ impl<B: BusMemory + Clone, M: BusMemory + Clone> Server<B, M> {
             epoch: self.epoch,
             extra: 0,
         };
-        self.events.send(&header, &payload)?;
+        let head = self.events.head();
+        self.events.send(&header, &payload, head)?;
         self.event_sequence = header.sequence;
         Ok(())
     }

@@ -198,6 +198,38 @@ fn a_message_of_another_epoch_ends_the_connection() {
 }
 
 #[test]
+fn what_another_connection_left_is_not_believed() {
+    let memory = Memory::new();
+    let (mut old_client, mut old_server) = memory.ends();
+    for _ in 0..9 {
+        old_client.send(&Call::Statistics, 0).unwrap();
+        let (asked, _) = old_server.poll().unwrap().unwrap();
+        old_server.reply(asked, b"old", b"old bulk").unwrap();
+        old_server.event(&Event::Eoi { gsi: 1 }).unwrap();
+        while old_client.poll().unwrap().is_some() {}
+    }
+    old_client.send(&Call::Shutdown, 0).unwrap();
+    old_server.event(&Event::Eoi { gsi: 2 }).unwrap();
+
+    // The next SoC begins while the host's words are still the old ones, and asks at once.
+    let Memory { host_lines, replies, events, soc_lines, requests, bulk } = memory.clone();
+    let windows = ClientWindows { host_lines, replies, events, soc_lines, requests, bulk };
+    let mut client = Client::new(windows, EPOCH + 1);
+    let sequence = client.send(&Call::Ping, 0).unwrap();
+    assert_eq!(client.poll(), Ok(None));
+    let Memory { host_lines, replies, events, soc_lines, requests, bulk } = memory.clone();
+    let windows = ServerWindows { host_lines, replies, events, soc_lines, requests, bulk };
+    let mut server = Server::new(windows, EPOCH + 1);
+    assert_eq!(client.poll(), Ok(None));
+    let (asked, call) = server.poll().unwrap().unwrap();
+    assert_eq!(call, Call::Ping);
+    server.reply(asked, b"new", b"new bulk").unwrap();
+    let want = Incoming::Reply { sequence, status: Status::OK, payload: b"new".to_vec(), bulk: b"new bulk".to_vec() };
+    assert_eq!(client.poll(), Ok(Some(want)));
+    assert_eq!((client.poll(), server.poll().map(|_| ())), (Ok(None), Ok(())));
+}
+
+#[test]
 fn heartbeats_are_seen_by_the_other_side() {
     let memory = Memory::new();
     let (mut client, mut server) = memory.ends();

@@ -50,6 +50,17 @@ impl Type {
     pub const REQUESTS: Self = Self(8);
     /// Bulk data of replies, by slots. Outbox.
     pub const BULK: Self = Self(9);
+
+    /// The memory that a region of this type lies in; `None` for types that this build doesn't know.
+    #[must_use]
+    pub fn space(self) -> Option<Space> {
+        match self.0 {
+            1..=6 => Some(Space::Card),
+            7 | 8 => Some(Space::Inbox),
+            9 => Some(Space::Outbox),
+            _ => None,
+        }
+    }
 }
 
 /// One region.
@@ -76,7 +87,7 @@ pub struct Region {
 pub enum TableError {
     /// More than [`MOST`] entries.
     Size(u16),
-    /// An entry that is malformed, misaligned, overlapping, or outside its memory.
+    /// An entry that is malformed, misaligned, overlapping, in a memory that isn't its type's, or outside it.
     Entry(u16),
     /// A region that this side needs is missing.
     Missing(Type),
@@ -135,7 +146,8 @@ impl Region {
         let shaped = region.stride != 0
             && region.stride.is_multiple_of(8)
             && u64::from(region.stride).checked_mul(u64::from(region.count)).is_some_and(|bytes| bytes <= len);
-        (inside && shaped && offset % align == 0 && len % 8 == 0).then_some(region)
+        let at_home = region.kind.space().is_none_or(|home| home == space);
+        (inside && shaped && at_home && offset % align == 0 && len % 8 == 0).then_some(region)
     }
 }
 
@@ -272,5 +284,19 @@ mod tests {
             }
         }
         assert!(layout(0x8_ffff).is_err());
+    }
+
+    #[test]
+    fn a_region_lies_in_the_memory_of_its_type() {
+        let spaces = Spaces { card: 1 << 20, inbox: 1 << 20, outbox: 1 << 20 };
+        let good = layout(1 << 20).unwrap().regions;
+        for region in good {
+            for space in [Space::Card, Space::Inbox, Space::Outbox] {
+                let parsed = Region::parse(Region { offset: 0x1_0000, space, ..region }.to_words(), &spaces);
+                assert_eq!(parsed.is_some(), space == region.space, "{region:?} in {space:?}");
+            }
+            let unknown = Region { kind: Type(77), ..region };
+            assert_eq!(Region::parse(unknown.to_words(), &spaces), Some(unknown));
+        }
     }
 }

@@ -127,9 +127,21 @@ impl<'a, F: HostFunction + 'static> Session<'a, F> {
         loop {
             match self.round(&mut tick) {
                 Ok(()) => {}
+                Err(Stop::End(End::Broken(why))) => return Ok(self.broken(why)),
                 Err(Stop::End(end)) => return Ok(end),
                 Err(Stop::Fatal(error)) => return Err(error),
             }
+        }
+    }
+
+    /// How a connection whose rules were broken ends. A SoC that begins anew takes its old words away before its header tells of it:
+    /// what looks broken in between is not.
+    fn broken(&self, why: String) -> End {
+        const SOON: Duration = Duration::from_millis(2);
+        std::thread::sleep(SOON);
+        match self.offer.answer(self.soc_nonce) {
+            Ok(Some(soc)) => End::Restarted(soc),
+            _ => End::Broken(why),
         }
     }
 

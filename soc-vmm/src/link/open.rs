@@ -91,11 +91,12 @@ impl<F: SocFunction> Link<F> {
             bulk: remote(Type::BULK, 4096, 1)?,
         };
         let nonce = nonce();
+        // First: it takes away what an earlier connection left.
+        let client = Client::new(windows, epoch(header.nonce, nonce));
         SocHeader { version: VERSION, features: header.features & FEATURES, host_nonce: header.nonce, nonce }
             .store(&soc_lines);
         soc_lines.flush()?;
         function.raise(CHANNEL_VECTOR);
-        let client = Client::new(windows, epoch(header.nonce, nonce));
         let end = ChannelEnd::new(function.clone(), client)?;
         Ok((Self { function, regions, soc_lines }, end))
     }

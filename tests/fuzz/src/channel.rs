@@ -1,6 +1,7 @@
 //! The API channel's memory, and messages that a hostile peer puts there by hand.
 
 use api_channel::call::Call;
+use api_channel::lines::host;
 use api_channel::message::{HEADER, Header, SLOT, Status};
 use api_channel::{Client, ClientWindows, Server, ServerWindows};
 use arbitrary::Arbitrary;
@@ -43,7 +44,9 @@ impl Memory {
             requests: self.requests.clone(),
             bulk: self.bulk.clone(),
         };
-        Client::new(windows, EPOCH)
+        let client = Client::new(windows, EPOCH);
+        self.host_lines.store(host::EPOCH, EPOCH);
+        client
     }
 
     /// The host's end.

@@ -21,6 +21,7 @@ fuzz_target!(|data: &[u8]| {
     let spaces = Spaces { card: 1 << 20, inbox: header.inbox_len.into(), outbox: header.outbox_len.into() };
     let Ok(table) = regions::load(&card, header.table, header.regions, &spaces) else { return };
     for region in &table {
+        assert!(region.kind.space().is_none_or(|space| space == region.space), "{region:?}");
         let size = match region.space {
             Space::Card => spaces.card,
             Space::Inbox => spaces.inbox,
