@@ -58,7 +58,7 @@ pub trait HostFunction: Send {
     /// Maps `len` bytes of the memfd `ram` from `offset` for the device at `iova`, pinned.
     ///
     /// # Errors
-    /// The range is reserved or taken, or the IOMMU refused.
+    /// [`FunctionError::Unusable`]: the range is reserved or taken, another may do. Others: no range would.
     fn map_ram(
         &mut self,
         ram: BorrowedFd<'_>,

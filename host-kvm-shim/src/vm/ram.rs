@@ -1,7 +1,7 @@
 //! Guest RAM: allocated, and mapped for the device.
 
 use api_channel::call::{Extent, PAGE, RamRequest};
-use pcie_function::{HostFunction, Iova};
+use pcie_function::{FunctionError, HostFunction, Iova};
 
 use crate::error::Refusal;
 use crate::host::MemoryInfo;
@@ -62,8 +62,9 @@ fn map<F: HostFunction>(function: &mut F, memory: &GuestMemory, wanted: Iova) ->
     for iova in std::iter::once(wanted).chain(elsewhere) {
         match function.map_ram(memory.fd(), 0, iova, memory.len(), true) {
             Ok(()) => return Ok(iova),
-            Err(error @ pcie_function::FunctionError::Bus(_)) => return Err(error.into()),
-            Err(error) => first = first.or(Some(error)),
+            // That range can't be had; what else fails would fail anywhere, and pinning takes its time.
+            Err(error @ FunctionError::Unusable(_)) => first = first.or(Some(error)),
+            Err(error) => return Err(error.into()),
         }
     }
     Err(first.map_or_else(|| Refusal::unavailable("no IOVA is free"), Into::into))
