@@ -3,7 +3,9 @@
 mod bench;
 mod counts;
 mod demo;
+mod fuzz;
 mod hold;
+mod soak;
 mod step;
 mod suite;
 mod table;
@@ -30,6 +32,14 @@ enum Task {
         /// Leave out the emulated machines.
         #[arg(long)]
         quick: bool,
+    },
+    /// The same code as the tests, for long: [fuzz.TARGET…] [test.NAME…].
+    Soak {
+        /// What to run; a beginning is enough. All if none is named.
+        names: Vec<String>,
+        /// How long all of it together may look for failures.
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
+        minutes: u32,
     },
     /// This project beside its peers, interleaved in one run: [NAME…] [--json FILE] [--record].
     #[command(disable_help_flag = true)]
@@ -88,6 +98,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Task::Demo(demo) => demo::run(&demo),
         Task::Test { quick } => suite::run(quick),
+        Task::Soak { names, minutes } => soak::run(&names, minutes),
         Task::Bench { arguments } => bench::run(&arguments),
         Task::Testbed { command } => match command {
             Testbed::Up(up) => hold::up(&up),

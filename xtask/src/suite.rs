@@ -1,20 +1,20 @@
 //! `cargo xtask test`: what CI runs, step by step, with every skip and its reason at the end.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 use std::{env, fs};
 
-use serde_json::Value;
 use testbed::fetch::{self, Arch};
 use testbed::{QUICK_VARIABLE, SKIPS_VARIABLE, build, paths};
 
 use crate::counts::{Counts, left_out};
+use crate::fuzz;
 use crate::step::{self, with_sources};
 
 const MINUTE: Duration = Duration::from_secs(60);
 /// How long each fuzz target runs on top of replaying its corpus.
-const FUZZ_SECONDS: u32 = 5;
+const FUZZ_TIME: Duration = Duration::from_secs(5);
 /// What has unit tests that mean something on an Arm SoC: everything that runs there.
 const ON_ARM: [&str; 5] = ["ioreq-ring", "api-channel", "pcie-function", "pcie-function-card", "soc-vmm"];
 
@@ -113,40 +113,19 @@ impl Suite {
         self.tests("models (loom)", command, 15 * MINUTE)
     }
 
-    /// Replays the kept inputs of every fuzz target, then lets it look for more. What it finds stays out of the tree.
+    /// Replays the kept inputs of every fuzz target, then lets it look for more.
     fn fuzz(&mut self) -> Result<(), String> {
-        let dir = paths::workspace().join("tests/fuzz");
-        let target_dir = paths::target().join("fuzz");
-        let manifest = dir.join("Cargo.toml");
-        let triple = format!("{}-unknown-linux-gnu", env::consts::ARCH);
-        // The flags stand in .cargo/config.toml, which cargo looks for from where it is started, and which this variable overrides.
-        let mut command = cargo(["build", "--release", "--bins"]);
-        command.current_dir(&dir).env_remove("RUSTFLAGS").env("CARGO_TARGET_DIR", &target_dir);
-        if !step::run("fuzz targets: build", command, 15 * MINUTE)?.ok {
+        let Some(targets) = fuzz::build()? else {
             self.failed.push("fuzz targets: build".to_owned());
             self.counts.failed += 1;
             return Ok(());
-        }
-        for target in programs_of(&manifest)? {
-            let found = target_dir.join("found").join(&target);
-            fs::create_dir_all(&found).map_err(|e| format!("{}: {e}", found.display()))?;
-            let mut command = Command::new(target_dir.join(&triple).join("release").join(&target));
-            command
-                .arg(format!("-max_total_time={FUZZ_SECONDS}"))
-                .args(["-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"])
-                .arg(format!("-artifact_prefix={}/crash-", found.display()))
-                .arg(&found);
-            // Kept inputs of this target, if it has any.
-            let corpus = dir.join("corpus").join(&target);
-            if corpus.is_dir() {
-                command.arg(corpus);
-            }
-            let title = format!("fuzz {target}");
-            if step::run(&title, command, 3 * MINUTE)?.ok {
+        };
+        for target in targets {
+            if fuzz::run(&target, FUZZ_TIME)? {
                 self.counts.passed += 1;
             } else {
                 self.counts.failed += 1;
-                self.failed.push(title);
+                self.failed.push(format!("fuzz {target}"));
             }
         }
         Ok(())
@@ -191,7 +170,7 @@ impl Suite {
     }
 }
 
-fn cargo<const N: usize>(args: [&str; N]) -> Command {
+pub(crate) fn cargo<const N: usize>(args: [&str; N]) -> Command {
     let mut command = Command::new(cargo_program());
     command.args(args).current_dir(paths::workspace());
     command
@@ -199,18 +178,4 @@ fn cargo<const N: usize>(args: [&str; N]) -> Command {
 
 fn cargo_program() -> std::ffi::OsString {
     env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
-}
-
-/// The names of a package's programs.
-fn programs_of(manifest: &Path) -> Result<Vec<String>, String> {
-    let mut command = cargo(["metadata", "--no-deps", "--format-version", "1"]);
-    command.arg("--manifest-path").arg(manifest);
-    let text = testbed::process::run(&mut command).map_err(|e| with_sources(&e))?;
-    let metadata: Value = serde_json::from_str(&text).map_err(|e| format!("cargo metadata: {e}"))?;
-    let packages = metadata["packages"].as_array().into_iter().flatten();
-    let targets = packages.flat_map(|package| package["targets"].as_array().into_iter().flatten());
-    let names = targets
-        .filter(|target| target["kind"][0] == "bin")
-        .filter_map(|target| Some(target["name"].as_str()?.to_owned()));
-    Ok(names.collect())
 }
