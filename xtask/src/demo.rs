@@ -5,14 +5,15 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use testbed::bed::BedConfig;
+use testbed::bed::{Bed, BedConfig, SHIM};
 use testbed::guest;
+use testbed::machine::Error;
 use testbed::protocol::Status;
 use testbed::vmm::{VmConfig, Vmm};
 
 use crate::Soc;
 use crate::step::with_sources;
-use crate::table::Table;
+use crate::table::{Figures, aligned};
 
 /// How long a guest of an emulated server may take to come up, on a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
@@ -31,105 +32,226 @@ pub(crate) struct Demo {
 
 /// Boots a guest, uses it, reboots it from inside and from outside, and switches it off.
 pub(crate) fn run(demo: &Demo) -> Result<ExitCode, String> {
-    let mut table = Table::default();
-    play(demo, &mut table).map_err(|e| with_sources(&e))?;
-    println!("\n{table}");
+    let mut figures = Figures::default();
+    play(demo.soc, &mut figures).map_err(|e| with_sources(&e))?;
+    println!("\n{}", shown(&figures));
+    println!("Everything in the server ran under emulation: times say nothing about hardware.");
     if let Some(path) = &demo.json {
-        table.write_json(path)?;
+        figures.write_json(path)?;
+    }
+    let (seen, counted) = (figures.value("exits.pio"), figures.value("host.io_exits"));
+    if seen > counted {
+        return Err(format!("soc-vmm saw {seen:?} port exits, KVM counted {counted:?}"));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn play(demo: &Demo, table: &mut Table) -> Result<(), testbed::machine::Error> {
+fn play(soc: Soc, figures: &mut Figures) -> Result<(), Error> {
     let mut config = BedConfig::new("demo-server", 1);
-    if demo.soc == Soc::Arm64 {
+    if soc == Soc::Arm64 {
         config = config.with_arm_soc();
     }
+    say("fetching and building what is missing");
+    config.prepare()?;
+
     say("starting the emulated server and its card");
     let began = Instant::now();
     let bed = config.start()?;
-    table.add("server up", began.elapsed().as_secs_f64(), "s");
+    figures.add("server.up", began.elapsed().as_secs_f64(), "s");
 
-    let vm = VmConfig::new("demo", 0);
     say("starting a guest: Debian's unmodified kernel, 2 vCPUs");
+    let vm = VmConfig::new("demo", 0);
     let began = Instant::now();
-    let mut vmm = Vmm::run(&bed, &vm)?;
-    let up = format!("{}{}", guest::UP_MARK, vm.cpus);
-    let boot = wait_until_up(&mut vmm, &up, began)?;
-    table.add("guest's boot", boot, "s");
+    let mut guest = Guest { vmm: Vmm::run(&bed, &vm)?, up: format!("{}{}", guest::UP_MARK, vm.cpus), shown: 0 };
+    figures.add("guest.boot", guest.wait_until_up(began)?, "s");
 
     say("typing at its serial console");
     let typed = Instant::now();
-    vmm.type_text("uname -r; echo $((6 * 7)) is the answer\n")?;
-    vmm.expect("42 is the answer", ANSWER_LIMIT)?;
-    vmm.expect(PROMPT, ANSWER_LIMIT)?;
-    table.add("answer at its console", typed.elapsed().as_secs_f64(), "s");
+    guest.vmm.type_text("uname -a; echo $((6 * 7)) is the answer\n")?;
+    guest.vmm.expect("42 is the answer", ANSWER_LIMIT)?;
+    figures.add("guest.answer", typed.elapsed().as_secs_f64(), "s");
+    guest.wait_for_prompt()?;
 
     say("rebooting it from inside: reboot -f");
     let began = Instant::now();
-    vmm.type_text("reboot -f\n")?;
-    let boot = wait_until_up(&mut vmm, &up, began)?;
-    table.add("reboot", boot, "s");
+    guest.vmm.type_text("reboot -f\n")?;
+    figures.add("guest.reboot", guest.wait_until_up(began)?, "s");
 
     say("resetting it from outside: soc-vmm reset demo");
     let began = Instant::now();
-    ask(&vmm, &["reset"])?;
-    let boot = wait_until_up(&mut vmm, &up, began)?;
-    table.add("reset", boot, "s");
+    guest.ask(&["reset"])?;
+    figures.add("guest.reset", guest.wait_until_up(began)?, "s");
 
-    let status = ask(&vmm, &["status", "--json"])?;
-    counts(&serde_json::from_str(&status).unwrap_or_default(), table);
+    guest.counters(figures)?;
+    footprint(&bed, figures)?;
 
     say("switching it off: poweroff -f");
-    vmm.type_text("poweroff -f\n")?;
-    let ended = vmm.wait_for_exit(ANSWER_LIMIT)?;
+    guest.vmm.type_text("poweroff -f\n")?;
+    let ended = guest.vmm.wait_for_exit(ANSWER_LIMIT)?;
+    guest.show();
     if ended != Status::Code(0) {
-        return Err(refused(&vmm, &format!("ended with {ended:?}")));
+        return Err(guest.refused(&format!("ended with {ended:?}")));
     }
-    println!("\n{}", vmm.text().trim_end());
-    say("it powered off; soc-vmm's exit status is 0");
-    drop(vmm);
+    say("it powered off, and soc-vmm's exit status is 0");
+    drop(guest);
     bed.server.power_off(ANSWER_LIMIT)
 }
 
-/// Waits for the guest's first words and its prompt; seconds since `began`.
-fn wait_until_up(vmm: &mut Vmm<'_>, up: &str, began: Instant) -> Result<f64, testbed::machine::Error> {
-    vmm.expect(up, BOOT_LIMIT)?;
-    let seconds = began.elapsed().as_secs_f64();
-    vmm.expect(PROMPT, ANSWER_LIMIT)?;
-    say(&format!("it is up after {seconds:.1} s"));
-    Ok(seconds)
+/// The guest, and how much of its console was shown.
+struct Guest<'a> {
+    vmm: Vmm<'a>,
+    up: String,
+    shown: usize,
 }
 
-/// Asks soc-vmm for something and returns what it printed.
-fn ask(vmm: &Vmm<'_>, verb: &[&str]) -> Result<String, testbed::machine::Error> {
-    let ended = vmm.command(verb)?;
-    if ended.status == Status::Code(0) {
-        Ok(ended.stdout)
-    } else {
-        let what = format!("refused {}: {}", verb.join(" "), ended.stderr.trim());
-        Err(refused(vmm, &what))
+impl Guest<'_> {
+    /// Waits for the guest's first words and its prompt; seconds from `began` to the words.
+    fn wait_until_up(&mut self, began: Instant) -> Result<f64, Error> {
+        self.vmm.expect(&self.up, BOOT_LIMIT)?;
+        let seconds = began.elapsed().as_secs_f64();
+        self.wait_for_prompt()?;
+        say(&format!("it is up after {seconds:.1} s"));
+        Ok(seconds)
     }
-}
 
-fn refused(vmm: &Vmm<'_>, what: &str) -> testbed::machine::Error {
-    testbed::machine::Error::Dead {
-        name: "soc-vmm".to_owned(),
-        what: what.to_owned(),
-        console: vmm.text(),
-        said: vmm.errors(),
+    fn wait_for_prompt(&mut self) -> Result<(), Error> {
+        self.vmm.expect(PROMPT, ANSWER_LIMIT)?;
+        self.show();
+        Ok(())
     }
-}
 
-/// Adds every number of the VM's counters.
-fn counts(status: &Value, table: &mut Table) {
-    for (name, value) in status["counters"].as_object().into_iter().flatten() {
-        if let Some(value) = value.as_f64() {
-            table.add(&name.replace('-', " "), value, "");
+    /// Shows what the guest printed since the last time, without what only a terminal understands.
+    fn show(&mut self) {
+        let text = self.vmm.text();
+        let new = text.get(self.shown..).unwrap_or_default();
+        for line in new.lines() {
+            let plain = without_control(line);
+            if !plain.trim().is_empty() {
+                println!("      | {plain}");
+            }
+        }
+        self.shown = text.len();
+    }
+
+    /// Asks soc-vmm for something and returns what it printed.
+    fn ask(&self, verb: &[&str]) -> Result<String, Error> {
+        let ended = self.vmm.command(verb)?;
+        if ended.status == Status::Code(0) {
+            Ok(ended.stdout)
+        } else {
+            Err(self.refused(&format!("refused {}: {}", verb.join(" "), ended.stderr.trim())))
+        }
+    }
+
+    /// Adds every counter of the VM by its own name.
+    fn counters(&self, figures: &mut Figures) -> Result<(), Error> {
+        let status = self.ask(&["status", "--json"])?;
+        let status: Value =
+            serde_json::from_str(&status).map_err(|e| self.refused(&format!("answered no JSON ({e})")))?;
+        for (name, value) in status["counters"].as_object().into_iter().flatten() {
+            if let Some(value) = value.as_f64() {
+                figures.add(name, value, "");
+            }
+        }
+        Ok(())
+    }
+
+    fn refused(&self, what: &str) -> Error {
+        Error::Dead {
+            name: "soc-vmm".to_owned(),
+            what: what.to_owned(),
+            console: self.vmm.text(),
+            said: self.vmm.errors(),
         }
     }
 }
 
+/// What the busy shim costs the host. Its function is the first, so its process is, too.
+fn footprint(bed: &Bed, figures: &mut Figures) -> Result<(), Error> {
+    let programs = bed.server.programs()?;
+    let shim = programs.iter().find(|program| program.command.first().is_some_and(|word| word == SHIM));
+    if let Some(shim) = shim {
+        let memory = bed.server.memory(shim.pid)?;
+        let threads = bed.server.threads(shim.pid)?;
+        let count = u32::try_from(threads.len()).unwrap_or(u32::MAX);
+        figures.add("shim.private", memory.private_kib() as f64, "KiB");
+        figures.add("shim.page_tables", memory.page_tables as f64, "KiB");
+        figures.add("shim.threads", f64::from(count), "");
+    }
+    Ok(())
+}
+
+/// The figures that a person wants to see; all of them are in the JSON.
+fn shown(figures: &Figures) -> String {
+    let row = |cells: &[&str]| {
+        let (title, names) = cells.split_first().expect("a row has a title");
+        let values = names.iter().map(|name| if name.is_empty() { String::new() } else { figures.shown(name) });
+        std::iter::once((*title).to_owned()).chain(values).collect::<Vec<_>>()
+    };
+    let head = |cells: &[&str]| cells.iter().map(|&cell| cell.to_owned()).collect::<Vec<_>>();
+    let times = [
+        head(&["seconds", ""]),
+        row(&["server up", "server.up"]),
+        row(&["guest's boot", "guest.boot"]),
+        row(&["reboot -f", "guest.reboot"]),
+        row(&["soc-vmm reset", "guest.reset"]),
+        row(&["answer at the console", "guest.answer"]),
+    ];
+    let exits = [
+        head(&["exits", "soc-vmm", "shim", "KVM"]),
+        row(&["port I/O", "exits.pio", "host.shim.pio", "host.io_exits"]),
+        row(&["memory (MMIO)", "exits.mmio", "host.shim.mmio", "host.mmio_exits"]),
+        row(&["posted writes", "exits.posted", "host.shim.posted"]),
+        row(&["other", "exits.other", "host.shim.other"]),
+        row(&["all that KVM handled", "", "", "host.exits"]),
+    ];
+    let bus = [
+        head(&["across the bus", "number", "bytes"]),
+        row(&["DMA to the host", "dma.writes", "dma.write-bytes"]),
+        row(&["DMA from the host", "dma.reads", "dma.read-bytes"]),
+        row(&["channel, sent", "", "channel.sent-bytes"]),
+        row(&["channel, received", "", "channel.received-bytes"]),
+        row(&["doorbells", "doorbells"]),
+        row(&["vectors", "vectors"]),
+    ];
+    let cost = [
+        head(&["on the host", ""]),
+        row(&["shim's private memory, KiB", "shim.private"]),
+        row(&["its page tables, KiB", "shim.page_tables"]),
+        row(&["its threads", "shim.threads"]),
+    ];
+    [&times[..], &exits, &bus, &cost].map(aligned).join("\n")
+}
+
+/// `line` without control characters and sequences (ECMA-48 §5.4): the guest's shell asks where the cursor is.
+fn without_control(line: &str) -> String {
+    let mut plain = String::new();
+    let mut characters = line.chars();
+    while let Some(character) = characters.next() {
+        if character == '\x1b' {
+            // ESC [ parameters, up to a final byte of 0x40 to 0x7e.
+            if characters.next() == Some('[') {
+                characters.find(|c| ('@'..='~').contains(c));
+            }
+        } else if !character.is_control() {
+            plain.push(character);
+        }
+    }
+    plain
+}
+
 fn say(text: &str) {
     println!("demo: {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_to_be_read_is_shown() {
+        assert_eq!(without_control("\x1b[6nuname -a\r"), "uname -a");
+        assert_eq!(without_control("\x1b[1;32mgreen\x1b[0m"), "green");
+        assert_eq!(without_control("\x1b["), "");
+    }
 }

@@ -16,7 +16,7 @@ use testbed::bed::{Bed, BedConfig, GUEST_INITRD, GUEST_KERNEL};
 use testbed::card::{HOST_HOST, HOST_VM, SOC_HOST, SOC_VM};
 use testbed::machine::Machine;
 use testbed::protocol::PciId;
-use testbed::{guest, paths};
+use testbed::{guest, paths, scratch};
 
 use crate::step::with_sources;
 use crate::{Soc, Up, terminal};
@@ -150,7 +150,7 @@ pub(crate) fn console(number: usize, soc: bool) -> Result<ExitCode, String> {
 
 /// Holds the servers until told to end.
 pub(crate) fn hold(up: &Up) -> Result<ExitCode, String> {
-    let dir = tempfile::tempdir().map_err(|e| format!("temporary directory: {e}"))?;
+    let dir = scratch::dir().map_err(|e| format!("temporary directory: {e}"))?;
     let socket = dir.path().join("hold");
     let listener = UnixListener::bind(&socket).map_err(|e| at(&socket, &e))?;
 

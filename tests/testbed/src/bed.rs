@@ -2,7 +2,7 @@
 //! side.
 
 use crate::card::{Card, HOST_HOST, HOST_VM, SOC_HOST, SOC_VM};
-use crate::fetch::Arch;
+use crate::fetch::{self, Arch};
 use crate::machine::{Error, Machine};
 use crate::protocol::Start;
 use crate::server::ServerConfig;
@@ -63,6 +63,20 @@ impl BedConfig {
         let name = format!("{}-soc", self.server.basics.name);
         self.soc = Some(SocConfig::new(&name));
         self
+    }
+
+    /// Fetches and builds everything that it takes, so that starting takes no longer than the machines do.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn prepare(&self) -> Result<(), Error> {
+        build::programs(Arch::Amd64, &["testbed-init", "card", "host-kvm-shim", "soc-vmm"])?;
+        if self.soc.is_some() {
+            build::programs(Arch::Arm64, &["testbed-init", "soc-vmm"])?;
+            fetch::kernel(Arch::Arm64)?;
+        }
+        guest::image()?;
+        Ok(())
     }
 
     /// Starts the card, then the machines.

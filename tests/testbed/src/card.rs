@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use pcie_function::card::id;
 
-use crate::build;
 use crate::fetch::Arch;
 use crate::machine::Error;
 use crate::process::Child;
 use crate::protocol::PciId;
+use crate::{build, scratch};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 const CONTROL_LIMIT: Duration = Duration::from_secs(10);
@@ -43,7 +43,7 @@ impl Card {
     /// It can't be built or started.
     pub fn start(functions: u32) -> Result<Self, Error> {
         let program = build::programs(Arch::Amd64, &["card"])?.remove(0);
-        let sockets = tempfile::Builder::new().prefix("card-").tempdir().map_err(Error::file(std::env::temp_dir()))?;
+        let sockets = scratch::dir().map_err(Error::file(std::env::temp_dir()))?;
         let mut command = Command::new(&program);
         command
             .arg("--directory")

@@ -14,6 +14,7 @@ pub mod machine;
 pub mod modules;
 pub mod paths;
 pub mod process;
+pub mod scratch;
 pub mod server;
 pub mod soc;
 pub mod vmm;

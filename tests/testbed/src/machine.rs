@@ -10,8 +10,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::kill;
-use nix::unistd::Pid;
 use testbed_init::{
     Answer, CONFIG_PATH, CONTROL_PORT, Config, Ended, Inventory, Memory, Module, PciId, Program, Request, Start,
     Status, Thread,
@@ -22,7 +20,7 @@ use crate::control::{CallError, Control};
 use crate::fetch::{self, Kernel, QemuRoot};
 use crate::initramfs::Initramfs;
 use crate::process::{Child, CommandError};
-use crate::{build, guest, modules, paths};
+use crate::{build, guest, modules, paths, scratch};
 
 /// How long a machine may take to its first line of control: seconds on an idle host, more where two cores are shared.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
@@ -498,7 +496,7 @@ fn log_dir(name: &str) -> Result<PathBuf, Error> {
         let entry_name = entry.file_name().to_string_lossy().into_owned();
         let mut parts = entry_name.rsplitn(3, '.');
         let (_count, pid, of) = (parts.next(), parts.next(), parts.next());
-        let alive = pid.and_then(|pid| pid.parse().ok()).is_some_and(|pid| kill(Pid::from_raw(pid), None).is_ok());
+        let alive = pid.and_then(|pid| pid.parse().ok()).is_some_and(scratch::is_alive);
         if of == Some(name) && !alive {
             // Another process may be removing it too.
             let _ = fs::remove_dir_all(entry.path());

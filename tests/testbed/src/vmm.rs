@@ -15,7 +15,7 @@ use crate::fetch::Arch;
 use crate::machine::{Error, Machine};
 use crate::process::Child;
 use crate::protocol::{Ended, Status};
-use crate::{build, guest};
+use crate::{build, guest, scratch};
 
 /// How long a soc-vmm command other than `run` may take.
 const COMMAND_LIMIT: Duration = Duration::from_secs(90);
@@ -246,7 +246,7 @@ fn native<'a>(bed: &Bed, config: &VmConfig) -> Result<Started<'a>, Error> {
     let image = guest::image()?;
     let spec = format!("card:{}", bed.card.soc_socket(config.function).display());
     let (kernel, initrd) = (image.kernel.display(), image.initrd.display());
-    let dir = tempfile::tempdir().map_err(Error::file(std::env::temp_dir()))?;
+    let dir = scratch::dir().map_err(Error::file(std::env::temp_dir()))?;
     let errors = dir.path().join("errors");
     let mut command = Command::new(&program);
     command
