@@ -1,7 +1,9 @@
 //! Programs of this workspace built for the emulated machines: static, optimized, in a target directory of their own.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use crate::fetch::{self, Arch};
 use crate::paths;
@@ -18,18 +20,26 @@ pub enum Error {
     Cargo(#[from] CommandError),
 }
 
-/// Builds the programs of `packages` for `arch`; the answer's paths are in the packages' order.
+/// Builds the programs of `packages` for `arch`; the answer's paths are in the packages' order. A process builds each once:
+/// what it starts later is what it started before.
 ///
 /// # Errors
 /// [`Error`].
 pub fn programs(arch: Arch, packages: &[&str]) -> Result<Vec<PathBuf>, Error> {
-    let mut cargo = cargo(arch)?;
-    cargo.args(["build", "--release", "--bins"]);
-    for package in packages {
-        cargo.args(["--package", package]);
+    static BUILT: Mutex<BTreeSet<(Arch, String)>> = Mutex::new(BTreeSet::new());
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    let of = |package: &str| (arch, package.to_owned());
+    let missing: Vec<&str> = packages.iter().copied().filter(|package| !built.contains(&of(package))).collect();
+    if !missing.is_empty() {
+        let mut cargo = cargo(arch)?;
+        cargo.args(["build", "--release", "--bins"]);
+        for package in &missing {
+            cargo.args(["--package", package]);
+        }
+        // What it compiles, and what is wrong with that, is for a person to see.
+        run(cargo.stderr(Stdio::inherit()))?;
+        built.extend(missing.into_iter().map(of));
     }
-    // What it compiles, and what is wrong with that, is for a person to see.
-    run(cargo.stderr(Stdio::inherit()))?;
     let out = target_dir().join(triple(arch)).join("release");
     Ok(packages.iter().map(|package| out.join(package)).collect())
 }

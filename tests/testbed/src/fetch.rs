@@ -57,7 +57,7 @@ impl Error {
 }
 
 /// Processor architecture of an emulated machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Arch {
     /// x86-64: the host server and its guests.
     Amd64,
