@@ -24,13 +24,15 @@ struct Counter {
     soc: Soc,
     board: Board,
     command: u32,
+    /// Parts of accesses, or elements of strings, that the guest asked for: each once.
+    asked: u64,
 }
 
 impl Counter {
     fn new(payload: &Payload) -> Self {
         let mut soc = Soc::start(&[]);
         soc.create(&Shape { memory: 4 << 20, ..Shape::of(payload) });
-        Self { soc, board: Board::default(), command: counter::REPORT }
+        Self { soc, board: Board::default(), command: counter::REPORT, asked: 0 }
     }
 
     fn start(payload: &Payload) -> Self {
@@ -41,6 +43,7 @@ impl Counter {
     }
 
     fn serve(&mut self, seen: &Seen) {
+        self.asked += parts(seen);
         let answer = serve(&mut self.board, self.command, seen);
         self.soc.answer(seen, answer);
     }
@@ -82,8 +85,11 @@ impl Counter {
 
     /// Pauses wherever the vCPU is.
     fn pause(&mut self) {
-        let Self { soc, board, command } = self;
-        soc.pause(|seen| serve(board, *command, seen));
+        let Self { soc, board, command, asked } = self;
+        soc.pause(|seen| {
+            *asked += parts(seen);
+            serve(board, *command, seen)
+        });
     }
 
     /// Goes on in a VM of another shim.
@@ -95,7 +101,7 @@ impl Counter {
             next.soc.write(at, page);
         }
         next.soc.set_records(carry(self.soc.records()));
-        next.board = self.board.clone();
+        (next.board, next.asked) = (self.board.clone(), self.asked);
         assert!(self.soc.shut_down().unwrap().success());
         next.soc.run();
         next
@@ -123,7 +129,27 @@ impl Counter {
             (reports, last) = (reports + 1, step);
         }
         assert!(reports > 3, "{}: {console}", payload.name);
+        // Nothing was done twice, nothing left out.
+        let each_step = match each {
+            Each::Nothing => 0,
+            Each::PageSplit => 4,
+            Each::String => 16,
+        };
+        if each_step != 0 {
+            assert_eq!(self.asked, each_step * (last + u64::from(counter::STRIDE)), "{}", payload.name);
+        }
         assert!(self.soc.shut_down().unwrap().success());
+    }
+}
+
+/// How many parts of the computation's accesses a request is.
+fn parts(seen: &Seen) -> u64 {
+    let request = &seen.request;
+    match request.kind {
+        Kind::MMIO => 1,
+        Kind::PIO if request.address != u64::from(ports::ECHO) => 0,
+        _ if request.string => u64::from(request.length) / request.data,
+        _ => 1,
     }
 }
 
