@@ -246,7 +246,8 @@ impl Shim {
                 Err(error) => eprintln!("host-kvm-shim: the SoC's answer is refused: {error}"),
             }
             for wake in poller.wait(None)? {
-                if wake == Wake::Lost
+                // Not every loss of a link is told. Nobody waits for the load that it takes to see one.
+                if matches!(wake, Wake::Lost | Wake::Tick)
                     && let Err(bus) = offer.function.check()
                 {
                     return Ok(Err(bus.to_string()));

@@ -82,6 +82,8 @@ struct Pulse {
 
 /// A heartbeat that stands still so long is lost.
 const SILENCE: Duration = Duration::from_secs(10);
+/// A heartbeat that stands still so long makes the function be looked at.
+const SUSPICION: Duration = Duration::from_secs(3);
 /// Events that wait for room in the ring; log records beyond are dropped.
 const BACKLOG: usize = 256;
 
@@ -177,6 +179,7 @@ impl<'a, F: HostFunction + 'static> Session<'a, F> {
                     self.server.beat();
                     self.rest();
                     self.feel_pulse();
+                    self.look_at_function()?;
                 }
                 Wake::Eoi(gsi) => self.report(Event::Eoi { gsi }),
             }
@@ -318,6 +321,15 @@ impl<F: HostFunction + 'static> Session<'_, F> {
             self.pulse.paused = Some(machine.pause(api_channel::call::VCPU_ALL).unwrap_or_default());
             self.log(Level::Error, "the lease is over: the VM is paused (soc-lost)");
         }
+    }
+
+    /// A SoC that has been silent for a while may be one that can't be reached: not every loss of a link is told. This load goes
+    /// across the bus, so it is made only then.
+    fn look_at_function(&self) -> Result<(), Stop> {
+        if self.pulse.changed.elapsed() < SUSPICION {
+            return Ok(());
+        }
+        self.offer.function.check().map_err(|bus| Stop::End(End::Lost(bus.to_string())))
     }
 
     /// The SoC has shown itself: what was suspended because it did not goes on.

@@ -159,8 +159,9 @@ impl<F: HostFunction + 'static> Machine<F> {
                 return Err(Refusal::argument("the first set of memslots is empty".into()));
             }
             self.slots.replace(&self.vm, wanted, &self.rams, &mut self.harvest)?;
+            // A VM that is left half made by an error can only be destroyed.
             self.create_chips()?;
-            return self.create_vcpus(host, offer);
+            return self.create_vcpus(host, offer).inspect_err(|_| self.vcpus.clear());
         }
         self.with_vcpus_out(|this| this.slots.replace(&this.vm, wanted, &this.rams, &mut this.harvest))
     }

@@ -161,12 +161,6 @@ impl Soc {
         }
     }
 
-    /// The words that the host writes.
-    pub fn host_lines(&self) -> Window {
-        let region = regions::find(&self.regions, RegionType::HOST_LINES, 0, 0).unwrap();
-        regions::window(&self.function.card_memory(), &region).unwrap()
-    }
-
     /// Does a call, and serves exits meanwhile.
     pub fn call(&mut self, call: &Call) -> Reply {
         self.call_within(call, 0)
