@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use testbed::bed::{Bed, BedConfig, SHIM};
+use testbed::bed::{Bed, BedConfig, GUEST_RAM, SHIM};
 use testbed::guest;
 use testbed::machine::Error;
 use testbed::protocol::Status;
@@ -174,7 +174,7 @@ fn footprint(bed: &Bed, figures: &mut Figures) -> Result<(), Error> {
         let memory = bed.server.memory(shim.pid)?;
         let threads = bed.server.threads(shim.pid)?;
         let count = u32::try_from(threads.len()).unwrap_or(u32::MAX);
-        figures.add("shim.private", memory.private_kib() as f64, "KiB");
+        figures.add("shim.private", memory.private_kib_without(GUEST_RAM) as f64, "KiB");
         figures.add("shim.page_tables", memory.page_tables as f64, "KiB");
         figures.add("shim.threads", f64::from(count), "");
     }
@@ -216,7 +216,7 @@ fn shown(figures: &Figures) -> String {
     ];
     let cost = [
         head(&["on the host", ""]),
-        row(&["shim's private memory, KiB", "shim.private"]),
+        row(&["shim's memory without the guest's, KiB", "shim.private"]),
         row(&["its page tables, KiB", "shim.page_tables"]),
         row(&["its threads", "shim.threads"]),
     ];

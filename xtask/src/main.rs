@@ -25,7 +25,6 @@ struct Cli {
 #[derive(Subcommand)]
 enum Task {
     /// The main job, end to end: a guest on an emulated server, its VMM on the DPU's SoC.
-    #[command(hide = true)]
     Demo(demo::Demo),
     /// Fetch what is missing and run what CI runs.
     Test {

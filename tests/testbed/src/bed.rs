@@ -11,6 +11,9 @@ use crate::{build, guest};
 
 /// Where the shim lies in the server.
 pub const SHIM: &str = "/bin/host-kvm-shim";
+/// What a guest's RAM is called among the mappings of its shim. The kernel counts it as the shim's private memory, since the card
+/// reaches it by other means than a mapping.
+pub const GUEST_RAM: &str = "memfd:outboard-ram";
 /// Where soc-vmm lies in the SoC.
 pub const SOC_VMM: &str = "/bin/soc-vmm";
 /// Where the guest's kernel lies in the SoC.

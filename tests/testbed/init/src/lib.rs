@@ -304,6 +304,12 @@ pub struct Thread {
 }
 
 impl Memory {
+    /// All private memory in KiB, but for mappings whose name holds `left_out`.
+    #[must_use]
+    pub fn private_kib_without(&self, left_out: &str) -> u64 {
+        self.private.iter().filter(|mapping| !mapping.name.contains(left_out)).map(|mapping| mapping.kib).sum()
+    }
+
     /// All private memory in KiB.
     #[must_use]
     pub fn private_kib(&self) -> u64 {
