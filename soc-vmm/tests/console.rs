@@ -33,10 +33,30 @@ fn main() {
         ("the_end_of_input_ends_nothing", the_end_of_input_ends_nothing),
         ("a_pipe_has_no_commands", a_pipe_has_no_commands),
     ];
-    for (name, case) in cases {
+    run(&cases);
+}
+
+/// Runs what the arguments name, or lists it: as much of the test harness's command line as its runners use.
+fn run(cases: &[(&str, fn())]) {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let given = |option: &str| arguments.iter().any(|argument| argument == option);
+    let mut names = arguments.iter().filter(|argument| !argument.starts_with('-') && *argument != "terse").peekable();
+    let all = names.peek().is_none();
+    let names: Vec<&String> = names.collect();
+    let named =
+        |case: &str| names.iter().any(|name| if given("--exact") { case == *name } else { case.contains(*name) });
+    // None is ignored by default.
+    let chosen: Vec<_> = cases.iter().filter(|(case, _)| !given("--ignored") && (all || named(case))).collect();
+    if given("--list") {
+        chosen.iter().for_each(|(name, _)| println!("{name}: test"));
+        return;
+    }
+    for (name, case) in &chosen {
         case();
         println!("test {name} ... ok");
     }
+    let left = cases.len() - chosen.len();
+    println!("\ntest result: ok. {} passed; 0 failed; 0 ignored; 0 measured; {left} filtered out", chosen.len());
 }
 
 /// The other side of a test: a console on standard input and output. It ends as `end` says, once it got a key.
