@@ -1,6 +1,7 @@
 //! A function's whole life at the shim: offered, connected, lost, offered again; and the VM that outlives its SoC for a lease.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -13,7 +14,7 @@ use crate::bootstrap::Offer;
 use crate::error::ServeError;
 use crate::host::Host;
 use crate::poller::{Poller, Wake};
-use crate::vm::Machine;
+use crate::vm::{Machine, Notices};
 
 /// How a shim behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,6 +225,10 @@ impl Shim {
         }
         if offer.state == State::Running {
             offer.go(State::Quiesced);
+        }
+        // What a held VM's vCPUs have to say is no reason to end another SoC's connection.
+        if let Ok(notices) = Notices::new() {
+            offer.notices = Arc::new(notices);
         }
         let now = Instant::now();
         let (vcpus, until) = (machine.vcpus(), now.checked_add(self.options.lease));
