@@ -40,6 +40,8 @@ pub(crate) struct Session<'a, F: HostFunction> {
     pulse: Pulse,
     /// Whether calls came since the last tick, and since memory was given back.
     busy: [bool; 2],
+    /// More calls wait, perhaps.
+    more: bool,
     /// The shim ends once the VM is gone.
     shutting_down: bool,
     /// A VM was created and destroyed.
@@ -84,6 +86,8 @@ struct Pulse {
 const SILENCE: Duration = Duration::from_secs(10);
 /// A heartbeat that stands still so long makes the function be looked at.
 const SUSPICION: Duration = Duration::from_secs(3);
+/// Calls that are served before everything else has its turn: a SoC that never stops calling holds nothing up.
+const A_TURN: usize = 64;
 /// Events that wait for room in the ring; log records beyond are dropped.
 const BACKLOG: usize = 256;
 
@@ -113,6 +117,7 @@ impl<'a, F: HostFunction + 'static> Session<'a, F> {
             bulk_wait: None,
             pulse,
             busy: [true; 2],
+            more: false,
             shutting_down: false,
             ended_one: false,
         }
@@ -198,13 +203,21 @@ impl<'a, F: HostFunction + 'static> Session<'a, F> {
 
     /// How long nothing need be looked at without being woken.
     fn patience(&self) -> Option<Duration> {
+        if self.more {
+            return Some(Duration::ZERO);
+        }
         let deadline = self.pausing.as_ref().and_then(|pausing| pausing.deadline);
         let left = deadline.map(|d| d.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
         [self.bulk_wait, left].into_iter().flatten().min()
     }
 
     fn take_calls(&mut self) -> Result<(), Stop> {
-        while let Some((asked, call)) = self.server.poll()? {
+        self.more = true;
+        for _ in 0..A_TURN {
+            let Some((asked, call)) = self.server.poll()? else {
+                self.more = false;
+                break;
+            };
             self.bulk_wait = None;
             self.sent = true;
             self.soc_lives();
