@@ -10,6 +10,7 @@ use crate::contender::{Entrant, Qemu, with_sources};
 use crate::exit_read_polling;
 use crate::figure::Figure;
 use crate::host::{Clock, Host};
+use crate::idle;
 use crate::record::{Record, today};
 
 const USAGE: &str = "usage: bench [NAME…] [--json FILE] [--record] [--runs N] [--soc-vmm FILE]";
@@ -92,12 +93,18 @@ impl Command {
                 figures.push(figure.map_err(|error| with_sources(&error))?);
             }
         }
+        for name in idle::NAMES.into_iter().filter(|name| self.wanted(name)) {
+            figures.push(idle::measure(name, &self.soc_vmm, self.runs).unwrap_or_else(|error| Figure {
+                skipped: Some(with_sources(&error)),
+                ..Figure::empty(name, idle::unit(name), 0)
+            }));
+        }
         Ok(figures)
     }
 
     fn skip_all(&self, why: &str) -> Vec<Figure> {
         let wanted = figures().into_iter().filter(|name| self.wanted(name));
-        wanted.map(|name| Figure { skipped: Some(why.to_owned()), ..Figure::empty(name, "ns", 0) }).collect()
+        wanted.map(|name| Figure { skipped: Some(why.to_owned()), ..Figure::empty(name, unit(name), 0) }).collect()
     }
 
     fn keep(&self, figures: Vec<Figure>) -> Result<(), String> {
@@ -115,7 +122,12 @@ impl Command {
 
 /// Every figure's name.
 pub fn figures() -> Vec<&'static str> {
-    [Privilege::Cpl0, Privilege::Cpl3].map(exit_read_polling::name).to_vec()
+    let exits = [Privilege::Cpl0, Privilege::Cpl3].map(exit_read_polling::name);
+    exits.into_iter().chain(idle::NAMES).collect()
+}
+
+fn unit(figure: &str) -> &'static str {
+    if idle::NAMES.contains(&figure) { idle::unit(figure) } else { "ns" }
 }
 
 fn one_line(figure: &Figure) -> String {

@@ -6,4 +6,5 @@ pub mod contender;
 pub mod exit_read_polling;
 pub mod figure;
 pub mod host;
+pub mod idle;
 pub mod record;
