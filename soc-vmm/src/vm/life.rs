@@ -54,7 +54,6 @@ pub(super) struct Vm<F: SocFunction> {
     acpi: AcpiHandle,
     worker: Serving,
     guest: Receiver<GuestEvent>,
-    notices: Receiver<Notice>,
     counters: Arc<Counters>,
     crossings: Arc<Crossings>,
 }
@@ -106,7 +105,7 @@ impl<F: SocFunction> Vm<F> {
     /// Builds the VM behind `link`, everything loaded, nothing running. Where it fails or is cancelled, the host has part of a VM.
     pub(super) async fn build(
         link: &Link<F>,
-        (channel, notices): (Channel<F>, Receiver<Notice>),
+        channel: Channel<F>,
         crossings: Arc<Crossings>,
         blueprint: Blueprint<'_>,
     ) -> Result<Self, LifeError> {
@@ -163,8 +162,7 @@ impl<F: SocFunction> Vm<F> {
             commands: receiver,
         };
         let worker = worker.start(commands).map_err(LifeError::Thread)?;
-        let vm =
-            Self { host, plan, pristine, signature, acpi: machine.acpi, worker, guest, notices, counters, crossings };
+        let vm = Self { host, plan, pristine, signature, acpi: machine.acpi, worker, guest, counters, crossings };
         vm.start_state().await?;
         Ok(vm)
     }
@@ -201,32 +199,43 @@ impl<F: SocFunction> Vm<F> {
     }
 
     /// Keeps the VM until it ends; how it ended.
-    pub(super) async fn live(mut self, mut control: VmControl, paused: bool) -> Result<ExitStatus, Failure> {
-        if !paused {
-            self.host.run().await.map_err(|e| LifeError::Call(e).failure())?;
-            control.started();
-        }
-        let ended = loop {
-            tokio::select! {
-                order = control.next() => match order {
-                    Some(order) => if let Some(status) = self.obey(order, &mut control).await { break Ok(status) },
-                    None => break Ok(ExitStatus::Done),
-                },
-                Some(event) = self.guest.recv() => match self.hear(event, &mut control).await {
-                    Ok(None) => {}
-                    Ok(Some(status)) => break Ok(status),
-                    Err(failure) => break Err(failure),
-                },
-                Some(notice) = self.notices.recv() => if let Err(failure) = Self::note(notice) {
-                    break Err(failure);
-                },
+    pub(super) async fn live(
+        mut self,
+        mut notices: Receiver<Notice>,
+        mut control: VmControl,
+        paused: bool,
+    ) -> Result<ExitStatus, Failure> {
+        let started = if paused { Ok(()) } else { self.host.run().await };
+        let ended = match started {
+            Ok(()) => {
+                if !paused {
+                    control.started();
+                }
+                self.keep(&mut notices, &mut control).await
             }
+            Err(error) => Err(LifeError::Call(error).failure()),
         };
         if ended.is_err() {
             control.ends(ShutdownCause::HostError);
         }
         self.end().await;
         ended
+    }
+
+    /// Does what is asked for until the VM is to end.
+    async fn keep(&mut self, notices: &mut Receiver<Notice>, control: &mut VmControl) -> Result<ExitStatus, Failure> {
+        loop {
+            tokio::select! {
+                order = control.next() => match order {
+                    Some(order) => if let Some(status) = self.obey(order, control).await { return Ok(status) },
+                    None => return Ok(ExitStatus::Done),
+                },
+                Some(event) = self.guest.recv() => if let Some(status) = self.hear(event, control).await? {
+                    return Ok(status);
+                },
+                Some(notice) = notices.recv() => Self::note(notice)?,
+            }
+        }
     }
 
     async fn obey(&self, order: Order, control: &mut VmControl) -> Option<ExitStatus> {

@@ -105,15 +105,16 @@ impl Use for Setup<'_> {
             () = told_to_quit(&mut self.control) => return Ok(ExitStatus::Done),
         };
         let (link, end) = opened.map_err(|e| LifeError::from(e).failure())?;
+        // The channel carries for as long as its notices are taken.
         let (channel, notices) = end.listen();
         let built = tokio::select! {
-            built = Vm::build(&link, (channel.clone(), notices), crossings, self.blueprint) => Some(built),
+            built = Vm::build(&link, channel.clone(), crossings, self.blueprint) => Some(built),
             () = told_to_quit(&mut self.control) => None,
         };
         let ended = match built {
             Some(Ok(vm)) => {
                 drop((link, channel));
-                return vm.live(self.control, paused).await;
+                return vm.live(notices, self.control, paused).await;
             }
             Some(Err(error)) => Err(error.failure()),
             None => Ok(ExitStatus::Done),

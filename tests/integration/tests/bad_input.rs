@@ -257,10 +257,11 @@ fn a_name_that_is_taken() {
         return;
     }
     let trial = Trial::default();
-    let mut first = trial.vm("first", &endless(), &["--name", "web", "--paused"]);
+    let name = trial.name("web");
+    let mut first = trial.vm("first", &endless(), &["--name", &name, "--paused"]);
     trial.becomes("first", "prelaunch");
-    let second = trial.vm("second", &endless(), &["--name", "web"]).wait(MOST);
-    one_line("a name in use", &second, 4, &["--name", "web"]);
+    let second = trial.vm("second", &endless(), &["--name", &name]).wait(MOST);
+    one_line("a name in use", &second, 4, &["--name", &name]);
     let qmp = format!("unix:{}", trial.at("first.qmp"));
     let third = trial.vm("third", &endless(), &["--qmp", &qmp]).wait(MOST);
     one_line("a QMP socket in use", &third, 2, &["--qmp", &trial.at("first.qmp"), "in use"]);

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use integration::hostile::{Running, Trial, free_of_trouble, one_line, wait_until};
 use integration::{kvm, test_name};
@@ -81,14 +81,14 @@ fn a_shim_of_its_own_ends_with_a_killed_soc_vmm() {
         return;
     }
     let trial = Trial::default();
-    let mut vm = trial.vm("vm", &endless(), &["--name", "vm"]);
+    let mut vm = trial.vm("vm", &endless(), &[]);
     trial.becomes("vm", "running");
     assert_eq!(vm.children().len(), 1);
     vm.signal(Signal::SIGKILL);
     vm.wait(SOON);
     wait_until("the shim is gone", SOON, || trial.processes().is_empty());
     // What the dead process could not remove is no obstacle to its successor, which does.
-    let mut next = trial.vm("vm", &short(), &["--name", "vm"]);
+    let mut next = trial.vm("vm", &short(), &[]);
     assert_eq!(next.wait(MOST).status.code(), Some(PASSED));
     trial.leaves_nothing("a VM after a killed one");
 }
@@ -147,17 +147,16 @@ fn a_lease_that_is_over_pauses_the_vm() {
     if !kvm(&test_name()) {
         return;
     }
-    let (trial, mut shim, function) = listening("2s");
+    let (trial, mut shim, function) = listening("6s");
     // It needs nothing of the SoC: it runs on while it is held.
     let payload = payloads::hot::busy(Privilege::Cpl0).expect("the payload assembles");
     let mut vm = trial.vm("vm", &payload, &["--function", &function]);
     trial.becomes("vm", "running");
     vm.signal(Signal::SIGKILL);
     vm.wait(SOON);
-    shim.says("held for 2 s", SOON);
+    shim.says("held for 6 s", SOON);
     let before = shim.cpu_time();
-    std::thread::sleep(Duration::from_secs(1));
-    assert!(shim.cpu_time() - before > Duration::from_millis(100), "the held VM does not run");
+    wait_until("the held VM runs", Duration::from_secs(5), || shim.cpu_time() - before > Duration::from_millis(100));
     shim.says("paused (soc-lost)", SOON);
     // The pause takes a moment.
     std::thread::sleep(Duration::from_millis(500));
@@ -223,6 +222,27 @@ fn goes_on(trial: &Trial, name: &str) {
 }
 
 #[test]
+fn a_vm_that_is_ended_while_it_is_built_is_not_held() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let (trial, mut shim, function) = listening("5m");
+    for i in 0..20 {
+        let mut vm = trial.vm("vm", &endless(), &["--function", &function]);
+        wait_until("it runs its own code", SOON, || trial.path("vm.qmp").exists());
+        std::thread::sleep(Duration::from_millis(i * 3));
+        vm.signal(Signal::SIGTERM);
+        let ended = vm.wait(SOON);
+        free_of_trouble("a VM that is ended early", &ended);
+        assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""), "round {i}");
+    }
+    assert!(!shim.stderr().contains("held"), "{}", shim.stderr());
+    let mut next = trial.vm("next", &short(), &["--function", &function]);
+    assert_eq!(next.wait(MOST).status.code(), Some(PASSED), "{}", next.stderr());
+    assert!(shim.runs());
+}
+
+#[test]
 fn nothing_leaks_however_vms_end() {
     const ROUNDS: u32 = 50;
     if !kvm(&test_name()) {
@@ -231,7 +251,7 @@ fn nothing_leaks_however_vms_end() {
     let (trial, mut shim, function) = listening("0");
     let payload = payloads::smp::halted(2).expect("the payload assembles");
     let round = |i: u32| {
-        let mut vm = trial.vm("vm", &payload, &["--function", &function, "--name", "vm"]);
+        let mut vm = trial.vm("vm", &payload, &["--function", &function]);
         // Everywhere in a VM's life, also before it runs.
         if i.is_multiple_of(2) {
             trial.becomes("vm", "running");
@@ -241,21 +261,12 @@ fn nothing_leaks_however_vms_end() {
         vm.signal(if i.is_multiple_of(5) { Signal::SIGTERM } else { Signal::SIGKILL });
         vm.wait(SOON);
     };
+    let at_rest = shim.holds_at_rest();
     (0..4).for_each(round);
-    let count = |shim: &Running| (shim.descriptors(), shim.proc_status("Threads"));
-    let settle = |shim: &Running| {
-        let start = Instant::now();
-        let mut least = count(shim);
-        while start.elapsed() < Duration::from_secs(3) && least.1 > 1 {
-            least = least.min(count(shim));
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        least
-    };
-    let (before, memory) = (settle(&shim), shim.proc_status("VmRSS"));
+    shim.holds_again(at_rest);
+    let memory = shim.proc_status("VmRSS");
     (0..ROUNDS).for_each(round);
-    let after = settle(&shim);
-    assert_eq!(before, after, "descriptors and threads of the shim");
+    shim.holds_again(at_rest);
     let grown = shim.proc_status("VmRSS").saturating_sub(memory);
     assert!(grown < 512, "the shim has grown by {grown} KiB in {ROUNDS} rounds");
     assert!(shim.runs());

@@ -1,6 +1,7 @@
 //! A SoC that lies, against the real shim: calls are refused or the connection ends, and the shim serves the next one. A VM on
 //! another shim of the same host computes on, exactly.
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use integration::hostile::{Dice, HostileSoc, Running, Stage, Trial, free_of_trou
 use integration::soc::{Answer, Board, Shape, Soc};
 use integration::{kvm, test_name};
 use ioreq_ring::{BusMemory, Completion};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, send, socket};
 use payloads::counter::{self, Each, Model};
 use payloads::{EXIT_PASS, Privilege, ports};
 
@@ -20,47 +22,26 @@ const MOST: Duration = Duration::from_secs(60);
 struct Victim {
     trial: Trial,
     shim: Running,
-    before: (usize, u64),
+    /// What it holds while it waits for a SoC.
+    at_rest: (usize, u64),
 }
 
 impl Victim {
     fn new() -> Self {
         let trial = Trial::default();
         let shim = trial.listening_shim("function", &["--lease", "0"]);
-        let count = || (shim.descriptors(), shim.proc_status("Threads"));
-        let mut before = count();
-        loop {
-            // It listens before it has done all that it does before it waits.
-            std::thread::sleep(Duration::from_millis(100));
-            let now = count();
-            if now == before {
-                break;
-            }
-            before = now;
-        }
-        Self { trial, shim, before }
+        let at_rest = shim.holds_at_rest();
+        Self { trial, shim, at_rest }
     }
 
     fn dial(&self) -> HostileSoc {
         HostileSoc::dial(&self.trial.path("function"))
     }
 
-    /// Descriptors and threads, once nothing of a VM is left.
-    fn settled(&self) -> (usize, u64) {
-        let start = Instant::now();
-        loop {
-            let now = (self.shim.descriptors(), self.shim.proc_status("Threads"));
-            if now == self.before || start.elapsed() > Duration::from_secs(10) {
-                return now;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
     /// # Panics
     /// The shim is worse off than it was.
     fn check(mut self) {
-        assert_eq!(self.settled(), self.before, "descriptors and threads");
+        self.shim.holds_again(self.at_rest);
         let function = format!("unix:{}", self.trial.at("function"));
         let payload = payloads::pio::pio(Privilege::Cpl0).expect("the payload assembles");
         let ended = self.trial.vm("vm", &payload, &["--function", &function]).wait(MOST);
@@ -191,6 +172,41 @@ fn words_of_the_channel_that_are_none() {
         // Its own words may keep it from being answered: the shim is well if it serves the next.
         drop(soc);
     }
+    victim.check();
+}
+
+/// Connects to the shim's socket without a SoC's end behind it.
+fn raw_client(victim: &Victim) -> OwnedFd {
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
+    let path = victim.trial.path("function");
+    connect(socket.as_raw_fd(), &UnixAddr::new(&path).expect("a short path")).expect("the shim listens");
+    socket
+}
+
+#[test]
+fn clients_that_are_no_soc() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let mut victim = Victim::new();
+    let mut dice = Dice::new(5);
+    for round in 0..20 {
+        let client = raw_client(&victim);
+        for _ in 0..dice.below(4) {
+            let len = *dice.one(&[0, 1, 8, 47, 48, 49, 4096]);
+            let mut packet = dice.bytes(len);
+            if round % 2 == 0 && len >= 16 {
+                packet[..8].copy_from_slice(b"OUTBLOC1");
+                packet[8..16].copy_from_slice(&(1 + dice.below(6)).to_le_bytes());
+            }
+            // The shim may have hung up already.
+            let _ = send(client.as_raw_fd(), &packet, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT);
+        }
+    }
+    // One that says nothing keeps the others waiting, but not for ever.
+    let mute = raw_client(&victim);
+    victim.shim.says("did not do what it was told within 30 s", MOST);
+    drop(mute);
     victim.check();
 }
 

@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ const MARK: &str = "OUTBOARD_TRIAL";
 pub struct Trial {
     directory: TempDir,
     mark: String,
-    started: AtomicU32,
+    started: Mutex<Vec<u32>>,
 }
 
 /// A program of a trial; killed when dropped.
@@ -47,7 +48,7 @@ impl Default for Trial {
         let mark = format!("{}-{}", std::process::id(), TRIALS.fetch_add(1, Ordering::Relaxed));
         let directory = TempDir::new().expect("a temporary directory");
         std::fs::create_dir(directory.path().join("run")).expect("a runtime directory");
-        Self { directory, mark, started: AtomicU32::new(0) }
+        Self { directory, mark, started: Mutex::default() }
     }
 }
 
@@ -80,8 +81,10 @@ impl Trial {
         let qmp = format!("unix:{}", self.at(&format!("{name}.qmp")));
         let cpus = payload.vcpus.to_string();
         let debugcon = format!("file:{}", self.at(&format!("{name}.debugcon")));
+        let own = self.name(name);
+        let named: &[&str] = if more.contains(&"--name") { &[] } else { &["--name", &own] };
         let all = ["run", option, &image, "--cpus", &cpus, "--memory", "64M", "--serial", "null", "--debug-exit"];
-        self.soc_vmm(&[&all[..], &["--qmp", &qmp, "--debugcon", &debugcon], more].concat())
+        self.soc_vmm(&[&all[..], &["--qmp", &qmp, "--debugcon", &debugcon], named, more].concat())
     }
 
     /// What `soc-vmm status --json` says of a VM of [`Trial::vm`]; `None` while it doesn't answer.
@@ -96,9 +99,16 @@ impl Trial {
     /// # Panics
     /// It isn't within a minute.
     pub fn becomes(&self, name: &str, state: &str) {
-        wait_until(&format!("{name} is {state}"), Duration::from_secs(60), || {
-            self.status(name).is_some_and(|status| status["status"] == state)
-        });
+        let start = Instant::now();
+        while self.status(name).is_none_or(|status| status["status"] != state) {
+            let last = self.started.lock().expect("no panic holds it").len() - 1;
+            let said = std::fs::read_to_string(self.path(&format!("stderr-{last}"))).unwrap_or_default();
+            assert!(
+                start.elapsed() < Duration::from_secs(60),
+                "{name} never is {state}; who started last said: {said}"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// How many port accesses of a VM were served so far.
@@ -119,14 +129,14 @@ impl Trial {
     pub fn listening_shim(&self, name: &str, more: &[&str]) -> Running {
         let function = format!("unix:{}", self.at(name));
         let shim = self.shim(&[&["--function", &function], more].concat());
-        let path = self.path(name);
-        wait_until("the shim listens", Duration::from_secs(30), || path.exists());
+        wait_until("the shim listens", Duration::from_secs(30), || is_listened_on(&self.at(name)));
         shim
     }
 
     /// Starts a command as a program of this trial.
     pub fn start(&self, command: &mut Command) -> Running {
-        let stderr = self.path(&format!("stderr-{}", self.started.fetch_add(1, Ordering::Relaxed)));
+        let mut started = self.started.lock().expect("no panic holds it");
+        let stderr = self.path(&format!("stderr-{}", started.len()));
         let child = command
             .env("XDG_RUNTIME_DIR", self.path("run"))
             .env("RUST_BACKTRACE", "1")
@@ -136,6 +146,7 @@ impl Trial {
             .stderr(File::create(&stderr).expect("a file for standard error"))
             .spawn()
             .expect("the program starts");
+        started.push(child.id());
         Running { child, stderr }
     }
 
@@ -157,8 +168,41 @@ impl Trial {
     pub fn leaves_nothing(&self, what: &str) {
         // A process that was killed goes a moment after its parent knows.
         wait_until(&format!("{what}: every process is gone"), Duration::from_secs(15), || self.processes().is_empty());
-        let left = files_below(&self.path("run"));
+        let left = self.left_in_runtime_directory();
         assert!(left.is_empty(), "{what} left {left:?}");
+    }
+}
+
+impl Trial {
+    /// A VM's name that no other test uses: root's VMs are all in one place.
+    pub fn name(&self, name: &str) -> String {
+        format!("{}-{name}", self.mark)
+    }
+
+    /// Control sockets and state directories of the trial's VMs that are there.
+    fn left_in_runtime_directory(&self) -> Vec<PathBuf> {
+        let directory = match nix::unistd::geteuid().is_root() {
+            true => PathBuf::from("/run/outboard"),
+            false => self.path("run/outboard"),
+        };
+        let started = self.started.lock().expect("no panic holds it");
+        let unnamed = started.iter().map(|pid| format!("vm-{pid}."));
+        let ours: Vec<_> = unnamed.chain([format!("{}-", self.mark)]).collect();
+        let entries = std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+        let is_ours = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            ours.iter().any(|prefix| name.starts_with(prefix))
+        };
+        entries.filter(is_ours).collect()
+    }
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        // What killed programs could not remove.
+        for path in self.left_in_runtime_directory() {
+            let _ = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        }
     }
 }
 
@@ -238,9 +282,34 @@ impl Running {
             .collect()
     }
 
-    /// How many descriptors it has open.
-    pub fn descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).map_or(0, Iterator::count)
+    /// What it holds: descriptors and threads.
+    fn holds(&self) -> (usize, u64) {
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).map_or(0, Iterator::count);
+        (descriptors, self.proc_status("Threads"))
+    }
+
+    /// What it holds once that changes no more, as when it has started and waits.
+    pub fn holds_at_rest(&self) -> (usize, u64) {
+        let mut last = self.holds();
+        loop {
+            std::thread::sleep(Duration::from_millis(200));
+            let now = self.holds();
+            if now == last {
+                return now;
+            }
+            last = now;
+        }
+    }
+
+    /// # Panics
+    /// It doesn't come back to holding `what` soon.
+    pub fn holds_again(&self, what: (usize, u64)) {
+        let start = Instant::now();
+        while self.holds() != what {
+            let now = self.holds();
+            assert!(start.elapsed() < Duration::from_secs(20), "descriptors and threads: {now:?}, at first {what:?}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 
@@ -249,6 +318,16 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Whether somebody listens on a path; the socket that a killed program left there is none.
+fn is_listened_on(path: &str) -> bool {
+    // Number, references, protocol, flags, type, state, inode, path; flag 0x10000: it listens.
+    let sockets = std::fs::read_to_string("/proc/net/unix").expect("/proc");
+    sockets.lines().any(|line| {
+        let mut fields = line.split_whitespace().skip(3);
+        fields.next() == Some("00010000") && fields.last() == Some(path)
+    })
 }
 
 /// # Panics
@@ -278,14 +357,4 @@ pub fn wait_until(what: &str, most: Duration, condition: impl Fn() -> bool) {
         assert!(start.elapsed() < most, "{what}: not within {most:?}");
         std::thread::sleep(Duration::from_millis(5));
     }
-}
-
-/// Everything below a directory that is no directory itself, and state directories.
-fn files_below(path: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
-    let found = |path: PathBuf| match path.is_dir() && path.extension().is_none() {
-        true => files_below(&path),
-        false => vec![path],
-    };
-    entries.flat_map(found).collect()
 }
