@@ -138,6 +138,15 @@ pub trait SocFunction: std::fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// It doesn't, and why.
     fn check(&self) -> Result<(), BusError>;
+
+    /// As [`SocFunction::check`], for who waits for a host: a host's program resets the function as it opens it, so a function
+    /// through which nothing was transferred yet takes the generation that is in force now.
+    ///
+    /// # Errors
+    /// As [`SocFunction::check`].
+    fn renew(&self) -> Result<(), BusError> {
+        self.check()
+    }
 }
 
 /// Why a function can't be opened or used.

@@ -299,4 +299,8 @@ impl<F: SocFunction> SocFunction for ModelledSoc<F> {
     fn check(&self) -> Result<(), BusError> {
         self.inner.check()
     }
+
+    fn renew(&self) -> Result<(), BusError> {
+        self.inner.renew()
+    }
 }

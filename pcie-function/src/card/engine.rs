@@ -74,6 +74,15 @@ impl Queue {
         Self { memory, iova, generation, submitted: 0, reaped: 0, posted: 0, fault: None }
     }
 
+    /// Has every descriptor carry `generation`, unless there were some already; whether it does.
+    pub(super) fn begin_with(&mut self, generation: u32) -> bool {
+        let unused = self.submitted == 0;
+        if unused {
+            self.generation = generation;
+        }
+        unused
+    }
+
     /// Stores `data` in host memory, in order with everything posted. At most 64 bytes go as one line.
     pub(super) fn store(&mut self, bell: &impl Bell, host: Iova, data: &[u8]) {
         for (at, piece) in (0..).step_by(BOUNCE).zip(data.chunks(BOUNCE)) {

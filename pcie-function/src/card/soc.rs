@@ -2,11 +2,11 @@
 //!
 //! [`SocCard`] is the driver: identity, DMA queue, vectors, loss. A [`Transport`] is how it reaches registers and gives the card memory: mapped BARs
 //! (`vfio`), or messages to a card in another process. Everything that crosses to the host goes through the DMA queue. A function that was
-//! reset stays stale: open it anew.
+//! reset once it was used stays stale: open it anew.
 
 use std::fmt::Debug;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -91,7 +91,8 @@ struct Shared<T> {
     // Dropped before the queue: its end takes the queue's memory from the card.
     transport: T,
     queue: Mutex<Queue>,
-    generation: u32,
+    /// The queue's.
+    generation: AtomicU32,
 }
 
 impl<T: Transport> SocCard<T> {
@@ -116,7 +117,7 @@ impl<T: Transport> SocCard<T> {
         // Last: what changes from here on is told by the event.
         let generation = State::read(&transport)?.generation;
         let queue = Mutex::new(Queue::new(memory, iova, generation));
-        let shared = Arc::new(Shared { transport, queue, generation });
+        let shared = Arc::new(Shared { transport, queue, generation: AtomicU32::new(generation) });
         Ok(Self { card, shared, bells, event, lost, vectors: identity.vectors })
     }
 }
@@ -157,7 +158,7 @@ impl<T: Transport> SocFunction for SocCard<T> {
     }
 
     fn generation(&self) -> u32 {
-        self.shared.generation
+        self.shared.generation.load(Ordering::Relaxed)
     }
 
     fn lost_event(&self) -> BorrowedFd<'_> {
@@ -173,11 +174,24 @@ impl<T: Transport> SocFunction for SocCard<T> {
         let state = cleared.and_then(|()| State::read(transport)).map_err(|_| BusError::Gone)?;
         if !state.link || !transport.is_there() {
             Err(BusError::Gone)
-        } else if state.generation != self.shared.generation {
+        } else if state.generation != self.generation() {
             Err(BusError::Stale)
         } else {
             self.shared.queue().fault().map_or(Ok(()), Err)
         }
+    }
+
+    fn renew(&self) -> Result<(), BusError> {
+        match self.check() {
+            Err(BusError::Stale) => {}
+            carries => return carries,
+        }
+        let now = State::read(&self.shared.transport).map_err(|_| BusError::Gone)?.generation;
+        if !self.shared.queue().begin_with(now) {
+            return Err(BusError::Stale);
+        }
+        self.shared.generation.store(now, Ordering::Relaxed);
+        self.check()
     }
 }
 

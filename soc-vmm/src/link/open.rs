@@ -106,7 +106,7 @@ impl<F: SocFunction> Link<F> {
         let bell = Bell::new(function.doorbell(Doorbell::Channel))?;
         let deadline = tokio::time::Instant::now() + PATIENCE;
         loop {
-            function.check()?;
+            function.renew()?;
             if let Some(header) = HostHeader::load(card)? {
                 return Ok(header);
             }

@@ -438,6 +438,22 @@ fn vectors_are_lost_on_demand() {
 }
 
 #[test]
+fn a_reset_before_the_first_transfer_is_no_loss() {
+    let bed = Bed::new(1);
+    let (_host, soc) = bed.both(0);
+    let lasts = soc.generation();
+    bed.card.reset(0);
+    assert_eq!(soc.check(), Err(BusError::Stale));
+    soc.renew().unwrap();
+    assert_ne!(soc.generation(), lasts);
+    soc.check().unwrap();
+    // Used: now its generation is its connection's.
+    let _ = soc.write(RAM, &[1; 8]);
+    bed.card.reset(0);
+    assert_eq!(soc.renew(), Err(BusError::Stale));
+}
+
+#[test]
 fn functions_know_nothing_of_each_other() {
     let bed = Bed::new(4);
     let mut pairs: Vec<(Side, CardFunction)> = (0..5).map(|function| bed.both(function)).collect();
