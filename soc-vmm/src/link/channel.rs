@@ -217,13 +217,17 @@ impl<F: SocFunction> ChannelEnd<F> {
             Err(mpsc::error::TrySendError::Closed(_)) => None,
         };
         loop {
-            loop {
+            let mut more = true;
+            for _ in 0..A_TURN {
                 let incoming = match self.shared.state().client.poll() {
                     Ok(incoming) => incoming,
                     Err(broken) => return Some(broken.to_string()),
                 };
                 match incoming {
-                    None => break,
+                    None => {
+                        more = false;
+                        break;
+                    }
                     Some(Incoming::Event(Event::Log { level, text })) => log.record(level, &text),
                     Some(Incoming::Event(Event::Eoi { gsi })) => tracing::trace!(gsi, "end of interrupt"),
                     Some(Incoming::Event(Event::Failed { vcpu, why })) => tell(Notice::Failed { vcpu, why })?,
@@ -237,6 +241,7 @@ impl<F: SocFunction> ChannelEnd<F> {
             }
             tokio::select! {
                 () = self.bell.rung() => {}
+                () = tokio::task::yield_now(), if more => {}
                 () = self.lost.raised() => return Some(self.shared.function.check().err().unwrap_or(BusError::Gone).to_string()),
                 _ = beats.tick() => {
                     let now = {
@@ -266,6 +271,9 @@ impl<F: SocFunction> ChannelEnd<F> {
     }
 }
 
+/// What the host said is taken so many at a time: one that never stops holds nothing else up.
+const A_TURN: usize = 256;
+
 /// Watches the other side's heartbeat.
 #[derive(Debug, Default)]
 struct Heart {
@@ -286,7 +294,98 @@ impl Heart {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread::{JoinHandle, spawn};
+
+    use api_channel::lines::{host, soc};
+    use api_channel::message::{Class, Header, SLOT};
+    use api_channel::{ClientWindows, codec::Writer};
+    use pcie_function::local::{LocalHost, LocalSoc};
+    use pcie_function::{BusMemory, HostFunction, Windowed};
+
     use super::*;
+
+    const EPOCH: u64 = 7;
+    /// So many that who fills the ring may be away for a while.
+    const SLOTS: usize = 1 << 15;
+
+    /// A host whose ring of events is full again whenever it was read.
+    struct Chatterbox {
+        stop: Arc<AtomicBool>,
+        thread: Option<JoinHandle<()>>,
+    }
+
+    impl Chatterbox {
+        fn start() -> (Self, ChannelEnd<LocalSoc>) {
+            use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+            let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
+            let (ours, theirs) = pair.unwrap();
+            let greeting = spawn(|| LocalHost::new(ours).unwrap());
+            let function = LocalSoc::new(theirs).unwrap();
+            let mut host = greeting.join().unwrap();
+            let card = host.card_memory();
+            let (iova, inbox) = host.map_mailbox(0x2000, true).unwrap();
+            let host_lines = card.cut(0x1000, 1024).unwrap();
+            let events = card.cut(0x10_0000, SLOTS * SLOT).unwrap();
+            let windows = ClientWindows {
+                host_lines: host_lines.clone(),
+                replies: card.cut(0x2000, 4096).unwrap(),
+                events: events.clone(),
+                soc_lines: function.remote(iova, 1024),
+                requests: function.remote(iova + 0x1000, 4096),
+                bulk: function.remote(iova, 8),
+            };
+            let client = Client::new(windows, EPOCH);
+            let eoi = Event::Eoi { gsi: 9 };
+            let payload = eoi.encode();
+            let header = Header {
+                opcode: eoi.opcode(),
+                class: Class::Event,
+                length: payload.len() as u32,
+                sequence: 1,
+                status: Status::OK,
+                epoch: EPOCH,
+                extra: 0,
+            };
+            let message = Writer::default().bytes(&header.to_bytes()).bytes(&payload).done();
+            (0..SLOTS).for_each(|slot| events.copy_in(slot * SLOT, &message));
+            host_lines.store(host::EPOCH, EPOCH);
+            let stop = Arc::new(AtomicBool::new(false));
+            let stopped = stop.clone();
+            let thread = spawn(move || {
+                // Until then the function is there.
+                let _host = host;
+                while !stopped.load(Ordering::Relaxed) {
+                    host_lines.store(host::EVENTS_TAIL, inbox.load(soc::EVENTS_HEAD) + SLOTS as u64);
+                }
+            });
+            let end = ChannelEnd::new(Arc::new(function), client).unwrap();
+            (Self { stop, thread: Some(thread) }, end)
+        }
+    }
+
+    impl Drop for Chatterbox {
+        fn drop(&mut self) {
+            self.stop.store(true, Ordering::Relaxed);
+            self.thread.take().map(JoinHandle::join);
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_host_that_never_stops_talking_is_left_when_nobody_listens() {
+        let (_host, end) = Chatterbox::start();
+        let (channel, notices) = end.listen();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(channel.order(&Call::Ping), Ok(()));
+        drop(notices);
+        let left = async {
+            while channel.order(&Call::Kick(0)).is_ok() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), left).await.expect("it still listens");
+        assert!(matches!(channel.order(&Call::Ping), Err(CallError::Over(_))));
+    }
 
     #[test]
     fn silence_begins_after_ten_missed_beats_and_ends_with_the_next() {
