@@ -1,6 +1,9 @@
 //! A whole DPU server: the card, the host server it is plugged into, and, where it is asked for, an Arm SoC on its other
 //! side.
 
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
 use crate::card::{Card, HOST_HOST, HOST_VM, SOC_HOST, SOC_VM};
 use crate::fetch::{self, Arch};
 use crate::machine::{Error, Machine};
@@ -26,6 +29,9 @@ pub const GUEST_INITRD: &str = "/guest/initrd";
 pub fn soc_channel(number: u32) -> String {
     format!("soc-vmm-{number}")
 }
+
+/// How long the shims may take to offer their functions.
+const OFFER_LIMIT: Duration = Duration::from_secs(60);
 
 /// A DPU server to be started.
 #[derive(Clone, Debug)]
@@ -82,20 +88,22 @@ impl BedConfig {
         Ok(())
     }
 
-    /// Starts the card, then the machines.
+    /// Starts the card, then the machines, and waits until the shims offer their functions.
     ///
     /// # Errors
     /// [`Error`].
     pub fn start(&self) -> Result<Bed, Error> {
         let card = Card::start(self.functions)?;
-        Ok(Bed {
+        let bed = Bed {
             server: self.server_on(&card)?.start()?,
             soc: match &self.soc {
                 Some(soc) => Some(soc_on(soc.clone(), &card)?.start()?),
                 None => None,
             },
             card,
-        })
+        };
+        bed.wait_until_offered()?;
+        Ok(bed)
     }
 
     fn server_on(&self, card: &Card) -> Result<ServerConfig, Error> {
@@ -109,6 +117,22 @@ impl BedConfig {
         args.extend(self.shim_args.iter().cloned());
         basics.start.extend([HOST_VM, HOST_HOST].map(|id| Start { id, program: SHIM.to_owned(), args: args.clone() }));
         Ok(server)
+    }
+}
+
+impl Bed {
+    /// A shim resets its function, then maps its mailbox for the card: from then on a SoC that attaches isn't cut off.
+    fn wait_until_offered(&self) -> Result<(), Error> {
+        let end = Instant::now() + OFFER_LIMIT;
+        for number in 0..=self.card.functions() {
+            while !self.card.is_offered(number)? {
+                if Instant::now() >= end {
+                    return Err(self.server.dead(&format!("doesn't offer function {number}")));
+                }
+                sleep(Duration::from_millis(20));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -106,6 +106,17 @@ impl Card {
         Ok(answer.trim_end().to_owned())
     }
 
+    /// Whether the host has memory of function `number` mapped for the card.
+    ///
+    /// # Errors
+    /// As [`Self::control`].
+    pub fn is_offered(&self, number: u32) -> Result<bool, Error> {
+        let answer = self.control(&format!("stats {number}"))?;
+        let stats: serde_json::Value =
+            serde_json::from_str(&answer).map_err(|e| Error::file(self.control_socket())(e.into()))?;
+        Ok(stats["host_mapped_bytes"].as_u64().is_some_and(|bytes| bytes > 0))
+    }
+
     /// The card's control socket.
     #[must_use]
     pub fn control_socket(&self) -> PathBuf {

@@ -412,7 +412,7 @@ impl Machine {
         Error::Call { name: self.name.clone(), request, source }
     }
 
-    fn dead(&self, what: &str) -> Error {
+    pub(crate) fn dead(&self, what: &str) -> Error {
         dead(&self.name, what.to_owned(), &self.console, &self.qemu_log)
     }
 }

@@ -20,6 +20,9 @@ use crate::{build, guest, scratch};
 /// How long a soc-vmm command other than `run` may take.
 const COMMAND_LIMIT: Duration = Duration::from_secs(90);
 
+/// How long to look at a screen before looking whether there is still somebody who prints.
+const SLICE: Duration = Duration::from_millis(500);
+
 /// A VM to be run.
 #[derive(Clone, Debug)]
 pub struct VmConfig {
@@ -98,14 +101,23 @@ impl<'a> Vmm<'a> {
     /// Waits, at most for `limit`, until the guest has printed `text` beyond what was expected before.
     ///
     /// # Errors
-    /// [`Error::Dead`] if it hasn't by then.
+    /// [`Error::Dead`] if it hasn't by then, or can't any more since soc-vmm has ended.
     pub fn expect(&mut self, text: &str, limit: Duration) -> Result<(), Error> {
-        match self.screen.find(text, self.seen, limit) {
-            Some(end) => {
-                self.seen = end;
-                Ok(())
+        let end = Instant::now() + limit;
+        loop {
+            // Looked at before the screen is: what it printed last is there then.
+            let ended = self.ended(Duration::ZERO)?;
+            let slice = end.saturating_duration_since(Instant::now()).min(SLICE);
+            if let Some(at) = self.screen.find(text, self.seen, slice) {
+                self.seen = at;
+                return Ok(());
             }
-            None => Err(self.dead(&format!("didn't print {text:?} within {limit:?}"))),
+            if let Some(status) = ended {
+                return Err(self.dead(&format!("ended ({status:?}) and didn't print {text:?}")));
+            }
+            if Instant::now() >= end {
+                return Err(self.dead(&format!("didn't print {text:?} within {limit:?}")));
+            }
         }
     }
 
@@ -160,11 +172,15 @@ impl<'a> Vmm<'a> {
     /// # Errors
     /// [`Error::Dead`] if it still runs then.
     pub fn wait_for_exit(&mut self, limit: Duration) -> Result<Status, Error> {
-        let status = match &mut self.place {
+        self.ended(limit)?.ok_or_else(|| self.dead(&format!("still runs after {limit:?}")))
+    }
+
+    /// How soc-vmm ended, if it does so within `limit`.
+    fn ended(&mut self, limit: Duration) -> Result<Option<Status>, Error> {
+        Ok(match &mut self.place {
             Place::Native { process, .. } => process.wait(limit).map_err(Error::file(&self.name))?.map(status_of),
             Place::Soc { soc, pid } => soc.control().wait_for_exit(*pid, limit),
-        };
-        status.ok_or_else(|| self.dead(&format!("still runs after {limit:?}")))
+        })
     }
 
     /// Kills soc-vmm, as a crash would.
