@@ -37,6 +37,11 @@ fn real_mode_firmware() {
 }
 
 #[test]
+fn a_level_triggered_line() {
+    passes(&payloads::interrupts::level().unwrap());
+}
+
+#[test]
 fn processors_are_started_and_interrupt_each_other() {
     for vcpus in [2, 8] {
         passes(&payloads::smp::bring_up(vcpus).unwrap());
