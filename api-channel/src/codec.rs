@@ -26,7 +26,7 @@ impl Writer {
         this
     }
 
-    /// Appends bytes as they are; they end the payload.
+    /// Appends bytes as they are.
     #[must_use]
     pub fn bytes(mut self, bytes: &[u8]) -> Self {
         self.0.extend_from_slice(bytes);

@@ -1,7 +1,7 @@
 //! Both ends of the channel over memory on the heap: honest, and with a peer that writes what it likes.
 
 use api_channel::bulk;
-use api_channel::call::{Call, DirtyFetch, Memslot, PostedRange, VCPU_ALL};
+use api_channel::call::{Call, DirtyFetch, HostInfo, Memslot, PciDevice, PostedRange, VCPU_ALL};
 use api_channel::event::Event;
 use api_channel::lines::{host, soc};
 use api_channel::message::MOST_PAYLOAD;
@@ -168,6 +168,35 @@ fn bulk_beyond_what_a_reply_can_have_is_refused_however_large_the_outbox() {
     // The last word of the reply's header: how much bulk there is.
     memory.replies.store(24, bulk::MOST as u64 + 8);
     assert_eq!(client.poll(), Err(ChannelError::Bulk(bulk::MOST as u32 + 8)));
+}
+
+#[test]
+fn the_inventory_of_a_server_full_of_virtual_functions_fits_a_reply() {
+    let device = |n: u32| PciDevice {
+        address: format!("{:04x}:{:02x}:{:02x}.{}", n >> 16, n >> 8 & 0xff, n >> 3 & 0x1f, n & 7),
+        vendor: 0x8086,
+        device: n as u16,
+        class: 0x0002_0000,
+        numa_node: 1,
+    };
+    let text = |text: &str| text.to_owned();
+    let mut info = HostInfo {
+        cpu_model: text("A CPU"),
+        cpu_vendor: text("GenuineIntel"),
+        cpu_flags: "flag ".repeat(10_000),
+        cpus: 512,
+        memory_kib: 1 << 32,
+        kernel: text("6.12"),
+        nodes: vec![],
+        pci: (0..40_000).map(device).collect(),
+    };
+    let bulk = info.encode();
+    assert!((bulk::MOST - 40..=bulk::MOST).contains(&bulk.len()), "{}", bulk.len());
+    let read = HostInfo::decode(&bulk).unwrap();
+    assert!(read.pci.len() > 3000);
+    info.pci.truncate(read.pci.len());
+    info.cpu_flags.truncate(1 << 14);
+    assert_eq!(read, info);
 }
 
 #[test]

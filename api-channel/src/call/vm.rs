@@ -2,6 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::bulk;
 use crate::codec::{Malformed, Reader, Writer};
 
 /// How interrupts get to the guest.
@@ -133,7 +134,7 @@ const TEXT: usize = 1 << 14;
 const MOST: u64 = 4096;
 
 fn put_text(w: Writer, text: &str) -> Writer {
-    w.list(text.as_bytes())
+    w.list(&text.as_bytes()[..text.floor_char_boundary(TEXT)])
 }
 
 fn take_text(r: &mut Reader<'_>) -> Result<String, Malformed> {
@@ -147,7 +148,7 @@ fn take_count(r: &mut Reader<'_>) -> Result<u64, Malformed> {
 }
 
 impl HostInfo {
-    /// The bulk that carries it.
+    /// The bulk that carries it. Of more PCI devices than that can hold, some thousands, the last are left out.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut w = Writer::default();
@@ -158,12 +159,17 @@ impl HostInfo {
         for node in &self.nodes {
             w = put_text(w.put(&u64::from(node.node)).put(&node.memory_kib), &node.cpus);
         }
-        w = w.put(&(self.pci.len() as u64));
+        let before = w.done();
+        let mut room = bulk::MOST.saturating_sub(before.len() + 8);
+        let mut devices = Writer::default();
+        let mut count = 0u64;
         for pci in &self.pci {
             let ids = u64::from(pci.vendor) | u64::from(pci.device) << 16 | u64::from(pci.class) << 32;
-            w = put_text(w.put(&ids).put(&i64::from(pci.numa_node)), &pci.address);
+            let device = put_text(Writer::default().put(&ids).put(&i64::from(pci.numa_node)), &pci.address).done();
+            let Some(left) = room.checked_sub(device.len()).filter(|_| count < MOST) else { break };
+            (room, count, devices) = (left, count + 1, devices.bytes(&device));
         }
-        w.done()
+        Writer::default().bytes(&before).put(&count).bytes(&devices.done()).done()
     }
 
     /// Reads it back.
