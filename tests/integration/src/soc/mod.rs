@@ -141,10 +141,16 @@ impl Soc<ModelledSoc<LocalSoc>> {
 }
 
 impl<F: SocFunction> Soc<F> {
+    /// Connects to the shim behind `function`, whoever started it.
+    pub fn on(function: F) -> Self {
+        Self::connect(function, Shim::Elsewhere)
+    }
+
     fn connect(function: F, shim: Shim) -> Self {
         let card = function.card_memory();
         let deadline = Instant::now() + PATIENCE;
         let header = loop {
+            function.renew().expect("the function carries");
             if let Some(header) = HostHeader::load(&card).expect("the host's header") {
                 break header;
             }
@@ -390,6 +396,9 @@ impl<F: SocFunction> Soc<F> {
     }
 
     /// Process id of the shim.
+    ///
+    /// # Panics
+    /// It runs elsewhere.
     pub fn pid(&self) -> u32 {
         self.shim.pid()
     }

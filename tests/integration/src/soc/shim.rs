@@ -16,6 +16,8 @@ use super::{PATIENCE, socket_pair};
 pub(super) enum Shim {
     Process(Child),
     Thread(Option<JoinHandle<()>>),
+    /// On another machine.
+    Elsewhere,
 }
 
 /// What every shim of a test is told.
@@ -53,6 +55,7 @@ impl Shim {
         match self {
             Self::Process(child) => child.id(),
             Self::Thread(_) => std::process::id(),
+            Self::Elsewhere => panic!("the shim runs elsewhere"),
         }
     }
 
@@ -67,6 +70,7 @@ impl Shim {
                         return ended;
                     }
                 }
+                Self::Elsewhere => return None,
                 Self::Thread(thread) => {
                     if let Some(thread) = thread.take_if(|thread| thread.is_finished()) {
                         thread.join().expect("the shim's thread");
