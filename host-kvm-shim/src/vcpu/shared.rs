@@ -251,7 +251,8 @@ impl Shared {
     /// Has the thread do something; it must be out of the guest with no exit pending.
     pub(crate) fn ask(&self, command: Command) -> Answer {
         let mut slot = self.slot();
-        if slot.place != Place::Out {
+        // One that was told to run is no longer out, though its thread may not have got so far.
+        if slot.place != Place::Out || slot.want != Want::Pause {
             return Err(Refusal::state(format!("vCPU {} runs: pause it first", self.index)));
         }
         slot.command = Some(command);
