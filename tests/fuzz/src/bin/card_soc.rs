@@ -61,6 +61,7 @@ enum Step {
     Raise(u32),
     Flush,
     Check,
+    Renew,
     /// A register has another value from now on.
     Register {
         number: u8,
@@ -82,6 +83,8 @@ struct State {
     answers: VecDeque<Answer>,
     memory: Option<Window>,
     head: u32,
+    /// What the first descriptor carried.
+    generation: Option<u32>,
     gone: bool,
 }
 
@@ -126,6 +129,8 @@ impl State {
         assert!(tail.wrapping_sub(self.head) <= entries, "more than the ring has");
         while self.head != tail && !self.gone {
             let slot = (self.head % entries) as usize;
+            let generation = (memory.load(slot * size_of::<Descriptor>()) >> 32) as u32;
+            assert_eq!(*self.generation.get_or_insert(generation), generation, "one queue, one generation");
             let sequence = memory.load(slot * size_of::<Descriptor>() + 56);
             let done = match self.answers.pop_front().unwrap_or(Answer::Good) {
                 Answer::Good => Some(Done::new(status::OK, 0, 0, sequence)),
@@ -225,6 +230,7 @@ fuzz_target!(|input: Input| {
             Step::Raise(vector) => soc.raise(vector),
             Step::Flush => drop(window(0, 8).flush()),
             Step::Check => drop(soc.check()),
+            Step::Renew => drop(soc.renew()),
             Step::Register { number, value } => drop(state().registers.insert(register(number), value)),
         }
     }
