@@ -246,11 +246,11 @@ fn print(held: &Held) {
     println!("\na guest on the first of them:");
     if server.soc.is_some() {
         println!(
-            "  at the SoC's console: soc-vmm run --function {spec} --kernel {GUEST_KERNEL} --initrd {GUEST_INITRD}"
+            "  at the SoC's console: soc-vmm run --cpus 2 --memory 512M,hugepages=2M --function {spec} --kernel {GUEST_KERNEL} --initrd {GUEST_INITRD}"
         );
     } else {
         println!(
-            "  cargo run --release -p soc-vmm -- run --function {spec} --kernel {} --initrd {}",
+            "  cargo run --release -p soc-vmm -- run --cpus 2 --memory 512M,hugepages=2M --function {spec} --kernel {} --initrd {}",
             image.kernel.display(),
             image.initrd.display()
         );
