@@ -5,7 +5,7 @@ use std::io::{Seek, SeekFrom, Write};
 
 use api_channel::call::{Call, VCPU_ALL, VmCreated};
 use integration::hostile::{Running, free_of_trouble};
-use integration::machines::{MOST, Server, Watched};
+use integration::machines::{MOST, Server, Watched, shim_is_small};
 use integration::soc::{Board, Shape, Soc};
 use integration::test_name;
 use nix::sys::signal::Signal;
@@ -35,7 +35,7 @@ fn four_vms_at_once_know_nothing_of_each_other() {
     (0..4).for_each(|function| Watched::new(function).goes_on(&server));
 
     the_inventory_is_the_server_s(&server);
-    shims_are_small(&server, &[1; 4]);
+    (0..4).for_each(|function| shim_is_small(&server.bed.server, server.shim(function), 1));
 
     let hostile = &mut vms[HOSTILE as usize];
     hostile_words_in_card_memory_end_their_own_vm(&server, hostile);
@@ -105,24 +105,6 @@ fn the_inventory_is_the_server_s(server: &Server) {
     let told_pci = |f: &Value| ["address", "vendor", "device", "class"].map(|key| text(&f[key]));
     assert_eq!(list(&told["pci"]).iter().map(told_pci).collect::<Vec<_>>(), own_pci.collect::<Vec<_>>());
     assert!(!list(&told["pci"]).is_empty() && own.memory_kib > 1 << 20);
-}
-
-/// Threads and memory of the shims of VMs with so many vCPUs.
-fn shims_are_small(server: &Server, vcpus: &[usize]) {
-    for (function, vcpus) in (0..).zip(vcpus) {
-        let pid = server.shim(function);
-        let mut threads = server.bed.server.threads(pid).unwrap();
-        // KVM's own, one a VM: the kernel's thread that splits executable huge pages shows up in the process.
-        threads.retain(|thread| !thread.name.starts_with("kvm-nx-lpage-re"));
-        assert!(threads.len() <= vcpus + 1, "shim {function}: {threads:?}");
-        let memory = server.bed.server.memory(pid).unwrap();
-        // Guest RAM and the function's BARs are not the shim's own.
-        let others = ["outboard-ram", "vfio"];
-        let own = memory.private.iter().filter(|mapping| !others.iter().any(|other| mapping.name.contains(other)));
-        let private: u64 = own.map(|mapping| mapping.kib).sum();
-        println!("shim {function}: private {private} KiB, page tables {} KiB, threads {threads:?}", memory.page_tables);
-        assert!(private < 1024, "shim {function}: {memory:?}");
-    }
 }
 
 /// Random words all over the lanes and rings that soc-vmm reads: it ends with one line, and nothing else happens.

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use integration::machines::Counters;
+use integration::machines::{Counters, shim_is_small};
 use integration::test_name;
-use testbed::bed::BedConfig;
+use testbed::bed::{BedConfig, SHIM};
 use testbed::guest::UP_MARK;
 use testbed::protocol::Status;
 use testbed::vmm::{VmConfig, Vmm};
@@ -16,6 +16,11 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 #[test]
 fn linux_lives_where_soc_vmm_runs_on_this_machine() {
     linux_lives(&BedConfig::new("machine-linux", 1));
+}
+
+#[test]
+fn linux_lives_where_soc_vmm_runs_on_an_arm_soc() {
+    linux_lives(&BedConfig::new("machine-linux-arm", 1).with_arm_soc());
 }
 
 fn linux_lives(config: &BedConfig) {
@@ -42,6 +47,12 @@ fn linux_lives(config: &BedConfig) {
     counters.agree();
     assert!(counters.get("exits.pio") > 1000, "a kernel's boot takes port exits: {counters:?}");
     does(&vmm, &["resume"]);
+
+    // The server's user space is its first process and a shim for each function: the VM's, and the host function's.
+    let programs = bed.server.programs().unwrap();
+    let shims: Vec<_> = programs.iter().filter(|program| program.command[0] == SHIM).collect();
+    assert_eq!((programs.len(), shims.len()), (3, 2), "{programs:?}");
+    shims.iter().for_each(|shim| shim_is_small(&bed.server, shim.pid, vm.cpus as usize));
 
     vmm.type_text("poweroff -f\n").unwrap();
     assert_eq!(vmm.wait_for_exit(ANSWER_LIMIT).unwrap(), Status::Code(0), "{}", vmm.errors());
