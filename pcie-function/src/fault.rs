@@ -233,7 +233,17 @@ mod tests {
         }
         let this = std::env::current_exe().unwrap();
         let test = ["--exact", "fault::tests::a_fault_elsewhere_still_ends_the_process"];
-        let ended = Command::new(this).args(test).env(AGAIN, "1").output().unwrap();
+        // A test that is emulated is started again as cargo started it.
+        let emulator = std::env::var_os("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER");
+        let mut again = match emulator.filter(|_| std::env::consts::ARCH == "aarch64") {
+            Some(emulator) => {
+                let mut command = Command::new(emulator);
+                command.arg(this);
+                command
+            }
+            None => Command::new(this),
+        };
+        let ended = again.args(test).env(AGAIN, "1").output().unwrap();
         assert_eq!(ended.status.signal(), Some(nix::libc::SIGBUS), "{ended:?}");
     }
 }
