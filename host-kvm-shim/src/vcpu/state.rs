@@ -37,6 +37,10 @@ impl Abilities {
 /// Reads the records of `groups`. The vCPU is out of the guest, no exit pending.
 pub(crate) fn read(vcpu: &VcpuFd, abilities: &Abilities, groups: u64) -> Result<Vec<u8>, Refusal> {
     let wanted = |kind: Type| groups & kind.group() != 0;
+    // Both change what is read after them. The MP state takes an INIT and a start-up IPI that wait: that moves CS and RIP, and the INIT is
+    // no longer a pending event. Pending events bring CR2 and DR6 up to date where KVM holds an exception's payload back.
+    let mp = vcpu.get_mp_state().map_err(Refusal::kvm("read the MP state"))?;
+    let events = vcpu.get_vcpu_events().map_err(Refusal::kvm("read pending events"))?;
     let mut list = Records::default();
     if wanted(Type::SREGS) {
         let sregs = get_sregs2(vcpu).map_err(Refusal::nix("read SREGS2"))?;
@@ -71,11 +75,9 @@ pub(crate) fn read(vcpu: &VcpuFd, abilities: &Abilities, groups: u64) -> Result<
         list = list.list(Type::MSRS, &read_msrs(vcpu, &abilities.msrs)?);
     }
     if wanted(Type::MP_STATE) {
-        let mp = vcpu.get_mp_state().map_err(Refusal::kvm("read the MP state"))?;
         list = list.put(Type::MP_STATE, &MpState { state: mp.mp_state.into() });
     }
     if wanted(Type::EVENTS) {
-        let events = vcpu.get_vcpu_events().map_err(Refusal::kvm("read pending events"))?;
         list = list.put(Type::EVENTS, &from_events(&events));
     }
     Ok(list.done())

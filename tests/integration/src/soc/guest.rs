@@ -99,9 +99,14 @@ impl<F: SocFunction> Soc<F> {
         bytes
     }
 
-    /// All of guest memory.
-    pub fn memory(&self) -> Vec<u8> {
-        self.read(0, self.ram.1 as usize)
+    /// Copies all of guest memory to another VM's, which is zero, by DMA.
+    pub fn copy_memory_to<G: SocFunction>(&self, other: &Soc<G>) {
+        const PAGE: usize = 4096;
+        let memory = self.read(0, self.ram.1 as usize);
+        for (at, page) in (0..).step_by(PAGE).zip(memory.chunks(PAGE)).filter(|(_, page)| page.iter().any(|b| *b != 0))
+        {
+            other.write(at, page);
+        }
     }
 
     /// Loads a 64-bit payload; its first vCPU starts in flat 32-bit mode, the others wait to be started.
