@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use integration::{Vm, kvm, program, test_name};
-use payloads::{Privilege, hot, ports};
+use payloads::{Privilege, hot, ports, smp};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -184,6 +184,27 @@ fn a_reset_guest_begins_anew_with_its_devices_and_its_memory_s_image() {
     vm.command(&["quit"]);
     let ended = vm.wait();
     assert_eq!((ended.status.code(), ended.debugcon.as_str()), (Some(0), "aa\naa\naa\n"));
+}
+
+#[test]
+fn a_reset_stops_every_processor_until_the_first_starts_it_again() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let mut vm = Vm::payload(&smp::halted(4).unwrap(), &[]);
+    let came_up =
+        |vm: &Vm| std::fs::read_to_string(vm.file("debugcon")).unwrap_or_default().matches("halted\n").count();
+    vm.wait_until("it comes up", |vm| came_up(vm) == 1);
+    for _ in 0..5 {
+        let before = came_up(&vm);
+        // Halted, and on its way up.
+        vm.command(&["reset"]);
+        vm.command(&["reset"]);
+        vm.wait_until("it comes up again", |vm| came_up(vm) > before);
+    }
+    vm.command(&["quit"]);
+    let ended = vm.wait();
+    assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""));
 }
 
 #[test]
