@@ -8,6 +8,7 @@ mod boot;
 mod calls;
 mod console;
 mod inspect;
+mod kvm;
 mod port;
 mod programs;
 
@@ -37,6 +38,7 @@ fn serve() -> Result<(), String> {
     let config = read_config()?;
     boot::name_machine(&config.name)?;
     boot::load_modules(&config.modules)?;
+    let _vm = kvm::keep_vm();
     let functions = boot::bind_functions(&config.bind);
 
     let control = Arc::new(Port::open(CONTROL_PORT)?);
