@@ -21,9 +21,11 @@ use super::string::StringAccess;
 use crate::bus::{Access, Answer, Bus, Deferred, LateAnswer, RequestId, Wake};
 
 /// Polling goes on for at most this long without work, where work used to come soon.
-const SPIN_MOST: Duration = Duration::from_micros(100);
+const SPIN_MOST: Duration = Duration::from_micros(200);
 /// And for this long where it didn't.
 const SPIN_LEAST: Duration = Duration::from_micros(2);
+/// So many empty rounds are made without a pause between them: about as long as a guest takes from exit to exit.
+const QUICK_ROUNDS: u32 = 1024;
 /// The clock is looked at once in so many empty rounds.
 const ROUNDS: u32 = 32;
 /// The longest sleep (docs/wire.md §5): a doorbell that was lost costs its vCPU this much, not the VM.
@@ -179,7 +181,7 @@ impl<F: SocFunction> Worker<F> {
                 spin.worked();
                 continue;
             }
-            std::hint::spin_loop();
+            spin.relax();
             if !spin.looks_at_clock() {
                 continue;
             }
@@ -415,6 +417,13 @@ impl Spin {
     fn worked(&mut self) {
         self.idle_since = None;
         self.rounds = 0;
+    }
+
+    /// Gives the core's other thread a turn, once work isn't coming at once: the pause itself takes as long as a line from core to core.
+    fn relax(&self) {
+        if self.rounds >= QUICK_ROUNDS {
+            std::hint::spin_loop();
+        }
     }
 
     fn looks_at_clock(&mut self) -> bool {
