@@ -58,7 +58,10 @@ impl Relay {
         self.park.store(true, Ordering::Relaxed);
         let [a, b, c, d] = request.words.unwrap_or_default();
         let event = match request.address {
-            exit_reason::SHUTDOWN => GuestEvent::Power(PowerEvent::Reset),
+            exit_reason::SHUTDOWN => {
+                tracing::info!(vcpu, "a triple fault resets the machine");
+                GuestEvent::Power(PowerEvent::Reset)
+            }
             exit_reason::INTERNAL_ERROR => GuestEvent::Failed(format!(
                 "vCPU {vcpu}: KVM internal error, suberror {a} ({b:#x} {c:#x} {d:#x}): the guest did what this host's KVM can't emulate"
             )),

@@ -31,7 +31,8 @@ fn four_vms_at_once_know_nothing_of_each_other() {
     let mut server = Server::start("machine-four", 4);
     let idle = server.stat(HOSTILE, "host_mapped_bytes");
     let payload = |function| watch::watch(Watched::seed(function)).unwrap();
-    let mut vms: Vec<Running> = (0..4).map(|function| server.vm(function, &payload(function), &[])).collect();
+    let start = |function| server.vm(function, &payload(function), &["--log", "info"]);
+    let mut vms: Vec<Running> = (0..4).map(start).collect();
     (0..4).for_each(|function| Watched::new(function).goes_on(&server));
 
     the_inventory_is_the_server_s(&server);
@@ -39,6 +40,7 @@ fn four_vms_at_once_know_nothing_of_each_other() {
 
     let hostile = &mut vms[HOSTILE as usize];
     hostile_words_in_card_memory_end_their_own_vm(&server, hostile);
+    vms.iter().for_each(|vm| println!("{}", vm.stderr()));
     others_go_on(&server);
 
     server.kill_shim(HOSTILE);
@@ -64,12 +66,15 @@ fn four_vms_at_once_know_nothing_of_each_other() {
         vm.signal(Signal::SIGTERM);
         let ended = vm.wait(MOST);
         free_of_trouble("a VM that was left alone", &ended);
-        assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""));
+        let quiet = !ended.stderr.lines().any(|line| line.contains("WARN") || line.contains("triple fault"));
+        assert!(ended.status.success() && quiet, "{ended:?}");
         server.wait_until("its memory is given back", || server.stat(function, "host_mapped_bytes") == idle);
         assert_eq!(server.stat(function, "faults"), 0);
     }
 }
 
+/// soc-vmm's exit status after a payload that saw something wrong.
+const FAILED: i32 = (payloads::EXIT_FAIL as i32) << 1 | 1;
 /// soc-vmm's exit status after a payload that passed.
 const PASSED: i32 = (payloads::EXIT_PASS as i32) << 1 | 1;
 
@@ -107,7 +112,7 @@ fn the_inventory_is_the_server_s(server: &Server) {
     assert!(!list(&told["pci"]).is_empty() && own.memory_kib > 1 << 20);
 }
 
-/// Random words all over the lanes and rings that soc-vmm reads: it ends with one line, and nothing else happens.
+/// Random words all over the lanes and rings that soc-vmm reads: it ends with one line, or its guest is told nonsense and ends.
 fn hostile_words_in_card_memory_end_their_own_vm(server: &Server, vm: &mut Running) {
     let mut memory = CardMemory::of(vm);
     let mut random = Random(1);
@@ -116,7 +121,9 @@ fn hostile_words_in_card_memory_end_their_own_vm(server: &Server, vm: &mut Runni
         memory.store(0x1_0000 + random.below(0x20_0000 - 8), random.next());
     }
     let ended = vm.wait(MOST);
-    integration::hostile::one_line("a VM whose lanes are noise", &ended, 6, &["soc-vmm: "]);
+    free_of_trouble("a VM whose lanes are noise", &ended);
+    let told = ended.stderr.lines().filter(|line| line.starts_with("soc-vmm: ")).count();
+    assert!(matches!((ended.status.code(), told), (Some(6), 1) | (Some(FAILED), 0)), "{ended:?}");
     assert!(server.shim_runs(HOSTILE));
 }
 
