@@ -21,24 +21,26 @@ impl AddAssign for Counts {
 impl Counts {
     /// From the output of Rust's test harness (a "test result" line for each binary) or of nextest (one "Summary" line).
     pub(crate) fn of(output: &str) -> Self {
-        let mut counts = Self::default();
+        let mut harness = Self::default();
+        let mut nextest = None;
         for line in output.lines() {
             let line = line.trim_start();
             if let Some(result) = line.strip_prefix("test result:") {
-                counts += Self {
+                harness += Self {
                     passed: before(result, "passed"),
                     failed: before(result, "failed"),
                     skipped: before(result, "ignored"),
                 };
             } else if line.starts_with("Summary [") {
-                counts += Self {
+                nextest = Some(Self {
                     passed: before(line, "passed"),
                     failed: before(line, "failed") + before(line, "timed out"),
                     skipped: before(line, "skipped"),
-                };
+                });
             }
         }
-        counts
+        // nextest shows what a failed test's own harness said: that is in its summary already.
+        nextest.unwrap_or(harness)
     }
 
     /// Counts `tests` that said they can't run as skipped: their runner called them passed.
@@ -99,6 +101,7 @@ test result: FAILED. 4 passed; 1 failed; 0 ignored; 0 measured; 9 filtered out; 
     fn nextests_summary_is_enough() {
         let output = "\
         PASS [   0.010s] ( 1/23) api-channel a
+    test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 4 filtered out; finished in 8.26s
      Summary [  12.345s] 23 tests run: 19 passed (1 slow), 3 failed, 1 timed out, 5 skipped
 ";
         let counts = Counts { passed: 19, failed: 4, skipped: 5 };
