@@ -2,9 +2,6 @@
 
 mod soc;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-
 use api_channel::lines::{host, soc as soc_lines};
 use api_channel::message::{Class, Header, SLOT, Status};
 use ioreq_ring::BusMemory;
@@ -37,24 +34,12 @@ fn the_shim_goes_on_with_everything_else() {
     };
     (0..slots as usize).for_each(|slot| requests.copy_in(slot * SLOT, &header.to_bytes()));
     let host_lines = regions::window(&soc.function.card_memory(), &region(Type::HOST_LINES)).unwrap();
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        // As fast as it takes them, it gets new ones.
-        for _ in 0..3 {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    lines.store(soc_lines::REQUESTS_TAIL, host_lines.load(host::REQUESTS_HEAD) + slots);
-                }
-            });
-        }
-        let (began, first) = (Instant::now(), host_lines.load(host::HEARTBEAT));
-        while host_lines.load(host::HEARTBEAT) < first + 3 && began.elapsed() < Duration::from_secs(10) {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        stop.store(true, Ordering::Relaxed);
-        let beats = host_lines.load(host::HEARTBEAT) - first;
-        assert!(beats >= 3, "{beats} beats in 10 s: the shim does nothing but take calls");
-    });
+    let first = host_lines.load(host::HEARTBEAT);
+    // As fast as it takes them, it gets new ones. One thread: two could move the tail backwards, which ends the connection.
+    while host_lines.load(host::HEARTBEAT) < first + 3 {
+        lines.store(soc_lines::REQUESTS_TAIL, host_lines.load(host::REQUESTS_HEAD) + slots);
+        assert!(soc.child.as_mut().unwrap().try_wait().unwrap().is_none(), "the shim ended");
+    }
     let taken = host_lines.load(host::REQUESTS_HEAD);
     assert!(taken > slots, "{taken} calls were taken");
     // Its end is seen, too.
