@@ -10,13 +10,6 @@ pub enum Event {
         /// The GSI.
         gsi: u32,
     },
-    /// A vCPU can't go on; the VM is paused.
-    Failed {
-        /// The vCPU.
-        vcpu: u32,
-        /// Why, in a sentence.
-        why: String,
-    },
     /// A log record of the shim.
     Log {
         /// 1 error, 2 warning, 3 information, 4 detail.
@@ -35,8 +28,7 @@ impl Event {
     pub fn opcode(&self) -> u16 {
         match self {
             Self::Eoi { .. } => 0x8001,
-            Self::Failed { .. } => 0x8002,
-            Self::Log { .. } => 0x8003,
+            Self::Log { .. } => 0x8002,
         }
     }
 
@@ -44,11 +36,11 @@ impl Event {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let w = Writer::default();
-        let text = |w: Writer, text: &str| w.list(&text.as_bytes()[..text.floor_char_boundary(TEXT)]);
         match self {
             Self::Eoi { gsi } => w.put(&u64::from(*gsi)),
-            Self::Failed { vcpu, why } => text(w.put(&u64::from(*vcpu)), why),
-            Self::Log { level, text: line } => text(w.put(&u64::from(*level)), line),
+            Self::Log { level, text } => {
+                w.put(&u64::from(*level)).list(&text.as_bytes()[..text.floor_char_boundary(TEXT)])
+            }
         }
         .done()
     }
@@ -63,8 +55,7 @@ impl Event {
         let text = |r: &mut Reader<'_>| r.list::<u8>(TEXT).map(|b| String::from_utf8_lossy(&b).into_owned());
         let event = match opcode {
             0x8001 => Self::Eoi { gsi: number(&mut r)? },
-            0x8002 => Self::Failed { vcpu: number(&mut r)?, why: text(&mut r)? },
-            0x8003 => Self::Log { level: u8::try_from(number(&mut r)?).map_err(|_| Malformed)?, text: text(&mut r)? },
+            0x8002 => Self::Log { level: u8::try_from(number(&mut r)?).map_err(|_| Malformed)?, text: text(&mut r)? },
             _ => return Ok(None),
         };
         r.end()?;

@@ -31,7 +31,7 @@ impl Status {
     pub const UNKNOWN: Self = Self(0x100);
     /// Transport: the payload can't be read.
     pub const MALFORMED: Self = Self(0x101);
-    /// Transport: the deadline passed before the work was begun.
+    /// Transport: the deadline passed before the work was done; what was begun of it is taken back.
     pub const LATE: Self = Self(0x102);
     /// VM: not in this state of the VM.
     pub const STATE: Self = Self(0x200);

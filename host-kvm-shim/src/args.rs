@@ -54,6 +54,9 @@ Runs the vCPUs of one VM at a time for the soc-vmm on the other end of a PCIe fu
   --role host            serve the server's inventory instead of VMs
 ";
 
+/// How long a VM is held, unless `--lease` says otherwise.
+const DEFAULT_LEASE: Duration = Duration::from_secs(300);
+
 /// Reads the command line (without the program's name).
 ///
 /// # Errors
@@ -61,7 +64,8 @@ Runs the vCPUs of one VM at a time for the soc-vmm on the other end of a PCIe fu
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
     let mut function = None;
     let mut keep = false;
-    let mut options = Options { lease: Duration::from_secs(300), once: false, log: Level::Info, role: Role::Vm };
+    let mut options =
+        Options { lease: DEFAULT_LEASE, outlives_function: true, once: false, log: Level::Info, role: Role::Vm };
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
         let mut value = |name: &str| args.next().ok_or_else(|| format!("{name} needs a value; see --help"));
@@ -187,11 +191,12 @@ mod tests {
 
     #[test]
     fn options_and_their_defaults() {
-        let defaults = Options { lease: Duration::from_secs(300), once: false, log: Level::Info, role: Role::Vm };
+        let defaults =
+            Options { lease: DEFAULT_LEASE, outlives_function: true, once: false, log: Level::Info, role: Role::Vm };
         let (_, keep, options) = serve("--function fd:3");
         assert_eq!((keep, options), (false, defaults));
         let (_, keep, options) = serve("--function fd:3 --once --keep --lease 0 --log debug --role host");
-        let all = Options { lease: Duration::ZERO, once: true, log: Level::Debug, role: Role::Host };
+        let all = Options { lease: Duration::ZERO, once: true, log: Level::Debug, role: Role::Host, ..defaults };
         assert_eq!((keep, options), (true, all));
         for (text, seconds) in [("30s", 30), ("90", 90), ("2m", 120), ("1h", 3600)] {
             assert_eq!(serve(&format!("--function fd:3 --lease {text}")).2.lease.as_secs(), seconds);

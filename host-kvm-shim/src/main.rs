@@ -91,7 +91,7 @@ fn serve_fd(fd: i32, keep: bool, options: Options) -> Result<(), String> {
 /// Serves a PCIe function. Its loss ends this process: whoever started it may start it again, and so open the function anew.
 fn serve_pci(address: &str, options: Options) -> Result<(), String> {
     let function = VfioHost::open(address).map_err(|e| format!("--function pci:{address}: {e}"))?;
-    let mut shim = Shim::open(Options { role: function.role(), ..options })?;
+    let mut shim = Shim::open(Options { role: function.role(), outlives_function: false, ..options })?;
     shim.confine()?;
     match shim.serve(function)? {
         Ended::Shutdown | Ended::Once => Ok(()),

@@ -164,6 +164,9 @@ fn compile(calls: &[&[c_long]], threads: bool) -> Result<BpfProgram, seccompiler
         }
     }
     rules.insert(libc::SYS_ioctl, requests);
+    // A thread moves itself alone.
+    let itself = SeccompRule::new(vec![condition(0, SeccompCmpOp::Eq, 0)?])?;
+    rules.insert(libc::SYS_sched_setaffinity, vec![itself]);
     if threads {
         // Threads, no processes.
         let thread = SeccompCmpOp::MaskedEq(libc::CLONE_THREAD as u64);

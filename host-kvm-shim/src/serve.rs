@@ -21,6 +21,8 @@ use crate::vm::{Machine, Notices};
 pub struct Options {
     /// How long a VM is held after its SoC was lost, then it is paused; 0: it is destroyed at once.
     pub lease: Duration,
+    /// Whether a VM outlives the function that it was made on: the SoC may come again by another one, as by a socket.
+    pub outlives_function: bool,
     /// Stop serving after one VM.
     pub once: bool,
     /// What is logged.
@@ -63,7 +65,8 @@ pub struct Shim {
 /// A VM whose SoC was lost. It is freed with the shim.
 struct Held {
     vm: Box<dyn Suspend>,
-    vcpus: u32,
+    /// The VM as a sentence names it.
+    title: String,
     since: Instant,
     /// When it is paused; `None` once it is.
     until: Option<Instant>,
@@ -90,7 +93,7 @@ impl Held {
         }
         self.vm.suspend();
         self.until = None;
-        eprintln!("host-kvm-shim: the lease is over: the VM of {} vCPUs is paused (soc-lost)", self.vcpus);
+        eprintln!("host-kvm-shim: the lease is over: {} is paused (soc-lost)", self.title);
         None
     }
 }
@@ -165,7 +168,7 @@ impl Shim {
             };
             let (end, machine) = self.connect(&mut offer, &poller, &soc)?;
             if let Some(machine) = machine {
-                self.orphan(&mut offer, machine);
+                self.orphan(&mut offer, machine, &end);
             }
             match end {
                 End::Shutdown => {
@@ -217,8 +220,9 @@ impl Shim {
     }
 
     /// The SoC of a VM is gone: holds the VM, or ends it.
-    fn orphan<F: HostFunction + 'static>(&mut self, offer: &mut Offer<F>, machine: Machine<F>) {
-        if self.options.lease.is_zero() || machine.is_bare() {
+    fn orphan<F: HostFunction + 'static>(&mut self, offer: &mut Offer<F>, machine: Machine<F>, end: &End) {
+        let nobody_comes = matches!(end, End::Lost(_)) && !self.options.outlives_function;
+        if nobody_comes || self.options.lease.is_zero() || machine.is_bare() {
             machine.destroy(offer);
             offer.go(State::Negotiated);
             return;
@@ -231,12 +235,9 @@ impl Shim {
             offer.notices = Arc::new(notices);
         }
         let now = Instant::now();
-        let (vcpus, until) = (machine.vcpus(), now.checked_add(self.options.lease));
-        eprintln!(
-            "host-kvm-shim: the SoC of a VM of {vcpus} vCPUs is lost: held for {} s",
-            self.options.lease.as_secs()
-        );
-        self.held = Some(Held { vm: Box::new(machine), vcpus, since: now, until });
+        let (title, until) = (machine.title(), now.checked_add(self.options.lease));
+        eprintln!("host-kvm-shim: the soc-vmm of {title} is lost: held for {} s", self.options.lease.as_secs());
+        self.held = Some(Held { vm: Box::new(machine), title, since: now, until });
     }
 
     fn wait_for_soc<F: HostFunction>(
@@ -269,9 +270,9 @@ impl Held {
     /// What a SoC that wants to create a VM is told.
     fn describe(&self) -> String {
         let ago = self.since.elapsed().as_secs();
+        let title = &self.title;
         format!(
-            "a VM of {} vCPUs is held here since its soc-vmm was lost {ago} s ago; restart this function's host-kvm-shim to free it",
-            self.vcpus
+            "{title} is held here since its soc-vmm was lost {ago} s ago; restart this function's host-kvm-shim to free it"
         )
     }
 }

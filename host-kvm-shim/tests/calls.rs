@@ -4,14 +4,14 @@ mod soc;
 
 use api_channel::Status;
 use api_channel::call::{
-    Call, CreateVm, DirtyFetch, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi, PostedRange, RamRequest, Route,
+    Call, CreateVm, DirtyFetch, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name, PostedRange, RamRequest, Route,
     StateRequest, VCPU_ALL, VM,
 };
 use pcie_function::SocFunction;
 use soc::Soc;
 
 fn create(vcpus: u32) -> CreateVm {
-    CreateVm { vcpus, irqchip: 1, flags: 0, spin_ns: 0, reserved: 0 }
+    CreateVm { vcpus, irqchip: 1, flags: 0, spin_ns: 0, name: Name::NONE }
 }
 
 fn ram(id: u32, len: u64) -> RamRequest {
@@ -95,7 +95,6 @@ fn arguments_out_of_range_are_refused_by_name() {
         (create(u32::MAX), Status::ARGUMENT),
         (CreateVm { irqchip: 3, ..create(1) }, Status::ARGUMENT),
         (CreateVm { flags: 1, ..create(1) }, Status::MALFORMED),
-        (CreateVm { reserved: 1, ..create(1) }, Status::MALFORMED),
         (CreateVm { spin_ns: u64::MAX, ..create(1) }, Status::ARGUMENT),
     ] {
         assert_eq!(soc.refused(&Call::CreateVm(bad)).0, status, "{bad:?}");

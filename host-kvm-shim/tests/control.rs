@@ -123,7 +123,7 @@ fn a_pause_finishes_a_page_split_access_and_a_string_before_state_is_read() {
         soc.run();
         soc.until("stopped", |soc| soc.seen.len() == stop_at + 1);
         let (status, why) = soc.call_within(&Call::Pause(VCPU_ALL), 50).unwrap_err();
-        assert_eq!(status, Status::STATE);
+        assert_eq!(status, Status::LATE);
         assert!(why.contains("vCPU 0 still waits"), "{why}");
         let sequence = soc.client.send(&Call::Pause(VCPU_ALL), 0).unwrap();
         soc.function.raise(0);
@@ -149,6 +149,43 @@ fn a_pause_finishes_a_page_split_access_and_a_string_before_state_is_read() {
         assert!(soc.seen[so_far..].is_empty());
         assert!(soc.shut_down().success() && to.shut_down().success());
     }
+}
+
+#[test]
+fn a_vcpu_stays_on_the_cpus_that_it_is_given() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let mut soc = Soc::start(&[]);
+    soc.real_mode(2, Irqchip::Full, &COUNT);
+    let allowed = |soc: &Soc, name: &str| {
+        let tasks = format!("/proc/{}/task", soc.child.as_ref().unwrap().id());
+        let mut tasks = std::fs::read_dir(tasks).unwrap().map(|task| task.unwrap().path());
+        let task = tasks.find(|task| std::fs::read_to_string(task.join("comm")).unwrap().trim() == name).unwrap();
+        let status = std::fs::read_to_string(task.join("status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
+        line.trim().to_owned()
+    };
+    let (before, cpu) = (allowed(&soc, "vcpu0"), allowed(&soc, "vcpu1"));
+    let last: u32 = cpu.rsplit([',', '-']).next().unwrap().parse().unwrap();
+    soc.ok(&Call::SetAffinity { vcpu: 1, cpus: vec![last] });
+    assert_eq!(allowed(&soc, "vcpu1"), last.to_string());
+    assert_eq!(allowed(&soc, "vcpu0"), before);
+    for (vcpu, cpus, status) in [
+        (1, vec![], Status::ARGUMENT),
+        (1, vec![1023], Status::ARGUMENT),
+        (1, vec![1024], Status::ARGUMENT),
+        (1, vec![last, u32::MAX], Status::ARGUMENT),
+        (2, vec![last], Status::ARGUMENT),
+        (VCPU_ALL, vec![last], Status::ARGUMENT),
+    ] {
+        let (found, why) = soc.refused(&Call::SetAffinity { vcpu, cpus });
+        assert_eq!(found, status, "{why}");
+    }
+    assert_eq!(allowed(&soc, "vcpu1"), last.to_string());
+    soc.run();
+    assert_eq!(soc.refused(&Call::SetAffinity { vcpu: 1, cpus: vec![last] }).0, Status::STATE);
+    assert!(soc.shut_down().success());
 }
 
 #[test]

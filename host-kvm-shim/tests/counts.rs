@@ -72,7 +72,8 @@ fn an_exit_allocates_nothing() {
     OWN.set(true);
     let (ours, theirs) = soc::socket_pair();
     let shim = std::thread::spawn(move || {
-        let options = Options { lease: Duration::ZERO, once: true, log: Level::Info, role: Role::Vm };
+        let options =
+            Options { lease: Duration::ZERO, outlives_function: false, once: true, log: Level::Info, role: Role::Vm };
         Shim::open(options).unwrap().serve(LocalHost::new(theirs).unwrap()).unwrap()
     });
     let mut soc = Soc::connect(ours);

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use api_channel::Status;
-use api_channel::call::{Call, CreateVm, Irqchip, VCPU_ALL};
+use api_channel::call::{Call, CreateVm, Irqchip, Name, VCPU_ALL};
 use ioreq_ring::BusMemory;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use pcie_function::header::HostHeader;
@@ -22,7 +22,7 @@ const COUNT: [u8; 3] = [0x46, 0xeb, 0xfd];
 /// Asks port 0x90 for ever: in al, 0x90; jmp back
 const ASK: [u8; 4] = [0xe4, 0x90, 0xeb, 0xfc];
 
-const CREATE: CreateVm = CreateVm { vcpus: 1, irqchip: 1, flags: 0, spin_ns: 0, reserved: 0 };
+const CREATE: CreateVm = CreateVm { vcpus: 1, irqchip: 1, flags: 0, spin_ns: 0, name: Name::NONE };
 
 /// A shim that listens on a socket of its own.
 struct Listening {
@@ -136,7 +136,7 @@ fn a_lost_soc_s_vm_is_held_named_and_paused_when_its_lease_is_over() {
     let mut soc = shim.connect();
     let (status, why) = soc.refused(&Call::CreateVm(CREATE));
     assert_eq!(status, Status::STATE);
-    assert!(why.contains("a VM of 2 vCPUs is held") && why.contains("restart"), "{why}");
+    assert!(why.starts_with("VM test-vm is held here") && why.contains("restart"), "{why}");
     assert_eq!(soc.refused(&Call::Run(VCPU_ALL)).0, Status::STATE);
     let started = Instant::now();
     while started.elapsed() < Duration::from_secs(3) {
@@ -145,7 +145,10 @@ fn a_lost_soc_s_vm_is_held_named_and_paused_when_its_lease_is_over() {
     }
     drop(soc);
     let said = shim.kill();
-    assert!(said.contains("held for 1 s") && said.contains("paused (soc-lost)"), "{said}");
+    assert!(
+        said.contains("the soc-vmm of VM test-vm is lost: held for 1 s") && said.contains("paused (soc-lost)"),
+        "{said}"
+    );
 }
 
 #[test]

@@ -10,7 +10,7 @@ mod vm;
 pub use interrupt::{IoEvent, Irqfd, Msi, Route, RouteKind};
 pub use memory::{DirtyFetch, DirtyRun, Extent, Memslot, PAGE, RamRequest, SlotFlags};
 pub use vcpu::{CpuidEntry, Groups, PostedRange, StateRequest, VCPU_ALL, VM};
-pub use vm::{CreateVm, HostInfo, Irqchip, NumaNode, PciDevice, Statistic, VmCreated};
+pub use vm::{CreateVm, HostInfo, Irqchip, Name, NumaNode, PciDevice, Statistic, VmCreated};
 
 use crate::codec::{Malformed, Reader, Writer};
 
@@ -37,6 +37,13 @@ pub enum Call {
         vcpu: u32,
         /// The table.
         entries: Vec<CpuidEntry>,
+    },
+    /// Keeps a vCPU's thread on these CPUs of the host, by their numbers.
+    SetAffinity {
+        /// The vCPU.
+        vcpu: u32,
+        /// The CPUs: one or more.
+        cpus: Vec<u32>,
     },
     /// Reads state records, in bulk. The VM is paused.
     GetState(StateRequest),
@@ -91,6 +98,7 @@ impl Call {
             Self::AddRam(_) => 0x110,
             Self::SetMemslots(_) => 0x111,
             Self::SetCpuid { .. } => 0x200,
+            Self::SetAffinity { .. } => 0x201,
             Self::GetState(_) => 0x210,
             Self::SetState { .. } => 0x211,
             Self::Run(_) => 0x300,
@@ -124,6 +132,7 @@ impl Call {
             Self::AddRam(ram) => w.put(ram),
             Self::SetMemslots(slots) => w.list(slots),
             Self::SetCpuid { vcpu, entries } => w.put(&u64::from(*vcpu)).list(entries),
+            Self::SetAffinity { vcpu, cpus } => w.put(&u64::from(*vcpu)).list(cpus),
             Self::GetState(state) => w.put(state),
             Self::SetState { target, records } => w.put(&u64::from(*target)).bytes(records),
             Self::Run(vcpu) | Self::Pause(vcpu) | Self::Kick(vcpu) => w.put(&u64::from(*vcpu)),
@@ -154,6 +163,7 @@ impl Call {
             0x110 => Self::AddRam(r.take()?),
             0x111 => Self::SetMemslots(r.list(MOST)?),
             0x200 => Self::SetCpuid { vcpu: narrow(r.take()?)?, entries: r.list(MOST)? },
+            0x201 => Self::SetAffinity { vcpu: narrow(r.take()?)?, cpus: r.list(MOST)? },
             0x210 => Self::GetState(r.take()?),
             0x211 => {
                 let target = narrow(r.take()?)?;

@@ -26,8 +26,47 @@ pub struct CreateVm {
     pub flags: u64,
     /// Nanoseconds that a vCPU polls for its completion before it sleeps, at most; 0 lets the host choose.
     pub spin_ns: u64,
-    /// Reserved, 0.
-    pub reserved: u64,
+    /// What the host calls the VM where a person reads it.
+    pub name: Name,
+}
+
+/// A VM's name: UTF-8 padded with zeros, nothing that steers a terminal; empty for none.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct Name(pub [u8; Self::MOST]);
+
+impl Name {
+    /// Most bytes of a name.
+    pub const MOST: usize = 64;
+    /// No name.
+    pub const NONE: Self = Self([0; Self::MOST]);
+
+    /// A name, cut where it is too long, or where it can't be told.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        let end = name.find(char::is_control).unwrap_or(name.len());
+        let text = &name.as_bytes()[..end.min(name.floor_char_boundary(Self::MOST))];
+        let mut bytes = [0; Self::MOST];
+        bytes[..text.len()].copy_from_slice(text);
+        Self(bytes)
+    }
+
+    /// The name as the peer wrote it.
+    ///
+    /// # Errors
+    /// Something else than printable text and zeros behind it.
+    pub fn text(&self) -> Result<&str, Malformed> {
+        let end = self.0.iter().position(|&b| b == 0).unwrap_or(Self::MOST);
+        let (text, rest) = self.0.split_at(end);
+        let text = std::str::from_utf8(text).map_err(|_| Malformed)?;
+        if text.contains(char::is_control) || rest.iter().any(|&b| b != 0) { Err(Malformed) } else { Ok(text) }
+    }
+}
+
+impl std::fmt::Debug for Name {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "\"{}\"", self.0.escape_ascii())
+    }
 }
 
 /// A VM was created. Extents of the lanes' mailbox memory, in IOVAs.
@@ -200,5 +239,32 @@ impl HostInfo {
             .collect::<Result<_, Malformed>>()?;
         reader.end()?;
         Ok(Self { cpu_model, cpu_vendor, cpu_flags, cpus, memory_kib, kernel, nodes, pci })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_cut_where_it_must_be() {
+        for name in ["", "web-1", "für", &"x".repeat(64)] {
+            assert_eq!(Name::new(name).text(), Ok(name));
+        }
+        // 2 bytes each: the 33rd doesn't fit.
+        assert_eq!(Name::new(&format!("x{}", "ü".repeat(40))).text(), Ok(&*format!("x{}", "ü".repeat(31))));
+        assert_eq!(Name::new("a\nb").text(), Ok("a"));
+    }
+
+    #[test]
+    fn a_name_that_is_no_text_is_refused() {
+        let with = |bytes: &[u8]| {
+            let mut name = [0; Name::MOST];
+            name[..bytes.len()].copy_from_slice(bytes);
+            Name(name).text().map(str::to_owned)
+        };
+        for bad in [&b"a\0b"[..], b"\xff", b"a\x1b[2J", b"\0a", &[0xc3; 64]] {
+            assert_eq!(with(bad), Err(Malformed), "{bad:?}");
+        }
     }
 }

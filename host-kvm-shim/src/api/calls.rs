@@ -122,6 +122,7 @@ impl<F: HostFunction + 'static> Session<'_, F> {
 fn on_vm<F: HostFunction + 'static>(machine: &mut Machine<F>, call: Call) -> Result<Reply, Refusal> {
     match call {
         Call::SetCpuid { vcpu, entries } => machine.set_cpuid(vcpu, entries).map(Into::into),
+        Call::SetAffinity { vcpu, cpus } => machine.set_affinity(vcpu, cpus).map(Into::into),
         Call::GetState(request) => machine.state(&request).map(Reply::bulk),
         Call::SetState { target, records } => machine.set_state(target, records).map(Into::into),
         Call::Run(vcpu) => machine.run(vcpu).map(Into::into),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use api_channel::call::Call;
 use api_channel::event::Event;
 use api_channel::message::ChannelError;
-use api_channel::{Asked, Server};
+use api_channel::{Asked, Server, Status};
 use pcie_function::header::SocHeader;
 use pcie_function::{HostFunction, State};
 
@@ -298,8 +298,8 @@ impl<F: HostFunction + 'static> Session<'_, F> {
                 for &vcpu in &pausing.ran {
                     let _ = machine.run(vcpu);
                 }
-                let why = Refusal::state(format!("vCPU {vcpu} still waits for the answer to its exit"));
-                self.server.refuse(pausing.asked, why.status, &why.why)?;
+                let why = format!("vCPU {vcpu} still waits for the answer to its exit");
+                self.server.refuse(pausing.asked, Status::LATE, &why)?;
             }
             Some(_) => return Ok(()),
         }
@@ -374,7 +374,6 @@ impl<F: HostFunction + 'static> Session<'_, F> {
         let dropped = match event {
             Event::Log { .. } => self.backlog.len() >= BACKLOG,
             Event::Eoi { .. } => self.backlog.contains(&event),
-            Event::Failed { .. } => false,
         };
         if !dropped {
             self.backlog.push_back(event);

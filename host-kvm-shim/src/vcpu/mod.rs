@@ -14,6 +14,8 @@ use ioreq_ring::wire::STRING_PAGE;
 use ioreq_ring::{BusMemory, Completion, Direction, Kind, Request, Status};
 use kvm_ioctls::VcpuFd;
 use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use pcie_function::HostFunction;
 
 pub(crate) use handle::{Handle, Plan};
@@ -22,6 +24,7 @@ pub(crate) use lanes::Lanes;
 pub(crate) use shared::{Command, Shared, Want};
 pub(crate) use state::{Abilities, from_cpuid, skip_or_refuse};
 
+use crate::error::Refusal;
 use crate::kvm::{self, host_tsc};
 use crate::vm::Environment;
 use exit::Action;
@@ -215,8 +218,25 @@ impl<F: HostFunction> Runner<F> {
                 state::write(&self.fd, &self.environment.abilities, &records).map(|()| Vec::new())
             }
             Command::SetCpuid(entries) => state::set_cpuid(&self.fd, &entries).map(|()| Vec::new()),
+            Command::Pin(cpus) => pin(&cpus).map(|()| Vec::new()),
         }
     }
+}
+
+/// Keeps this thread on these CPUs of the host: sched_setaffinity(2).
+fn pin(cpus: &[u32]) -> Result<(), Refusal> {
+    if cpus.is_empty() {
+        return Err(Refusal::argument("no CPU is named".into()));
+    }
+    let mut set = CpuSet::new();
+    for &cpu in cpus {
+        set.set(cpu as usize)
+            .map_err(|_| Refusal::argument(format!("CPU {cpu}: numbers end at {}", CpuSet::count() - 1)))?;
+    }
+    sched_setaffinity(Pid::from_raw(0), &set).map_err(|errno| match errno {
+        Errno::EINVAL => Refusal::argument(format!("the host has no CPU {cpus:?} that this shim may use")),
+        errno => Refusal::os("set a vCPU's CPUs", errno),
+    })
 }
 
 fn kind_count(kind: Kind) -> Count {

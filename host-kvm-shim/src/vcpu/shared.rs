@@ -76,6 +76,8 @@ pub(crate) enum Command {
     Write(Vec<u8>),
     /// Sets the CPUID table.
     SetCpuid(Vec<CpuidEntry>),
+    /// Keeps the thread on these CPUs.
+    Pin(Vec<u32>),
 }
 
 /// What came of it: records, or nothing.

@@ -179,6 +179,9 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, Refusal> {
 }
 
 fn set_msrs(vcpu: &VcpuFd, list: &[Msr]) -> Result<(), Refusal> {
+    if list.iter().any(|m| m.reserved != 0) {
+        return Err(Malformed.into());
+    }
     let mut rest = list;
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(BATCH)];

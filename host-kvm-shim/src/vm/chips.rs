@@ -53,8 +53,12 @@ pub(crate) fn write(vm: &VmFd, irqchip: Irqchip, list: &[u8]) -> Result<(), Refu
                 }
             }
             Type::IOAPIC if full => {
+                let ioapic: IoApic = record.get()?;
+                if ioapic.reserved != 0 {
+                    return Err(Malformed.into());
+                }
                 let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
-                chip.chip.ioapic = to_ioapic(&record.get()?);
+                chip.chip.ioapic = to_ioapic(&ioapic);
                 vm.set_irqchip(&chip).map_err(Refusal::kvm("set the IOAPIC"))?;
             }
             Type::PIT if full => {

@@ -61,6 +61,7 @@ pub(crate) struct Machine<F: HostFunction> {
     pub(crate) irqchip: Irqchip,
     pub(crate) created: VmCreated,
     create: CreateVm,
+    name: String,
     slots: Slots,
     harvest: Harvest,
     lanes: Lanes<F>,
@@ -77,9 +78,10 @@ impl<F: HostFunction + 'static> Machine<F> {
     /// Creates KVM's VM and the lanes. The in-kernel interrupt controllers and the vCPUs come with the first memslots: in that
     /// order it takes 1 ms, the other way round 8 (each new slot then waits for KVM's readers).
     pub(crate) fn new(host: &Host, offer: &mut Offer<F>, create: &CreateVm) -> Result<Self, Refusal> {
-        let CreateVm { vcpus, irqchip, flags: 0, spin_ns, reserved: 0 } = *create else {
+        let CreateVm { vcpus, irqchip, flags: 0, spin_ns, name } = *create else {
             return Err(Malformed.into());
         };
+        let name = name.text()?.to_owned();
         let irqchip = match irqchip {
             1 => Irqchip::Full,
             2 => Irqchip::Split,
@@ -118,6 +120,7 @@ impl<F: HostFunction + 'static> Machine<F> {
             irqchip,
             created,
             create: *create,
+            name,
             slots: Slots::new(host.most_memslots()),
             harvest: Harvest::default(),
             lanes,
@@ -282,10 +285,15 @@ impl<F: HostFunction + 'static> Machine<F> {
         self.one(vcpu)?.ask(Command::SetCpuid(entries)).map(drop)
     }
 
+    /// Keeps a vCPU's thread on these CPUs.
+    pub(crate) fn set_affinity(&self, vcpu: u32, cpus: Vec<u32>) -> Result<(), Refusal> {
+        self.one(vcpu)?.ask(Command::Pin(cpus)).map(drop)
+    }
+
     fn one(&self, vcpu: u32) -> Result<&Handle, Refusal> {
         match self.named(vcpu)? {
             [one] if vcpu != VCPU_ALL => Ok(one),
-            _ => Err(Refusal::argument("state is read and set a vCPU at a time".into())),
+            _ => Err(Refusal::argument("this is done a vCPU at a time".into())),
         }
     }
 
@@ -347,9 +355,13 @@ impl<F: HostFunction + 'static> Machine<F> {
         }
     }
 
-    /// How many vCPUs it has.
-    pub(crate) fn vcpus(&self) -> u32 {
-        self.create.vcpus
+    /// The VM as a sentence names it.
+    pub(crate) fn title(&self) -> String {
+        match (&*self.name, self.create.vcpus) {
+            ("", 1) => "a VM without a name, of 1 vCPU".into(),
+            ("", n) => format!("a VM without a name, of {n} vCPUs"),
+            (name, _) => format!("VM {name}"),
+        }
     }
 
     /// Whether the memslots, and so the vCPUs, are still to come.

@@ -7,7 +7,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, Extent, Irqchip, Memslot, RamRequest, StateRequest, Statistic, VCPU_ALL, VmCreated,
+    Call, CpuidEntry, CreateVm, Extent, Irqchip, Memslot, Name, RamRequest, StateRequest, Statistic, VCPU_ALL,
+    VmCreated,
 };
 use api_channel::codec::Reader;
 use api_channel::event::Event;
@@ -276,7 +277,7 @@ impl Soc {
 
     /// Creates a VM and its lanes' ends.
     pub fn create_vm(&mut self, vcpus: u32, irqchip: Irqchip) -> VmCreated {
-        let create = CreateVm { vcpus, irqchip: irqchip as u32, flags: 0, spin_ns: 0, reserved: 0 };
+        let create = CreateVm { vcpus, irqchip: irqchip as u32, flags: 0, spin_ns: 0, name: Name::new("test-vm") };
         let (payload, _) = self.ok(&Call::CreateVm(create));
         let created: VmCreated = Reader::new(&payload).take().unwrap();
         let card = self.function.card_memory();

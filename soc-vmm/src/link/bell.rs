@@ -22,10 +22,11 @@ impl Bell {
         unsafe { AsyncFd::register(event) }.map(Self).map_err(Into::into)
     }
 
-    /// Waits until it was rung, and leaves it rung for others who watch.
+    /// Waits for its next ring, and leaves it rung for others who watch.
     pub(super) async fn raised(&self) {
-        if self.0.readable().await.is_err() {
-            std::future::pending::<()>().await;
+        match self.0.readable().await {
+            Ok(mut ready) => ready.clear_ready(),
+            Err(_) => std::future::pending().await,
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use api_channel::call::Call;
 use api_channel::event::Event;
 use api_channel::{ChannelError, Client, Incoming, Status};
-use pcie_function::{BusError, Doorbell, SocFunction};
+use pcie_function::{Doorbell, SocFunction};
 use tokio::sync::{mpsc, oneshot};
 
 use super::bell::Bell;
@@ -69,13 +69,6 @@ pub struct Reply {
 /// What the channel tells the VM's control loop.
 #[derive(Clone, Debug)]
 pub enum Notice {
-    /// A vCPU can't go on.
-    Failed {
-        /// Which.
-        vcpu: u32,
-        /// Why.
-        why: String,
-    },
     /// The host's heartbeat stopped, or went on.
     Silent(bool),
     /// The connection is over: the function is lost, or a rule was broken.
@@ -230,7 +223,6 @@ impl<F: SocFunction> ChannelEnd<F> {
                     }
                     Some(Incoming::Event(Event::Log { level, text })) => log.record(level, &text),
                     Some(Incoming::Event(Event::Eoi { gsi })) => tracing::trace!(gsi, "end of interrupt"),
-                    Some(Incoming::Event(Event::Failed { vcpu, why })) => tell(Notice::Failed { vcpu, why })?,
                     Some(Incoming::Reply { sequence, status, payload, bulk }) => {
                         self.answer(sequence, status, payload, bulk);
                     }
@@ -242,7 +234,8 @@ impl<F: SocFunction> ChannelEnd<F> {
             tokio::select! {
                 () = self.bell.rung() => {}
                 () = tokio::task::yield_now(), if more => {}
-                () = self.lost.raised() => return Some(self.shared.function.check().err().unwrap_or(BusError::Gone).to_string()),
+                // The function is looked at each time round.
+                () = self.lost.raised() => {}
                 _ = beats.tick() => {
                     let now = {
                         let mut state = self.shared.state();

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, Extent, Groups, Irqchip, Memslot, PostedRange, RamRequest, SlotFlags, StateRequest,
-    Statistic, VCPU_ALL, VM, VmCreated,
+    Call, CpuidEntry, CreateVm, Extent, Groups, Irqchip, Memslot, Name, PostedRange, RamRequest, SlotFlags,
+    StateRequest, Statistic, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Reader;
 use ioreq_ring::wire::{LINE, POSTED_RING, STRING_PAGE};
@@ -18,7 +18,7 @@ use pcie_function::{Mapping, Reach, SocFunction, Windowed};
 use super::ram::GuestRam;
 use super::worker::Lane;
 use crate::boot::Rom;
-use crate::cli::Memory;
+use crate::cli::{Memory, RunConfig};
 use crate::layout::{FOUR_GIB, MemoryLayout};
 use crate::link::{CallError, Channel, Link, LinkError};
 
@@ -39,6 +39,8 @@ pub(super) enum HostError {
     Call(#[from] CallError),
     #[error("--memory: the host can't give it")]
     Memory(#[source] CallError),
+    #[error("--cpu-affinity: the host can't keep to it")]
+    Affinity(#[source] CallError),
 }
 
 /// The VM on the host.
@@ -53,19 +55,20 @@ pub(super) struct HostVm<F: SocFunction> {
 }
 
 impl<F: SocFunction> HostVm<F> {
-    /// Makes a VM with `vcpus` paused vCPUs and its memory.
+    /// Makes a VM as `config` asks for it, its vCPUs paused, and its memory.
     ///
     /// # Errors
     /// The host refused; its sentence.
     pub(super) async fn create(
         link: &Link<F>,
         channel: Channel<F>,
-        vcpus: u32,
+        config: &RunConfig,
         layout: &MemoryLayout,
-        memory: &Memory,
         rom: Option<Rom>,
     ) -> Result<Self, HostError> {
-        let create = CreateVm { vcpus, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 0, reserved: 0 };
+        let vcpus = u32::from(config.cpus);
+        let name = Name::new(config.name.as_str());
+        let create = CreateVm { vcpus, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 0, name };
         let reply = channel.call(&Call::CreateVm(create)).await?;
         let created: VmCreated = Reader::new(&reply.payload).take().map_err(CallError::from)?;
         if !is_sound(&created, vcpus) {
@@ -73,7 +76,11 @@ impl<F: SocFunction> HostVm<F> {
         }
         let ram = Arc::new(GuestRam::new(link.function.clone()));
         let vm = Self { channel, created, ram, vcpus };
-        vm.fill(layout, memory, rom).await.map_err(HostError::Memory)?;
+        vm.fill(layout, &config.memory, rom).await.map_err(HostError::Memory)?;
+        for &(vcpu, cpu) in &config.cpu_affinity.0 {
+            let call = Call::SetAffinity { vcpu: vcpu.into(), cpus: vec![cpu.into()] };
+            vm.channel.call(&call).await.map_err(HostError::Affinity)?;
+        }
         Ok(vm)
     }
 

@@ -111,7 +111,7 @@ impl<F: SocFunction> Vm<F> {
     ) -> Result<Self, LifeError> {
         let Blueprint { config, layout, plan, streams, waker, state_dir } = blueprint;
         let vcpus = u32::from(config.cpus);
-        let host = HostVm::create(link, channel.clone(), vcpus, &layout, &config.memory, plan.rom()).await?;
+        let host = HostVm::create(link, channel.clone(), config, &layout, plan.rom()).await?;
         let supported = host.supported_cpuid().await?;
         layout.check_address_width(cpuid::physical_address_bits(&supported))?;
         let model = CpuidConfig {
@@ -310,9 +310,6 @@ impl<F: SocFunction> Vm<F> {
 
     fn note(notice: Notice) -> Result<(), Failure> {
         match notice {
-            Notice::Failed { vcpu, why } => {
-                return Err(Failure::new(ExitStatus::Failed, format!("vCPU {vcpu} failed on the host: {why}")));
-            }
             Notice::Silent(true) => tracing::warn!("the host is silent: its heartbeat stopped"),
             Notice::Silent(false) => tracing::info!("the host's heartbeat goes on"),
             Notice::Over(why) => {

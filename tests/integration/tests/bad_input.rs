@@ -176,6 +176,7 @@ fn processors_that_can_t_be() {
     ] {
         wrong(&trial, &["--kernel", &kernel, args[0], args[1]], 2, &[option]);
     }
+    wrong(&trial, &["--kernel", &kernel, "--cpu-affinity", "0=1023"], 4, &["--cpu-affinity", "no CPU [1023]"]);
 }
 
 /// Runs soc-vmm in a mount namespace of its own, after `prepare` in a shell; nothing if that can't be done here.

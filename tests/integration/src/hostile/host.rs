@@ -424,8 +424,7 @@ impl Host {
             Attack::Events => {
                 let why = String::from_utf8_lossy(&dice.bytes(300)).into_owned();
                 let _ = match dice.below(40) {
-                    0 => server.event(&Event::Failed { vcpu: dice.nasty() as u32, why }),
-                    1..4 => server.event(&Event::Log { level: dice.nasty() as u8, text: why }),
+                    0..4 => server.event(&Event::Log { level: dice.nasty() as u8, text: why }),
                     _ => server.event(&Event::Eoi { gsi: dice.nasty() as u32 }),
                 };
             }

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use api_channel::Status;
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, DirtyFetch, IoEvent, Irqchip, Irqfd, Memslot, Msi, PostedRange, RamRequest, Route,
-    StateRequest, VCPU_ALL, VM, VmCreated,
+    Call, CpuidEntry, CreateVm, DirtyFetch, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name, PostedRange, RamRequest,
+    Route, StateRequest, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Reader;
 use api_channel::lines::{host as host_words, soc as soc_words};
@@ -153,7 +153,7 @@ impl HostileSoc {
     /// Brings a VM as far as `stage`.
     pub fn reach(&mut self, stage: Stage) {
         if stage >= Stage::Created {
-            let create = CreateVm { vcpus: 2, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 0, reserved: 0 };
+            let create = CreateVm { vcpus: 2, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 0, name: Name::NONE };
             let (payload, _) = self.ok(&Call::CreateVm(create));
             self.created = Some(Reader::new(&payload).take().expect("what was created"));
         }
@@ -325,9 +325,9 @@ fn real_mode() -> Vec<u8> {
 }
 
 /// Opcodes of every call but the one that ends the shim.
-const OPCODES: [u16; 23] = [
-    0x001, 0x010, 0x011, 0x100, 0x101, 0x110, 0x111, 0x200, 0x210, 0x211, 0x300, 0x301, 0x302, 0x400, 0x401, 0x402,
-    0x403, 0x500, 0x501, 0x600, 0x601, 0x700, 0x8001,
+const OPCODES: [u16; 24] = [
+    0x001, 0x010, 0x011, 0x100, 0x101, 0x110, 0x111, 0x200, 0x201, 0x210, 0x211, 0x300, 0x301, 0x302, 0x400, 0x401,
+    0x402, 0x403, 0x500, 0x501, 0x600, 0x601, 0x700, 0x8001,
 ];
 
 /// A call that nobody should make: an opcode and a payload, random or nearly right.
@@ -355,7 +355,7 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
             irqchip: *dice.one(&[0, 1, 1, 2, 2, 3]),
             flags: *dice.one(&[0, 0, 0, 1]),
             spin_ns: *dice.one(&[0, 1000, 10_000_001, u64::MAX]),
-            reserved: *dice.one(&[0, 0, 0, 1]),
+            name: Name(*dice.one(&[[0; 64], [b'n'; 64], [0x1b; 64], [0xff; 64]])),
         }),
         0x101 => Call::DestroyVm,
         0x110 => Call::AddRam(RamRequest {
@@ -390,6 +390,7 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
             let entries = (0..count * 20).map(|_| entry()).collect();
             Call::SetCpuid { vcpu, entries }
         }
+        0x201 => Call::SetAffinity { vcpu, cpus: (0..count).map(|_| *dice.one(&[0, 1, 1023, u32::MAX])).collect() },
         0x210 => Call::GetState(StateRequest { target: vcpu, reserved: 0, groups: dice.nasty() }),
         0x211 => {
             // Registers that any guest may have; what KVM makes of worse is KVM's.

@@ -1,7 +1,7 @@
 //! Making a VM by calls, and putting a guest into it.
 
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, Extent, Groups, Irqchip, Memslot, RamRequest, StateRequest, VM, VmCreated,
+    Call, CpuidEntry, CreateVm, Extent, Groups, Irqchip, Memslot, Name, RamRequest, StateRequest, VM, VmCreated,
 };
 use api_channel::codec::Reader;
 use api_channel::state::{MpState, Records, Regs, Segment, Sregs, Table, Type};
@@ -41,7 +41,7 @@ impl<F: SocFunction> Soc<F> {
     /// Creates a VM of that shape: memory, lanes, CPUID. Nothing is loaded, and nothing runs.
     pub fn create(&mut self, shape: &Shape) -> VmCreated {
         let Shape { vcpus, memory, irqchip, spin_ns } = *shape;
-        let create = CreateVm { vcpus, irqchip: irqchip as u32, flags: 0, spin_ns, reserved: 0 };
+        let create = CreateVm { vcpus, irqchip: irqchip as u32, flags: 0, spin_ns, name: Name::NONE };
         let (payload, _) = self.ok(&Call::CreateVm(create));
         let created: VmCreated = Reader::new(&payload).take().expect("what was created");
         self.created = Some(created);
