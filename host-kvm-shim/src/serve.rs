@@ -221,7 +221,14 @@ impl Shim {
 
     /// The SoC of a VM is gone: holds the VM, or ends it.
     fn orphan<F: HostFunction + 'static>(&mut self, offer: &mut Offer<F>, machine: Machine<F>, end: &End) {
-        let nobody_comes = matches!(end, End::Lost(_)) && !self.options.outlives_function;
+        let nobody_comes = match end {
+            End::Lost(why) if !self.options.outlives_function => {
+                // Said now: the kernel may take a minute to close a function that was removed.
+                eprintln!("host-kvm-shim: {why}: {} ends with it", machine.title());
+                true
+            }
+            _ => false,
+        };
         if nobody_comes || self.options.lease.is_zero() || machine.is_bare() {
             machine.destroy(offer);
             offer.go(State::Negotiated);

@@ -114,7 +114,10 @@ fn a_shim_holds_the_vm_of_a_killed_soc_vmm() {
             "a held function",
             &refused,
             4,
-            &["a VM of 1 vCPU", "is held here", "restart this function's host-kvm-shim"],
+            &[
+                &format!("VM {} is held here since its soc-vmm was lost", trial.name("vm")),
+                "restart this function's host-kvm-shim",
+            ],
         );
     }
     assert!(shim.runs());
