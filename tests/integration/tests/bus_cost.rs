@@ -1,9 +1,10 @@
 //! What crosses the bus for an exit, counted on both ends of a modelled function.
 //!
-//! A count is exact or explained: a vCPU that sleeps says so by two stores and a read, a heartbeat is one store.
+//! A count is exact or explained: a vCPU that sleeps says so by two stores and a read, a heartbeat is one store. It is the same
+//! whether a crossing takes its time or none.
 
 use std::ops::Sub;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use api_channel::call::{Call, Irqchip, PostedRange, VmCreated};
 use integration::soc::{Answer, Counters, PATIENCE, Seen, Shape, Soc};
@@ -11,7 +12,7 @@ use integration::{kvm, test_name};
 use ioreq_ring::wire::{HEADER, IDLE, TAIL};
 use ioreq_ring::{BusMemory, Completion, Kind};
 use pcie_function::local::LocalSoc;
-use pcie_function::modelled::{Counts, ModelledSoc};
+use pcie_function::modelled::{Counts, Latencies, ModelledSoc};
 use pcie_function::regions::Type;
 
 const PORT: u64 = 0x300;
@@ -20,11 +21,17 @@ const SPIN: u64 = 10_000_000;
 /// So short that it sleeps.
 const SLEEP: u64 = 1_000;
 
+/// A link as they are: a switch or two between host and SoC.
+const MICROSECOND: Latencies = {
+    let (posted, read) = (Duration::from_micros(1), Duration::from_nanos(1500));
+    Latencies { posted_write: posted, read, dma_write: posted, dma_read: read, doorbell: posted, vector: posted }
+};
+
 type Modelled = Soc<ModelledSoc<LocalSoc>>;
 
-/// A VM with one vCPU that will run real-mode `code`.
-fn vm(code: &[u8], spin_ns: u64) -> (Modelled, Counters, VmCreated) {
-    let (mut soc, counters) = Soc::modelled();
+/// A VM with one vCPU that will run real-mode `code`, across a link that is as slow as that.
+fn vm(code: &[u8], spin_ns: u64, latencies: Latencies) -> (Modelled, Counters, VmCreated) {
+    let (mut soc, counters) = Soc::modelled(latencies);
     let created = soc.create(&Shape { vcpus: 1, memory: 1 << 20, irqchip: Irqchip::Full, spin_ns });
     soc.load_real_mode(code);
     (soc, counters, created)
@@ -105,18 +112,30 @@ fn until(what: &str, mut so: impl FnMut() -> bool) {
 
 #[test]
 fn a_read_costs_four_stores_and_one_completion_and_nothing_is_read() {
+    a_read_costs(Latencies::default());
+}
+
+#[test]
+fn a_read_costs_four_stores_and_one_completion_and_nothing_is_read_across_a_link_that_takes_time() {
+    a_read_costs(MICROSECOND);
+}
+
+fn a_read_costs(latencies: Latencies) {
     if !kvm(&test_name()) {
         return;
     }
     const READS: u16 = 3000;
-    let (mut soc, counters, _) = vm(&repeat(READS, IN), SPIN);
+    let (mut soc, counters, _) = vm(&repeat(READS, IN), SPIN, latencies);
+    let request = soc.lane_window(Type::LANE_REQUESTS, 0);
     soc.run();
     let mut seen = soc.take();
     let first = Moment::of(&soc, &counters);
-    let (mut last, mut exact) = (first, 0);
+    let (mut last, mut exact, mut late) = (first, 0, 0);
     for n in 0..READS {
         assert_eq!((seen.request.kind, seen.request.address, seen.posted), (Kind::PIO, PORT, false));
+        let asked = request.load(HEADER);
         soc.answer(&seen, Answer::Plain(Completion::ok(n.into())));
+        late += u64::from(request.load(HEADER) != asked);
         seen = soc.take();
         let now = Moment::of(&soc, &counters);
         let exit = now - last;
@@ -133,7 +152,9 @@ fn a_read_costs_four_stores_and_one_completion_and_nothing_is_read() {
     assert_eq!(host.posted_bytes, 8 * host.posted);
     assert_eq!(ours.dma_writes, u64::from(READS) + soc_beats);
     assert_eq!(ours.dma_write_bytes, 32 * u64::from(READS) + 8 * soc_beats);
-    assert!(ours.vectors <= host.reads + 1, "a vector for a vCPU that sleeps, none else: {ours:?}");
+    // Where this thread did not run between a completion and its look at the flag, that can be the next exit's sleep.
+    let sleeps = host.reads + 1 + late;
+    assert!(ours.vectors <= sleeps, "a vector for a vCPU that sleeps, none else: {host:?}, {ours:?}, {late} late");
     assert_eq!(seen.request.data as u8, (READS - 1) as u8, "the guest got the last answer");
     only_sleeps_read(soc, &seen, &counters);
 }
@@ -149,11 +170,20 @@ fn only_sleeps_read(mut soc: Modelled, last: &Seen, counters: &Counters) {
 
 #[test]
 fn a_soc_that_sleeps_is_rung_once_a_request() {
+    a_soc_that_sleeps(Latencies::default());
+}
+
+#[test]
+fn a_soc_that_sleeps_is_rung_once_a_request_across_a_link_that_takes_time() {
+    a_soc_that_sleeps(MICROSECOND);
+}
+
+fn a_soc_that_sleeps(latencies: Latencies) {
     if !kvm(&test_name()) {
         return;
     }
     const READS: u16 = 1000;
-    let (mut soc, counters, _) = vm(&repeat(READS, IN), SPIN);
+    let (mut soc, counters, _) = vm(&repeat(READS, IN), SPIN, latencies);
     let awake = Moment::of(&soc, &counters);
     soc.sleeps();
     let asleep = Moment::of(&soc, &counters) - awake;
@@ -181,11 +211,20 @@ fn a_soc_that_sleeps_is_rung_once_a_request() {
 
 #[test]
 fn a_vcpu_that_sleeps_reads_once() {
+    a_vcpu_that_sleeps(Latencies::default());
+}
+
+#[test]
+fn a_vcpu_that_sleeps_reads_once_across_a_link_that_takes_time() {
+    a_vcpu_that_sleeps(MICROSECOND);
+}
+
+fn a_vcpu_that_sleeps(latencies: Latencies) {
     if !kvm(&test_name()) {
         return;
     }
     const READS: u16 = 1000;
-    let (mut soc, counters, _) = vm(&repeat(READS, IN), SLEEP);
+    let (mut soc, counters, _) = vm(&repeat(READS, IN), SLEEP, latencies);
     let control = soc.lane_window(Type::LANE_CONTROLS, 0);
     soc.run();
     let mut seen = soc.take();
@@ -200,21 +239,33 @@ fn a_vcpu_that_sleeps_reads_once() {
         // The flag is read back after it is stored.
         until("sleep", || control.load(IDLE) == 0 && counters.host.counts().reads >= 2 + n);
         let Moment { host, soc: ours, host_beats, .. } = Moment::of(&soc, &counters) - first;
-        assert_eq!((host.reads, ours.vectors), (n, n), "one read a sleep, one vector to end it");
+        assert!(host.reads == n && ours.vectors <= n, "one read a sleep, one vector to end it: {host:?}, {ours:?}");
         let expected = (4 + 2) * n + host_beats;
         assert!((expected..=expected + 1).contains(&host.posted), "{host:?}, {host_beats} heartbeats");
     }
+    // A vCPU whose last look before it sleeps finds the completion may be up again before this side looks at its flag.
+    let raised = (Moment::of(&soc, &counters) - first).soc.vectors;
+    assert!(raised >= u64::from(READS) * 9 / 10, "{raised} vectors for {READS} sleeps");
     only_sleeps_read(soc, &seen, &counters);
 }
 
 #[test]
 fn a_posted_write_costs_its_stores_and_nobody_waits() {
+    a_posted_write_costs(Latencies::default());
+}
+
+#[test]
+fn a_posted_write_costs_its_stores_and_nobody_waits_across_a_link_that_takes_time() {
+    a_posted_write_costs(MICROSECOND);
+}
+
+fn a_posted_write_costs(latencies: Latencies) {
     if !kvm(&test_name()) {
         return;
     }
     const WRITES: u16 = 100;
     const SLOTS: u64 = ioreq_ring::wire::POSTED_SLOTS as u64;
-    let (mut soc, counters, created) = vm(&repeat(WRITES, OUT), SPIN);
+    let (mut soc, counters, created) = vm(&repeat(WRITES, OUT), SPIN, latencies);
     if created.features & VmCreated::POSTING == 0 {
         testbed::skip(&test_name(), "this host's TSCs are not known to be synchronised: it posts no writes");
         return;
@@ -249,5 +300,27 @@ fn a_posted_write_costs_its_stores_and_nobody_waits() {
     // One completion; credits come back in batches of a quarter of the ring.
     assert_eq!(ours.dma_writes, 1 + (u64::from(WRITES) - 1) / (SLOTS / 4) + soc_beats, "{ours:?}");
     assert_eq!(ours.dma_reads, 0);
+    only_sleeps_read(soc, &seen, &counters);
+}
+
+#[test]
+fn a_read_takes_its_way_there_and_back() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    const READS: u16 = 300;
+    // Longer than anything else in an exit.
+    let [there, back] = [Duration::from_micros(200), Duration::from_micros(100)];
+    let slow = Latencies { posted_write: there, dma_write: back, ..MICROSECOND };
+    let (mut soc, counters, _) = vm(&repeat(READS, IN), SPIN, slow);
+    soc.run();
+    let mut seen = soc.take();
+    let start = Instant::now();
+    for _ in 0..READS {
+        soc.answer(&seen, Answer::Plain(Completion::ok(0)));
+        seen = soc.take();
+    }
+    let took = start.elapsed();
+    assert!(took >= (there + back) * READS.into(), "{READS} reads took {took:?}");
     only_sleeps_read(soc, &seen, &counters);
 }

@@ -22,7 +22,7 @@ use api_channel::{Client, ClientWindows, Incoming, Status};
 use ioreq_ring::{BusMemory, Completion, Direction, Kind, Request, SocIdle, SocLane, drain};
 use pcie_function::header::{HostHeader, SocHeader, VERSION, epoch};
 use pcie_function::local::LocalSoc;
-use pcie_function::modelled::{Crossings, ModelledHost, ModelledSoc};
+use pcie_function::modelled::{Crossings, Latencies, Link, ModelledHost, ModelledSoc};
 use pcie_function::regions::{self, Region, Spaces, Type};
 use pcie_function::{Doorbell, SocFunction, Window, Windowed};
 
@@ -130,13 +130,14 @@ impl Soc<LocalSoc> {
 }
 
 impl Soc<ModelledSoc<LocalSoc>> {
-    /// As [`Soc::in_process`], with every crossing counted.
-    pub fn modelled() -> (Self, Counters) {
+    /// As [`Soc::in_process`], with every crossing counted, and as slow as that.
+    pub fn modelled(latencies: Latencies) -> (Self, Counters) {
         let counters = Counters { host: Arc::default(), soc: Arc::default() };
-        let host = counters.host.clone();
-        let (shim, socket) = Shim::thread(|function| ModelledHost::new(function, host));
+        let link = Link::new(latencies).expect("a link");
+        let (host, its_end) = (counters.host.clone(), link.clone());
+        let (shim, socket) = Shim::thread(move |function| ModelledHost::across(function, host, &its_end));
         let function = LocalSoc::new(socket).expect("the shim's function");
-        (Self::connect(ModelledSoc::new(function, counters.soc.clone()), shim), counters)
+        (Self::connect(ModelledSoc::across(function, counters.soc.clone(), &link), shim), counters)
     }
 }
 
