@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use std::{env, fs};
 
@@ -27,6 +28,26 @@ pub(crate) fn build() -> Result<Option<Vec<String>>, String> {
     programs_of(&dir.join("Cargo.toml")).map(Some)
 }
 
+/// [`run`]s every target, as many at once as there are CPUs; those that found something.
+pub(crate) fn run_all(targets: &[String], time: Duration) -> Result<Vec<String>, String> {
+    let next = AtomicUsize::new(0);
+    let take_turns = || {
+        let mut found = Vec::new();
+        while let Some(target) = targets.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if !run(target, time)? {
+                found.push(target.clone());
+            }
+        }
+        Ok(found)
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let runners: Vec<_> = (0..threads).map(|_| scope.spawn(take_turns)).collect();
+        let found = runners.into_iter().map(|runner| runner.join().expect("a runner doesn't panic"));
+        found.collect::<Result<Vec<_>, String>>().map(|found| found.concat())
+    })
+}
+
 /// Replays the kept inputs of `target`, then lets it look for more for `time`; whether it found nothing. What it finds stays out of
 /// the tree.
 pub(crate) fn run(target: &str, time: Duration) -> Result<bool, String> {
@@ -45,7 +66,7 @@ pub(crate) fn run(target: &str, time: Duration) -> Result<bool, String> {
     if corpus.is_dir() {
         command.arg(corpus);
     }
-    Ok(step::run(&format!("fuzz {target}"), command, time + REPLAY_LIMIT)?.ok)
+    Ok(step::run_beside(&format!("fuzz {target}"), command, time + REPLAY_LIMIT)?.ok)
 }
 
 /// The names of a package's programs.

@@ -26,14 +26,23 @@ pub(crate) struct Outcome {
 }
 
 /// Runs `command`, at most for `limit`, with its output in a file; shows the end of it where it fails.
-pub(crate) fn run(title: &str, mut command: Command, limit: Duration) -> Result<Outcome, String> {
+pub(crate) fn run(title: &str, command: Command, limit: Duration) -> Result<Outcome, String> {
+    follow(Progress::new(title), command, limit)
+}
+
+/// [`run`] as one of several at once: it shows only how it ended.
+pub(crate) fn run_beside(title: &str, command: Command, limit: Duration) -> Result<Outcome, String> {
+    follow(Progress { title, shown_as: Shown::End, shown: Duration::ZERO }, command, limit)
+}
+
+fn follow(mut progress: Progress<'_>, mut command: Command, limit: Duration) -> Result<Outcome, String> {
+    let title = progress.title;
     let log = log_file(title)?;
     let output = File::create(&log).map_err(|e| format!("{}: {e}", log.display()))?;
     let errors = output.try_clone().map_err(|e| format!("{}: {e}", log.display()))?;
     command.stdin(Stdio::null()).stdout(output).stderr(errors);
 
     let began = Instant::now();
-    let mut progress = Progress::new(title);
     let mut child = Child::spawn(command).map_err(|e| with_sources(&e))?;
     let status = loop {
         let waited = child.wait(Duration::from_millis(200));
@@ -86,35 +95,51 @@ fn log_file(title: &str) -> Result<PathBuf, String> {
 
 struct Progress<'a> {
     title: &'a str,
-    terminal: bool,
+    shown_as: Shown,
     shown: Duration,
+}
+
+/// What of a step is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shown {
+    /// One line that is written over.
+    Line,
+    /// A line every now and then.
+    Lines,
+    /// How it ended.
+    End,
 }
 
 impl<'a> Progress<'a> {
     fn new(title: &'a str) -> Self {
-        let terminal = io::stdout().is_terminal();
-        if !terminal {
+        let shown_as = if io::stdout().is_terminal() { Shown::Line } else { Shown::Lines };
+        if shown_as == Shown::Lines {
             println!("{title} …");
         }
-        Self { title, terminal, shown: Duration::ZERO }
+        Self { title, shown_as, shown: Duration::ZERO }
     }
 
     fn show(&mut self, elapsed: Duration) {
-        let every = if self.terminal { Duration::from_secs(1) } else { STILL_AT_IT };
+        let every = match self.shown_as {
+            Shown::Line => Duration::from_secs(1),
+            Shown::Lines => STILL_AT_IT,
+            Shown::End => return,
+        };
         if elapsed < self.shown + every {
             return;
         }
         self.shown = elapsed;
-        if self.terminal {
-            print!("\r{} … {} s", self.title, elapsed.as_secs());
+        let line = format!("{} … {} s", self.title, elapsed.as_secs());
+        if self.shown_as == Shown::Line {
+            print!("\r{line}");
             let _ = io::stdout().flush();
         } else {
-            println!("{} … {} s", self.title, elapsed.as_secs());
+            println!("{line}");
         }
     }
 
     fn end(&self, ok: bool, elapsed: Duration) {
-        let start = if self.terminal { "\r\x1b[K" } else { "" };
+        let start = if self.shown_as == Shown::Line { "\r\x1b[K" } else { "" };
         let word = if ok { "ok" } else { "FAILED" };
         println!("{start}{:<44} {word:<6} {:>6.1} s", self.title, elapsed.as_secs_f64());
     }

@@ -120,14 +120,10 @@ impl Suite {
             self.counts.failed += 1;
             return Ok(());
         };
-        for target in targets {
-            if fuzz::run(&target, FUZZ_TIME)? {
-                self.counts.passed += 1;
-            } else {
-                self.counts.failed += 1;
-                self.failed.push(format!("fuzz {target}"));
-            }
-        }
+        let found = fuzz::run_all(&targets, FUZZ_TIME)?;
+        self.counts.passed += (targets.len() - found.len()) as u64;
+        self.counts.failed += found.len() as u64;
+        self.failed.extend(found.iter().map(|target| format!("fuzz {target}")));
         Ok(())
     }
 

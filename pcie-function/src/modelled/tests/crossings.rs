@@ -98,7 +98,8 @@ fn what_is_posted_while_a_read_is_on_its_way_may_pass_it() {
         }
 
         fn wait_until(&self, moment: Duration) {
-            if let Some(meanwhile) = self.1.lock().unwrap().take() {
+            let meanwhile = self.1.lock().unwrap().take();
+            if let Some(meanwhile) = meanwhile {
                 meanwhile();
             }
             self.0.wait_until(moment);
