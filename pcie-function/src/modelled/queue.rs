@@ -91,7 +91,7 @@ impl Queue {
     }
 
     fn land(&self, under_way: &mut UnderWay, now: Duration) -> bool {
-        while let Some((_, posted)) = under_way.posted.pop_front_if(|(due, _)| *due <= now + std::time::Duration::from_nanos(300)) {
+        while let Some((_, posted)) = under_way.posted.pop_front_if(|(due, _)| *due <= now) {
             posted.land();
         }
         let first = under_way.posted.front().map_or(0, |(due, _)| nanos(*due).saturating_add(1));
