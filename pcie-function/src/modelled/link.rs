@@ -3,7 +3,7 @@
 //! PCI Express Base §2.4 (transaction ordering), with no relaxed ordering: what is posted arrives in order, signals too. A read
 //! arrives behind what its side posted before it, and its completion behind what the other side posted before that.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use super::clock::{Clock, Monotonic};
@@ -111,10 +111,21 @@ impl End {
     /// Sends a doorbell or a vector.
     pub(super) fn signal(&self, signal: impl FnOnce() + Send + 'static) {
         let wire = &self.slow.wire;
-        let latency = wire.latencies.signal(self.side);
-        if self.outbound().send(wire.clock.now(), latency, Posted::Signal(Box::new(signal))) {
+        let (now, latency) = (wire.clock.now(), wire.latencies.signal(self.side));
+        if self.outbound().send(now, latency, Posted::Signal(Box::new(signal))) > now {
             wire.notice.give();
         }
+    }
+
+    /// Sends a write that its side waits for: what came of it when it arrived. `None` if it panicked.
+    pub(super) fn transfer<T: Send + 'static>(&self, write: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        let Wire { clock, latencies, .. } = &*self.slow.wire;
+        let (done, result) = mpsc::channel();
+        let transfer = Box::new(move || drop(done.send(write())));
+        let due = self.outbound().send(clock.now(), latencies.write(self.side), Posted::Transfer(transfer));
+        clock.wait_until(due);
+        self.outbound().arrive(clock.now());
+        result.recv().ok()
     }
 
     /// Reads `times` times across the bus, one after another: `look` looks at the far end's memory when the first has arrived there.
@@ -133,14 +144,6 @@ impl End {
         clock.wait_until(back);
         self.inbound().arrive(clock.now());
         seen
-    }
-
-    /// Does a write that its side waits for, when it has arrived.
-    pub(super) fn write_through<T>(&self, write: impl FnOnce() -> T) -> T {
-        let Wire { clock, latencies, .. } = &*self.slow.wire;
-        clock.wait_until(self.outbound().reserve(clock.now(), latencies.write(self.side)));
-        self.outbound().arrive(clock.now());
-        write()
     }
 
     /// Returns when everything that this side sent has arrived.

@@ -18,6 +18,8 @@ pub(super) enum Posted {
     Line { to: Arc<dyn Landing>, offset: usize, words: [u64; 8], count: usize },
     /// Bytes from a word's start.
     Bytes { to: Arc<dyn Landing>, offset: usize, data: Box<[u8]> },
+    /// A transfer that somebody waits for.
+    Transfer(Box<dyn FnOnce() + Send>),
     /// A doorbell or a vector.
     Signal(Box<dyn FnOnce() + Send>),
 }
@@ -27,7 +29,7 @@ impl Posted {
         match self {
             Self::Line { to, offset, words, count } => to.store_line(offset, &words[..count]),
             Self::Bytes { to, offset, data } => to.copy_in(offset, &data),
-            Self::Signal(signal) => signal(),
+            Self::Transfer(act) | Self::Signal(act) => act(),
         }
     }
 }
@@ -51,17 +53,14 @@ struct UnderWay {
 }
 
 impl Queue {
-    /// Sends, at `now`. True if something is still under way then.
-    pub(super) fn send(&self, now: Duration, latency: Duration, posted: Posted) -> bool {
+    /// Sends, at `now`; when it arrives. What is due already lands before this returns.
+    pub(super) fn send(&self, now: Duration, latency: Duration, posted: Posted) -> Duration {
         let mut under_way = self.lock();
-        let due = under_way.due(now, latency);
+        let due = under_way.last.max(now.saturating_add(latency));
+        under_way.last = due;
         under_way.posted.push_back((due, posted));
-        self.land(&mut under_way, now)
-    }
-
-    /// When something arrives that is sent at `now` by other means than [`Queue::send`]. What is sent later arrives no earlier.
-    pub(super) fn reserve(&self, now: Duration, latency: Duration) -> Duration {
-        self.lock().due(now, latency)
+        self.land(&mut under_way, now);
+        due
     }
 
     /// `moment`, or when the last that was ever sent arrives, whichever is later. What is sent later may pass: nothing keeps a
@@ -90,24 +89,16 @@ impl Queue {
         signal.map(|(due, _)| *due)
     }
 
-    fn land(&self, under_way: &mut UnderWay, now: Duration) -> bool {
+    fn land(&self, under_way: &mut UnderWay, now: Duration) {
         while let Some((_, posted)) = under_way.posted.pop_front_if(|(due, _)| *due <= now) {
             posted.land();
         }
         let first = under_way.posted.front().map_or(0, |(due, _)| nanos(*due).saturating_add(1));
         self.first.store(first, Ordering::Release);
-        first != 0
     }
 
     fn lock(&self) -> MutexGuard<'_, UnderWay> {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl UnderWay {
-    fn due(&mut self, now: Duration, latency: Duration) -> Duration {
-        self.last = self.last.max(now.saturating_add(latency));
-        self.last
     }
 }
 

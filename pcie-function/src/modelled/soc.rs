@@ -11,7 +11,7 @@ use crate::{BusError, Doorbell, Iova, SocFunction};
 /// The SoC's end of another function, modelled.
 #[derive(Debug)]
 pub struct ModelledSoc<F> {
-    /// A vector that is under way holds it too.
+    /// What is under way holds it too.
     pub(super) inner: Arc<F>,
     crossings: Arc<Crossings>,
     end: Option<End>,
@@ -62,7 +62,10 @@ impl<F: SocFunction> SocFunction for ModelledSoc<F> {
         self.crossings.wrote(Side::Soc, 1, data.len());
         match &self.end {
             None => self.inner.write(iova, data),
-            Some(end) => end.write_through(|| self.inner.write(iova, data)),
+            Some(end) => {
+                let (inner, data) = (self.inner.clone(), data.to_vec());
+                end.transfer(move || inner.write(iova, &data)).unwrap_or(Err(BusError::Dma))
+            }
         }
     }
 
