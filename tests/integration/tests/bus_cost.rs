@@ -191,8 +191,8 @@ fn a_soc_that_sleeps(latencies: Latencies) {
     assert_eq!((writes, reads), ((1, 8), 1), "to sleep costs this side its flag and one DMA read");
     soc.run();
     let mut seen = soc.take();
-    let mut last = Moment::of(&soc, &counters);
     until("the first ring", || soc.rang());
+    let mut last = Moment::of(&soc, &counters);
     for _ in 0..READS {
         soc.answer(&seen, Answer::Plain(Completion::ok(0)));
         seen = soc.take();
