@@ -1,5 +1,8 @@
 //! The VMM on the SoC: machine, devices, boot, QMP, CLI.
 
+// They panic where a stream is full or closed, and a panic ends the VM: see `say`.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
+
 pub mod acpi;
 pub mod boot;
 pub mod bus;
@@ -16,5 +19,6 @@ pub mod link;
 pub mod memory;
 pub mod power;
 pub mod qmp;
+pub mod say;
 mod shim;
 pub mod vm;

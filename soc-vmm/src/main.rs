@@ -1,9 +1,11 @@
 //! The VMM on the SoC: machine, devices, boot, QMP, CLI.
 
+#![deny(clippy::print_stderr, clippy::print_stdout)]
+
 use std::process::ExitCode;
 
 use soc_vmm::cli::{self, ExitStatus, Failure, Invocation};
-use soc_vmm::{inventory, vm};
+use soc_vmm::{inventory, say::say, vm};
 
 fn main() -> ExitCode {
     let ended = Invocation::parse(std::env::args_os()).and_then(invoke);
@@ -11,7 +13,7 @@ fn main() -> ExitCode {
         Ok(status) => status.into(),
         Err(failure) => {
             if !failure.is_told() {
-                eprintln!("soc-vmm: {failure}");
+                say(format_args!("soc-vmm: {failure}"));
             }
             failure.status().into()
         }
@@ -25,7 +27,9 @@ fn invoke(invocation: Invocation) -> Result<ExitStatus, Failure> {
         Invocation::Perform(verb, target) => cli::perform(verb, &target, &mut out)?,
         Invocation::Print(text) => cli::print(&text, &mut out)?,
         Invocation::Run(config) => {
-            tracing_subscriber::fmt().with_max_level(config.log).with_writer(std::io::stderr).init();
+            // Where a record can't be written, it would say so on the same standard error, and panic.
+            let log = tracing_subscriber::fmt().with_max_level(config.log).log_internal_errors(false);
+            log.with_writer(std::io::stderr).init();
             return vm::run(&config);
         }
         Invocation::Host { function, json } => inventory::host(&function, json, &mut out)?,

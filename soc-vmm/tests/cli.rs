@@ -1,6 +1,6 @@
 //! The program itself: what it prints where, and how it ends.
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use soc_vmm::control::{Action, ListeningSocket, VmControl, VmInfo, channel};
 use soc_vmm::qmp::Server;
@@ -35,6 +35,25 @@ fn a_wrong_command_line_is_one_line_and_status_2() {
         assert_eq!((out.as_str(), status), ("", 2), "{args:?}: {err}");
         assert!(err.starts_with("soc-vmm: ") && err.ends_with('\n') && err.lines().count() == 1, "{args:?}: {err:?}");
         assert!(err.contains(word), "{args:?}: {err:?}");
+    }
+}
+
+#[test]
+fn nobody_who_can_be_told_changes_no_status() {
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let (reader, closed) = std::io::pipe().unwrap();
+    drop(reader);
+    let cases: [(&[&str], i32); 4] = [
+        (&["frobnicate"], 2),
+        (&["run", "--kernel", "/no/such/kernel", "--log", "trace"], 2),
+        (&["status", "--qmp", "/no/such/socket"], 4),
+        (&["--help"], 0),
+    ];
+    for (args, status) in cases {
+        for stderr in [Stdio::from(full()), Stdio::from(closed.try_clone().unwrap())] {
+            let ended = Command::new(env!("CARGO_BIN_EXE_soc-vmm")).args(args).stderr(stderr).output().unwrap();
+            assert_eq!(ended.status.code(), Some(status), "{args:?}");
+        }
     }
 }
 

@@ -24,7 +24,7 @@ pub struct Escapes {
 
 impl Escapes {
     /// What Ctrl-A h shows.
-    pub const HELP: &'static str = "\r\nCtrl-A x: end the VM   Ctrl-A h: this help   Ctrl-A Ctrl-A: send Ctrl-A\r\n";
+    pub const HELP: &'static str = "\r\nCtrl-A x: end the VM   Ctrl-A h: this help   Ctrl-A Ctrl-A: send Ctrl-A";
 
     /// Takes the next byte.
     pub fn take(&mut self, byte: u8) -> Typed {

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{Escapes, Typed};
 use crate::control::{ShutdownCause, VmHandle};
 use crate::devices::{InputWriter, OutputReader};
+use crate::say::say;
 
 /// Bytes read at once.
 const READ: usize = 4 << 10;
@@ -80,7 +81,7 @@ fn read_terminal(source: File, typed: &mpsc::Sender<Vec<u8>>, vm: &VmHandle) {
             match escapes.take(*byte) {
                 Typed::Guest(byte) => to_guest.push(byte),
                 Typed::Quit => vm.quit_from_thread(ShutdownCause::HostUi),
-                Typed::Help => eprint!("{}", Escapes::HELP),
+                Typed::Help => say(Escapes::HELP),
                 Typed::Nothing => {}
             }
         }

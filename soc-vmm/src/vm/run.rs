@@ -19,6 +19,7 @@ use crate::function::{self, Use};
 use crate::layout::MemoryLayout;
 use crate::link::Link;
 use crate::qmp;
+use crate::say::say;
 
 /// Bytes that may wait between the guest's serial port and its far end, each way.
 const SERIAL_QUEUE: usize = 4096;
@@ -65,7 +66,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         let wrong = |option: &str, e: &ConsoleError| Failure::of(ExitStatus::Usage, option, e);
         let serial = SerialBackend::open(&config.serial).map_err(|e| wrong("--serial", &e))?;
         if let Some(path) = serial.pty_path() {
-            eprintln!("soc-vmm: the serial port is {}", path.display());
+            say(format_args!("soc-vmm: the serial port is {}", path.display()));
         }
         let mut consoles = vec![serial.attach(reader, writer, &handle).map_err(|e| wrong("--serial", &e))?];
         let mut debugcon = None;
