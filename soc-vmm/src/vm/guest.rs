@@ -13,6 +13,8 @@ use crate::power::{PowerEvent, PowerSink};
 pub(super) enum GuestEvent {
     /// The guest wants its machine reset, off, or ended.
     Power(PowerEvent),
+    /// This vCPU's triple fault resets the machine.
+    TripleFault(u32),
     /// A vCPU can't go on.
     Failed(String),
     /// The function no longer carries.
@@ -58,10 +60,7 @@ impl Relay {
         self.park.store(true, Ordering::Relaxed);
         let [a, b, c, d] = request.words.unwrap_or_default();
         let event = match request.address {
-            exit_reason::SHUTDOWN => {
-                tracing::info!(vcpu, "a triple fault resets the machine");
-                GuestEvent::Power(PowerEvent::Reset)
-            }
+            exit_reason::SHUTDOWN => GuestEvent::TripleFault(vcpu as u32),
             exit_reason::INTERNAL_ERROR => GuestEvent::Failed(format!(
                 "vCPU {vcpu}: KVM internal error, suberror {a} ({b:#x} {c:#x} {d:#x}): the guest did what this host's KVM can't emulate"
             )),

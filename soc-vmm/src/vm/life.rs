@@ -149,9 +149,11 @@ impl<F: SocFunction> Vm<F> {
         let (commands, receiver) = std::sync::mpsc::channel();
         let idle = ioreq_ring::wire::LINE;
         let flag = pcie_function::Windowed::cut(&link.soc_lines, api_channel::lines::soc::LANES_IDLE, idle);
+        let (lanes, private) = host.lanes(link, Some(state_dir))?;
         let worker = Worker {
             function: link.function.clone(),
-            lanes: host.lanes(link, Some(state_dir))?,
+            lanes,
+            private,
             vectors: (0..vcpus).map(|lane| host.created.vector_of(lane)).collect(),
             idle: SocIdle::new(flag.ok_or(LifeError::Records)?),
             buses: machine.buses,
@@ -283,6 +285,12 @@ impl<F: SocFunction> Vm<F> {
         Ok(all)
     }
 
+    /// Where a vCPU stands, for a log; the VM is paused.
+    async fn standing(&self, vcpu: u32) -> Result<String, LifeError> {
+        self.host.pause().await?;
+        Ok(state::standing(&self.host.state(vcpu).await?)?)
+    }
+
     async fn reset_and_run(&self, state: RunState) -> Result<(), LifeError> {
         self.reset().await?;
         if state.is_running() { Ok(self.host.run().await?) } else { Ok(()) }
@@ -290,6 +298,13 @@ impl<F: SocFunction> Vm<F> {
 
     async fn hear(&self, event: GuestEvent, control: &mut VmControl) -> Result<Option<ExitStatus>, Failure> {
         match event {
+            GuestEvent::TripleFault(vcpu) => {
+                let stood = self.standing(vcpu).await.unwrap_or_else(|e| format!("its registers can't be read: {e}"));
+                tracing::info!(vcpu, "a triple fault resets the machine: {stood}");
+                self.reset_and_run(control.state()).await.map_err(|e| e.failure())?;
+                control.guest_reset();
+                Ok(None)
+            }
             GuestEvent::Power(PowerEvent::Reset) => {
                 self.reset_and_run(control.state()).await.map_err(|e| e.failure())?;
                 control.guest_reset();

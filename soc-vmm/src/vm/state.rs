@@ -37,6 +37,22 @@ pub(super) fn chips(pristine: &[u8]) -> Result<Vec<u8>, Malformed> {
     Ok(kept.fold(Records::default(), |list, record| list.bytes(record.kind, record.payload)).done())
 }
 
+/// Where a vCPU stands, in one line. After a triple fault AMD's processors have no state left to show: KVM gives their vCPU that of a
+/// reset, with RIP 0xfff0 (KVM's `shutdown_interception`).
+///
+/// # Errors
+/// `list` is no list of records, or holds no registers.
+pub(super) fn standing(list: &[u8]) -> Result<String, Malformed> {
+    let all = records(list)?;
+    let of = |kind| all.iter().find(|record| record.kind == kind).ok_or(Malformed);
+    let (regs, sregs) = (of(Type::REGS)?.get::<Regs>()?, of(Type::SREGS)?.get::<Sregs>()?);
+    let Sregs { cr0, cr2, cr3, cr4, efer, cs, idt, .. } = sregs;
+    Ok(format!(
+        "rip {:#x} rsp {:#x} cs {:#x} cr0 {cr0:#x} cr2 {cr2:#x} cr3 {cr3:#x} cr4 {cr4:#x} efer {efer:#x} idt {:#x}+{:#x}",
+        regs.rip, regs.rsp, cs.selector, idt.base, idt.limit
+    ))
+}
+
 fn regs(entry: &Entry) -> Regs {
     let entry::Regs { rax, rbx, rdx, rsi, rip, rflags } = entry.regs;
     Regs { rax, rbx, rdx, rsi, rip, rflags, ..Regs::default() }

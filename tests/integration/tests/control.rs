@@ -187,6 +187,33 @@ fn a_reset_guest_begins_anew_with_its_devices_and_its_memory_s_image() {
 }
 
 #[test]
+fn a_triple_fault_resets_the_machine_and_the_log_says_where_the_vcpu_stood() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let image = firmware(|a| {
+        say(a, b'r')?;
+        // Memory is zero: neither descriptors nor vectors lie within their tables.
+        a.lgdt(ptr(0x500))?;
+        a.lidt(ptr(0x500))?;
+        a.mov(eax, cr0)?;
+        a.or(al, 1)?;
+        a.mov(cr0, eax)?;
+        a.mov(ax, 8)?;
+        a.mov(ds, ax)?;
+        a.hlt()
+    });
+    let (mut vm, _place) = run_firmware(&image, &["--log", "info"]);
+    vm.debugcon_has("rr");
+    vm.command(&["quit"]);
+    let ended = vm.wait();
+    let line = ended.stderr.lines().find(|line| line.contains("a triple fault resets the machine: rip 0x"));
+    let line = line.unwrap_or_else(|| panic!("{}", ended.stderr));
+    assert!(line.contains(" cr0 0x") && line.contains("vcpu=0"), "{line}");
+    assert_eq!(ended.status.code(), Some(0), "{}", ended.stderr);
+}
+
+#[test]
 fn a_reset_stops_every_processor_until_the_first_starts_it_again() {
     if !kvm(&test_name()) {
         return;
