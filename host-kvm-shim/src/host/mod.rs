@@ -76,7 +76,11 @@ impl Host {
         let vm = kvm.create_vm().map_err(|e| failed("create a VM", e))?;
         let khz = match vm.check_extension_raw(KVM_CAP_VM_TSC_CONTROL.into()) {
             1.. => tsc_khz(&vm).unwrap_or(0),
-            _ => vm.create_vcpu(0).map_err(|e| failed("create a vCPU", e))?.get_tsc_khz().unwrap_or(0),
+            _ => {
+                // A vCPU without an in-kernel APIC would have the kernel patch KVM's code under all VMs of this host, twice.
+                vm.create_irq_chip().map_err(|e| failed("create interrupt controllers", e))?;
+                vm.create_vcpu(0).map_err(|e| failed("create a vCPU", e))?.get_tsc_khz().unwrap_or(0)
+            }
         };
         let msrs = kvm.get_msr_index_list().map_err(|e| failed("list its MSRs", e))?;
         let abilities = Abilities::new(vm.check_extension_raw(KVM_CAP_XSAVE2.into()), msrs.as_slice().to_vec());
