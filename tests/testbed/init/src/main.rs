@@ -38,7 +38,7 @@ fn serve() -> Result<(), String> {
     let config = read_config()?;
     boot::name_machine(&config.name)?;
     boot::load_modules(&config.modules)?;
-    let _vm = kvm::keep_vm();
+    let _vm = kvm::KeptVm::new();
     let functions = boot::bind_functions(&config.bind);
 
     let control = Arc::new(Port::open(CONTROL_PORT)?);
