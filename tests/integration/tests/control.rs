@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use integration::{Vm, kvm, program, test_name};
-use payloads::{Privilege, hot, ports, smp};
+use payloads::{Privilege, hot, ports, smp, watch};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -184,6 +184,19 @@ fn a_reset_guest_begins_anew_with_its_devices_and_its_memory_s_image() {
     vm.command(&["quit"]);
     let ended = vm.wait();
     assert_eq!((ended.status.code(), ended.debugcon.as_str()), (Some(0), "aa\naa\naa\n"));
+}
+
+#[test]
+fn a_reset_leaves_memory_alone_that_no_image_is_loaded_to() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let mut vm = Vm::payload(&watch::watch(7).unwrap(), &[]);
+    vm.debugcon_has("round 0000000000000002 ");
+    vm.command(&["reset"]);
+    vm.debugcon_has(&format!("\nreset sum {0:016x}\nround 0000000000000001 sum {0:016x}\n", watch::sum(7)));
+    vm.command(&["quit"]);
+    assert_eq!(vm.wait().status.code(), Some(0));
 }
 
 #[test]

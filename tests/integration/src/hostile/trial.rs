@@ -133,6 +133,13 @@ impl Trial {
         shim
     }
 
+    /// What its programs have said so far, in the order in which they were started.
+    pub fn said(&self) -> String {
+        let programs = self.started.lock().expect("no panic holds it").len();
+        let text = |program| std::fs::read(self.path(&format!("stderr-{program}"))).unwrap_or_default();
+        (0..programs).map(|program| format!("{program}: {}\n", String::from_utf8_lossy(&text(program)))).collect()
+    }
+
     /// Starts a command as a program of this trial.
     pub fn start(&self, command: &mut Command) -> Running {
         let mut started = self.started.lock().expect("no panic holds it");

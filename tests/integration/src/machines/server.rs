@@ -188,6 +188,14 @@ impl Server {
         self.shims[function as usize] = pid.expect("a shim starts");
     }
 
+    /// What everybody has said so far, for a test that fails.
+    pub fn story(&self) -> String {
+        let functions = 0..self.shims.len() as u32;
+        let shims: String = functions.map(|function| format!("{function}: {}\n", self.shim_said(function))).collect();
+        let kernel = self.bed.server.console().tail(60);
+        format!("programs of this machine:\n{}shims:\n{shims}the server's kernel:\n{kernel}", self.trial.said())
+    }
+
     /// Waits until the VM of a function is in a state.
     pub fn becomes(&self, function: u32, state: &str) {
         self.trial.becomes(&Self::name(function), state);

@@ -1,8 +1,10 @@
 //! Looks at a guest that runs [`payloads::watch`].
 
+use std::time::{Duration, Instant};
+
 use payloads::watch;
 
-use super::Server;
+use super::{MOST, Server};
 
 /// A guest that watches its memory and its exits, on a function of a server.
 #[derive(Clone, Copy, Debug)]
@@ -33,7 +35,9 @@ impl Watched {
         let mut rounds = 0;
         for line in whole.lines() {
             rounds += 1;
-            assert_eq!(watch::parse_round(line), Some((rounds, self.sum)), "VM {}: {line:?}", self.function);
+            if watch::parse_round(line) != Some((rounds, self.sum)) {
+                self.unlawful(rounds, server);
+            }
         }
         rounds
     }
@@ -44,6 +48,24 @@ impl Watched {
     /// It doesn't, or one isn't lawful.
     pub fn goes_on(&self, server: &Server) {
         let before = self.rounds(server);
-        server.wait_until(&format!("VM {} goes on", self.function), || self.rounds(server) >= before + 5);
+        let start = Instant::now();
+        while self.rounds(server) < before + 5 {
+            assert!(
+                start.elapsed() < MOST,
+                "VM {} stands still after round {before}\n{}",
+                self.function,
+                server.story()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The end of a test whose guest wrote something else than its next round.
+    fn unlawful(&self, line: u64, server: &Server) -> ! {
+        // A guest that was reset goes on to say what it found in its memory.
+        std::thread::sleep(Duration::from_secs(2));
+        let console = server.console(self.function);
+        let lines: Vec<_> = console.lines().skip(line as usize - 1).take(8).collect();
+        panic!("VM {}, from line {line} on: {lines:#?}\n{}", self.function, server.story());
     }
 }

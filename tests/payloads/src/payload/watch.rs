@@ -2,9 +2,10 @@
 //!
 //! | touches | how |
 //! | --- | --- |
-//! | [`WATCHED`] bytes of RAM | fills them once with words that follow from the seed, and sums them up in each round |
+//! | [`WATCHED`] bytes of RAM | fills them with words that follow from the seed, and sums them up in each round |
+//! | the word after them | marks that they are filled: a reset loads the image anew, and leaves them as they are |
 //! | [`ports::ECHO`], [`TEST_MEMORY`] | writes the number of the round, and must read it back |
-//! | [`ports::DEBUG_CONSOLE`] | a line a round: `round N sum S`, both in 16 hexadecimal digits |
+//! | [`ports::DEBUG_CONSOLE`] | a line a round: `round N sum S`, both in 16 hexadecimal digits; before the first one after a reset, on a line of its own, `reset sum S` of what was found |
 //!
 //! It runs until it is stopped, or until something is not as it was: then it fails.
 
@@ -17,13 +18,26 @@ use crate::{Ends, IcedError, Payload, TEST_MEMORY, ports};
 /// Bytes of RAM that are watched, from guest-physical [`FREE`] on.
 pub const WATCHED: usize = 1 << 20;
 
+/// Where the mark is.
+const MARK: u32 = FREE + WATCHED as u32;
+
 const FACTOR: u64 = 0x5851_f42d_4c95_7f2d;
 const STEP: u64 = 0x1405_7b7e_f767_814f;
 
 /// The payload.
 pub fn watch(seed: u64) -> Result<Payload, IcedError> {
     let mut p = LongMode::new()?;
-    let [mut fill, mut round] = [0; 2].map(|_| p.asm.create_label());
+    let [mut fresh, mut fill, mut round] = [0; 3].map(|_| p.asm.create_label());
+    p.asm.mov(edx, MARK)?;
+    p.asm.mov(rax, qword_ptr(rdx))?;
+    p.asm.mov(rbx, !seed)?;
+    p.asm.cmp(rax, rbx)?;
+    p.asm.jne(fresh)?;
+    sum_up(&mut p)?;
+    p.print("\nreset sum ")?;
+    p.print_hex(rdi)?;
+    p.print("\n")?;
+    p.place(&mut fresh)?;
     p.asm.mov(r8, FACTOR)?;
     p.asm.mov(r9, STEP)?;
     p.asm.mov(rax, seed)?;
@@ -36,6 +50,8 @@ pub fn watch(seed: u64) -> Result<Payload, IcedError> {
     p.asm.add(rdi, 8)?;
     p.asm.dec(ecx)?;
     p.asm.jne(fill)?;
+    p.asm.mov(rbx, !seed)?;
+    p.asm.mov(qword_ptr(rdi), rbx)?;
     // rbx the round, r10 the sum that must stay.
     sum_up(&mut p)?;
     p.asm.mov(r10, rdi)?;
