@@ -68,13 +68,11 @@ impl Mapping {
         Self::guarded(fd, offset, len, Reach::Bus)
     }
 
-    /// As [`Mapping::device`], of whatever memory can be taken away under a mapping.
-    pub(crate) fn guarded(
-        fd: BorrowedFd<'_>,
-        offset: u64,
-        len: usize,
-        reach: Reach,
-    ) -> Result<Arc<Self>, FunctionError> {
+    /// As [`Mapping::device`], of whatever memory can be taken away under a mapping, such as a file that others can truncate.
+    ///
+    /// # Errors
+    /// As for [`Mapping::device`].
+    pub fn guarded(fd: BorrowedFd<'_>, offset: u64, len: usize, reach: Reach) -> Result<Arc<Self>, FunctionError> {
         let mut mapping = Self::new(fd, offset, len, reach)?;
         let base = mapping.base.as_ptr() as usize;
         if let Some(only) = Arc::get_mut(&mut mapping) {

@@ -1,5 +1,6 @@
 //! Finding the host behind a function: header lines, region table, windows.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,9 +38,12 @@ pub enum LinkError {
     /// The function no longer carries.
     #[error(transparent)]
     Bus(#[from] BusError),
-    /// The doorbell can't be watched, or the state file can't be made.
+    /// The doorbell can't be watched.
     #[error("can't set up the connection")]
     Io(#[from] std::io::Error),
+    /// The state file can't be made.
+    #[error("can't make the VM's state file {}", .0.display())]
+    StateFile(PathBuf, #[source] std::io::Error),
     /// The state file can't be mapped.
     #[error("can't map the VM's state file")]
     State(#[source] pcie_function::FunctionError),

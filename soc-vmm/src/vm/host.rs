@@ -1,5 +1,7 @@
 //! The VM as the host holds it: made, filled, started and stopped by calls.
 
+use std::fs::OpenOptions;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,9 +13,10 @@ use api_channel::call::{
 use api_channel::codec::Reader;
 use ioreq_ring::wire::{LINE, POSTED_RING, STRING_PAGE};
 use ioreq_ring::{SocLane, SocWindows};
+use nix::fcntl::posix_fallocate;
 use pcie_function::local::sealed_memfd;
 use pcie_function::regions::Type;
-use pcie_function::{Mapping, Reach, SocFunction, Windowed};
+use pcie_function::{Mapping, Reach, SocFunction, Window, Windowed};
 
 use super::ram::GuestRam;
 use super::worker::Lane;
@@ -120,21 +123,21 @@ impl<F: SocFunction> HostVm<F> {
         Ok(())
     }
 
-    /// The SoC's ends of the lanes; the words that outlive the process lie in `state_dir`.
+    /// The SoC's ends of the lanes, and all their words that outlive the process, which lie in `state_dir`.
     ///
     /// # Errors
     /// The function has too few lanes, or the state file can't be made.
-    pub(super) fn lanes(&self, link: &Link<F>, state_dir: Option<&Path>) -> Result<Vec<Lane<F>>, LinkError> {
+    pub(super) fn lanes(&self, link: &Link<F>, state_dir: Option<&Path>) -> Result<(Vec<Lane<F>>, Window), LinkError> {
         let count = self.vcpus;
         let private_len = (count as usize * Lane::<F>::PRIVATE).next_multiple_of(4096);
-        let private = private_words(state_dir, private_len)?.window();
+        let all_private = private_words(state_dir, private_len)?.window();
         let requests = link.lanes(Type::LANE_REQUESTS, LINE, count)?;
         let controls = link.lanes(Type::LANE_CONTROLS, LINE, count)?;
         let posted = link.lanes(Type::LANE_POSTED, POSTED_RING, count)?;
         let remote = |base: u64, lane: usize, len: usize| link.function.remote(base + (lane * len) as u64, len);
         let windows = requests.into_iter().zip(controls).zip(posted).enumerate();
         let lanes = windows.map(|(i, ((request, control), posted))| {
-            let private = private.cut(i * Lane::<F>::PRIVATE, Lane::<F>::PRIVATE);
+            let private = all_private.cut(i * Lane::<F>::PRIVATE, Lane::<F>::PRIVATE);
             SocLane::new(SocWindows {
                 request,
                 control,
@@ -146,7 +149,7 @@ impl<F: SocFunction> HostVm<F> {
                 private: private.expect("the file holds every lane's words"),
             })
         });
-        Ok(lanes.collect())
+        Ok((lanes.collect(), all_private))
     }
 
     /// The CPUID that the host's KVM supports.
@@ -246,17 +249,20 @@ fn are_whole(extents: &[Extent], len: u64) -> bool {
 
 /// Memory for the lanes' private words: a file that outlives the process, or, without a directory, a memfd.
 fn private_words(dir: Option<&Path>, len: usize) -> Result<Arc<Mapping>, LinkError> {
-    use std::os::fd::AsFd;
-    let unusable = |e| LinkError::State(e);
-    let map = |fd: std::os::fd::BorrowedFd<'_>| Mapping::new(fd, 0, len, Reach::Local).map_err(unusable);
     match dir {
         Some(dir) => {
-            let open =
-                std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(dir.join("lanes"));
-            let file = open.and_then(|file| file.set_len(len as u64).map(|()| file))?;
-            map(file.as_fd())
+            let path = dir.join("lanes");
+            let failed = |e| LinkError::StateFile(path.clone(), e);
+            let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+            let file = open.map_err(failed)?;
+            // Every page now: one that a full file system can't give later would be a SIGBUS.
+            posix_fallocate(&file, 0, len as i64).map_err(|e| failed(e.into()))?;
+            Mapping::guarded(file.as_fd(), 0, len, Reach::Local).map_err(LinkError::State)
         }
-        None => map(sealed_memfd("outboard-lanes", len as u64).map_err(unusable)?.as_fd()),
+        None => {
+            let memory = sealed_memfd("outboard-lanes", len as u64).map_err(LinkError::State)?;
+            Mapping::new(memory.as_fd(), 0, len, Reach::Local).map_err(LinkError::State)
+        }
     }
 }
 

@@ -114,6 +114,8 @@ impl Wake for Waker {
 pub(super) struct Worker<F: SocFunction> {
     pub(super) function: Arc<F>,
     pub(super) lanes: Vec<Lane<F>>,
+    /// The lanes' words in the state file.
+    pub(super) private: Window,
     /// The vector that wakes each lane's vCPU.
     pub(super) vectors: Vec<u32>,
     pub(super) idle: SocIdle<F::Remote>,
@@ -132,6 +134,8 @@ enum Fault {
     Lane(usize, LaneError),
     #[error(transparent)]
     Bus(#[from] BusError),
+    #[error("its state file was truncated; leave the files in the run directory alone while their VM runs")]
+    StateFile,
     #[error("can't wait for work: {0}")]
     Poll(#[from] nix::Error),
 }
@@ -178,6 +182,10 @@ impl<F: SocFunction> Worker<F> {
                 }
             }
             if self.round(&mut late)? {
+                // One who takes over would find nothing there.
+                if self.private.is_lost() {
+                    return Err(Fault::StateFile);
+                }
                 spin.worked();
                 continue;
             }

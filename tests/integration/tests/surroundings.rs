@@ -1,9 +1,10 @@
 //! What surrounds a VM fails it: streams, disks and limits that are full, files that change under it.
 
+use std::fs::File;
 use std::process::Command;
 use std::time::Duration;
 
-use integration::hostile::{Running, Trial};
+use integration::hostile::{Running, Trial, one_line};
 use integration::{kvm, program, test_name};
 use payloads::{EXIT_PASS, Payload, Privilege};
 
@@ -14,6 +15,11 @@ const PASSED: i32 = (EXIT_PASS as i32) << 1 | 1;
 /// Ends by itself.
 fn short() -> Payload {
     payloads::pio::pio(Privilege::Cpl0).expect("the payload assembles")
+}
+
+/// Runs until it is ended.
+fn endless() -> Payload {
+    payloads::counter::counter(Privilege::Cpl0, payloads::counter::Each::Nothing).expect("the payload assembles")
 }
 
 /// Starts `soc-vmm run` of a payload by a shell command, in which `"$@"` is it.
@@ -40,4 +46,43 @@ fn a_standard_error_that_takes_nothing_ends_no_vm() {
         assert_eq!(ended.status.code(), Some(PASSED), "{nowhere}");
         trial.leaves_nothing(nowhere);
     }
+}
+
+/// A place for control sockets of a VM's own, on a file system of `size`; in the mount namespace of that VM alone.
+fn small_run_directory(size: &str, filled: &str) -> String {
+    format!(
+        "mkdir -p /run/outboard && mount -t tmpfs -o size={size},mode=700 none /run/outboard || exit 77
+         dd if=/dev/zero of=/run/outboard/filled bs=1k count={filled} 2>/dev/null; exec \"$@\""
+    )
+}
+
+#[test]
+fn a_full_run_directory_is_told_in_one_line() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return testbed::skip(&test_name(), "only root can mount");
+    }
+    let trial = Trial::default();
+    for (vcpus, filled) in [("1", "64"), ("200", "56")] {
+        let shell = format!("exec unshare -m sh -c '{}' sh \"$@\"", small_run_directory("64k", filled));
+        let ended = within(&trial, &shell, &short(), &["--cpus", vcpus]).wait(MOST);
+        one_line("a full run directory", &ended, 4, &["state file", "/run/outboard", "No space left"]);
+    }
+}
+
+#[test]
+fn a_state_file_that_is_truncated_ends_its_vm_in_words() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let trial = Trial::default();
+    let mut vm = trial.vm("vm", &endless(), &[]);
+    trial.becomes("vm", "running");
+    let run = if nix::unistd::geteuid().is_root() { "/run/outboard".into() } else { trial.at("run/outboard") };
+    let state = File::options().write(true).open(format!("{run}/{}.state/lanes", trial.name("vm"))).unwrap();
+    state.set_len(0).unwrap();
+    one_line("a truncated state file", &vm.wait(MOST), 6, &["the VM is lost", "state file was truncated"]);
+    trial.leaves_nothing("a truncated state file");
 }
