@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use testbed::bed::{Bed, BedConfig, GUEST_INITRD, GUEST_KERNEL};
 use testbed::card::{HOST_HOST, HOST_VM, SOC_HOST, SOC_VM};
+use testbed::fetch::Arch;
 use testbed::machine::Machine;
 use testbed::protocol::PciId;
-use testbed::{guest, paths, scratch};
+use testbed::{build, guest, paths, scratch};
 
 use crate::step::with_sources;
 use crate::{Soc, Up, terminal};
@@ -85,7 +86,7 @@ pub(crate) fn up(up: &Up) -> Result<ExitCode, String> {
         .spawn()
         .map_err(|e| format!("setsid: {e}"))?;
 
-    println!("starting {} …", plural(up.servers, "server"));
+    println!("fetching and building what is missing, and starting {} …", plural(up.servers, "server"));
     let end = Instant::now() + UP_LIMIT;
     let mut told = 0;
     loop {
@@ -136,7 +137,7 @@ pub(crate) fn console(number: usize, soc: bool) -> Result<ExitCode, String> {
     let held = held()?.ok_or("no server is up; `cargo xtask testbed up` starts one")?;
     let server = number.checked_sub(1).and_then(|index| held.servers.get(index)).ok_or_else(|| {
         let count = plural_of(held.servers.len(), "server");
-        format!("there is no server {number}: {count} up")
+        format!("there is no server {number}: {count} up, counted from 1")
     })?;
     let socket = match (&server.soc, soc) {
         (Some(soc), true) => &soc.console,
@@ -219,6 +220,7 @@ fn addresses(machine: &Machine, kinds: &[PciId]) -> Result<Vec<String>, String> 
 
 fn print(held: &Held) {
     let image = guest::image().ok();
+    let program = build::programs(Arch::Amd64, &["soc-vmm"]).ok().map(|mut programs| programs.remove(0));
     for (index, server) in held.servers.iter().enumerate() {
         let number = index + 1;
         println!("\n{} is up; its console: cargo xtask testbed console {number}", server.name);
@@ -236,7 +238,7 @@ fn print(held: &Held) {
             );
         }
     }
-    let (Some(server), Some(image)) = (held.servers.first(), image) else {
+    let (Some(server), Some(image), Some(program)) = (held.servers.first(), image, program) else {
         return;
     };
     let Some(function) = server.functions.first() else {
@@ -246,15 +248,17 @@ fn print(held: &Held) {
     println!("\na guest on the first of them:");
     if server.soc.is_some() {
         println!(
-            "  at the SoC's console: soc-vmm run --cpus 2 --memory 512M,hugepages=2M --function {spec} --kernel {GUEST_KERNEL} --initrd {GUEST_INITRD}"
+            "  at the SoC's console: soc-vmm run --name guest --cpus 2 --memory 512M,hugepages=2M --function {spec} --kernel {GUEST_KERNEL} --initrd {GUEST_INITRD}"
         );
     } else {
         println!(
-            "  cargo run --release -p soc-vmm -- run --cpus 2 --memory 512M,hugepages=2M --function {spec} --kernel {} --initrd {}",
+            "  {} run --name guest --cpus 2 --memory 512M,hugepages=2M --function {spec} --kernel {} --initrd {}",
+            program.display(),
             image.kernel.display(),
             image.initrd.display()
         );
     }
+    println!("(Ctrl-A x quits it, Ctrl-A h helps; the guest knows no power button)");
 }
 
 fn state_file() -> PathBuf {

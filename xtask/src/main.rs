@@ -41,8 +41,8 @@ enum Task {
         minutes: u32,
     },
     /// This project beside its peers, interleaved in one run: [NAME…] [--json FILE] [--record].
-    #[command(disable_help_flag = true)]
     Bench {
+        /// Names of figures, all of them if none is given; and the options above.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },

@@ -26,6 +26,13 @@ pub(crate) fn run(names: &[String], minutes: u32) -> Result<ExitCode, String> {
         let all = REPEATED.map(|test| format!("test.{test}")).join(", ");
         return Err(format!("nothing is called {}; there are: fuzz.TARGET, {all}", names.join(", ")));
     }
+    if !tests.is_empty() {
+        let mut build = cargo(["test", "--no-run", "--package", "integration"]);
+        build.args(tests.iter().flat_map(|test| ["--test", test]));
+        if !step::run("tests: build", build, LIMIT)?.ok {
+            return Ok(ExitCode::FAILURE);
+        }
+    }
     let share = Duration::from_secs(u64::from(minutes) * 60) / parts;
     let (mut passed, mut failed) = (0, Vec::new());
     for target in fuzzed {

@@ -99,7 +99,21 @@ impl Suite {
         let limit = 30 * MINUTE;
         if nextest {
             // nextest leaves out examples in documentation.
-            self.tests("tests", cargo(["nextest", "run", "--workspace", "--status-level", "skip"]), limit)?;
+            self.tests(
+                "tests",
+                cargo([
+                    "nextest",
+                    "run",
+                    "--workspace",
+                    "--status-level",
+                    "fail",
+                    "--final-status-level",
+                    "skip",
+                    "--failure-output",
+                    "final",
+                ]),
+                limit,
+            )?;
             let docs = cargo(["test", "--workspace", "--doc"]);
             self.tests("documentation's examples", docs, limit)
         } else {
