@@ -66,8 +66,13 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String
     let mut keep = false;
     let mut options =
         Options { lease: DEFAULT_LEASE, outlives_function: true, once: false, log: Level::Info, role: Role::Vm };
+    let mut given = Vec::new();
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
+        if given.contains(&arg) {
+            return Err(format!("{} is given twice: which one counts?", shown(&arg)));
+        }
+        given.push(arg.clone());
         let mut value = |name: &str| args.next().ok_or_else(|| format!("{name} needs a value; see --help"));
         match arg.to_str() {
             Some("-h" | "--help") => return Ok(Command::Help),
@@ -230,6 +235,8 @@ mod tests {
             ("--function fd:3 --log loud", "loud"),
             ("--function fd:3 --role guest", "guest"),
             ("--function fd:3 --nope", "--nope"),
+            ("--function fd:3 --function fd:4", "--function is given twice"),
+            ("--once --function fd:3 --once", "--once is given twice"),
         ] {
             let why = parsed(line).expect_err(line);
             assert!(why.contains(names) && !why.contains('\n'), "{line}: {why}");

@@ -8,6 +8,12 @@
 //!                 ▲─────── completion, line changes ◀┘                               │ asks vCPU threads through vcpu/handle.rs
 //! ```
 
+#![deny(
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "they panic where nobody reads, and a VM would end with that"
+)]
+
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("host-kvm-shim runs on x86-64 Linux hosts; soc-vmm is what runs on the SoC");
 
@@ -20,6 +26,7 @@ mod host;
 mod kvm;
 mod poller;
 mod sandbox;
+pub mod say;
 mod serve;
 pub mod socket;
 mod vcpu;

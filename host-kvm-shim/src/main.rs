@@ -1,11 +1,18 @@
 //! The vCPU runner on the host: see `--help`, and docs/ for the whole picture.
 
+#![deny(
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "they panic where nobody reads, and a VM would end with that"
+)]
+
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use host_kvm_shim::args::{self, Command, Spec};
+use host_kvm_shim::say::{self, say};
 use host_kvm_shim::{Ended, Options, ServeError, Shim, close_inherited, frugal, socket};
 use nix::errno::Errno;
 use pcie_function::local::LocalHost;
@@ -19,14 +26,8 @@ const UNUSABLE: u8 = 4;
 fn main() -> ExitCode {
     let (function, keep, options) = match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Serve { function, keep, options }) => (function, keep, options),
-        Ok(Command::Help) => {
-            print!("{}", args::USAGE);
-            return ExitCode::SUCCESS;
-        }
-        Ok(Command::Version) => {
-            println!("host-kvm-shim {}", env!("CARGO_PKG_VERSION"));
-            return ExitCode::SUCCESS;
-        }
+        Ok(Command::Help) => return ended(say::print(args::USAGE)),
+        Ok(Command::Version) => return ended(say::print(concat!("host-kvm-shim ", env!("CARGO_PKG_VERSION"), "\n"))),
         Err(why) => return fail(USAGE, &why),
     };
     close_inherited(if let Spec::Fd(fd) = function { Some(fd) } else { None });
@@ -36,18 +37,23 @@ fn main() -> ExitCode {
         Spec::Fd(fd) => serve_fd(*fd, keep, options),
         Spec::Pci(address) => serve_pci(address, options),
     };
-    match served {
+    ended(served)
+}
+
+fn ended(how: Result<(), String>) -> ExitCode {
+    match how {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => fail(UNUSABLE, &why),
     }
 }
 
 fn fail(status: u8, why: &str) -> ExitCode {
-    // What was typed may have line ends in it, or worse.
-    let line: String = why.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    eprintln!("host-kvm-shim: {line}");
+    say(why);
     ExitCode::from(status)
 }
+
+/// Pause after a failed accept, so that a lack of descriptors doesn't spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves one connection after the other.
 fn serve_unix(path: &Path, options: Options) -> Result<(), String> {
@@ -57,16 +63,27 @@ fn serve_unix(path: &Path, options: Options) -> Result<(), String> {
         format!("--function unix:{}: can't listen there: {}{todo}", path.display(), errno.desc())
     })?;
     shim.confine()?;
+    let mut told = false;
     loop {
         shim.wait_for(listener.as_fd())?;
-        let Ok(peer) = socket::accept(&listener) else { continue };
+        let peer = match socket::accept(&listener) {
+            Ok(peer) => peer,
+            Err(errno) => {
+                if !std::mem::replace(&mut told, true) {
+                    say(format_args!("can't take a connection, tries on: {}", errno.desc()));
+                }
+                std::thread::sleep(ACCEPT_PAUSE);
+                continue;
+            }
+        };
+        told = false;
         match LocalHost::new(peer).map_err(ServeError::from).and_then(|function| shim.serve(function)) {
             Ok(Ended::Shutdown | Ended::Once) => return Ok(()),
-            Ok(Ended::Lost(_)) if options.once && !shim.holds_vm() => return Ok(()),
+            Ok(Ended::Lost(_)) if options.once && shim.has_ended_vm() => return Ok(()),
             // A peer that hung up; what became of its VM has been said.
             Ok(Ended::Lost(_)) => {}
             // A peer that left while the function was set up is no reason not to serve the next one.
-            Err(error @ ServeError::Function(_)) => eprintln!("host-kvm-shim: {error}"),
+            Err(error @ ServeError::Function(_)) => say(error),
             Err(error) => return Err(error.into()),
         }
     }

@@ -14,6 +14,7 @@ use crate::bootstrap::Offer;
 use crate::error::ServeError;
 use crate::host::Host;
 use crate::poller::{Poller, Wake};
+use crate::say::say;
 use crate::vm::{Machine, Notices};
 
 /// How a shim behaves.
@@ -60,6 +61,8 @@ pub struct Shim {
     host: Host,
     options: Options,
     held: Option<Held>,
+    /// A VM was created and is gone.
+    ended_vm: bool,
 }
 
 /// A VM whose SoC was lost. It is freed with the shim.
@@ -93,7 +96,7 @@ impl Held {
         }
         self.vm.suspend();
         self.until = None;
-        eprintln!("host-kvm-shim: the lease is over: {} is paused (soc-lost)", self.title);
+        say(format_args!("the lease is over: {} is paused (soc-lost)", self.title));
         None
     }
 }
@@ -104,7 +107,7 @@ impl Shim {
     /// # Errors
     /// The host can't run VMs; what to do.
     pub fn open(options: Options) -> Result<Self, ServeError> {
-        Ok(Self { host: Host::open()?, options, held: None })
+        Ok(Self { host: Host::open()?, options, held: None, ended_vm: false })
     }
 
     /// Confines this process for good: no privileges, no files, no network, no exec. Everything that must be opened is open by now:
@@ -119,6 +122,11 @@ impl Shim {
     /// Whether a VM is held for a lost SoC.
     pub fn holds_vm(&self) -> bool {
         self.held.is_some()
+    }
+
+    /// Whether a VM was created that is gone by now.
+    pub fn has_ended_vm(&self) -> bool {
+        self.ended_vm
     }
 
     /// Holds the VM until this process is ended: runs it until its lease is over, then keeps it paused.
@@ -170,31 +178,27 @@ impl Shim {
             if let Some(machine) = machine {
                 self.orphan(&mut offer, machine, &end);
             }
+            if let End::Broken(why) = &end {
+                say(format_args!("connection ended: {why}"));
+                if let Err(bus) = offer.function.check() {
+                    return Ok(Ended::Lost(bus.to_string()));
+                }
+            }
             match end {
                 End::Shutdown => {
                     offer.withdraw();
                     return Ok(Ended::Shutdown);
                 }
-                End::Once => {
+                End::Lost(why) => return Ok(Ended::Lost(why)),
+                _ if self.options.once && self.ended_vm => {
                     offer.withdraw();
                     return Ok(Ended::Once);
                 }
-                End::Lost(why) => return Ok(Ended::Lost(why)),
                 End::Restarted(soc) => {
                     offer.restart();
                     answered = Some(soc);
                 }
-                End::Broken(why) => {
-                    eprintln!("host-kvm-shim: connection ended: {why}");
-                    if let Err(bus) = offer.function.check() {
-                        return Ok(Ended::Lost(bus.to_string()));
-                    }
-                    if self.options.once && self.held.is_none() {
-                        offer.withdraw();
-                        return Ok(Ended::Once);
-                    }
-                    offer.offer()?;
-                }
+                End::Broken(_) | End::Once => offer.offer()?,
             }
         }
     }
@@ -216,7 +220,9 @@ impl Shim {
                 held.tick();
             }
         })?;
-        Ok((end, session.into_machine()))
+        let (machine, ended_one) = session.into_machine();
+        self.ended_vm |= ended_one;
+        Ok((end, machine))
     }
 
     /// The SoC of a VM is gone: holds the VM, or ends it.
@@ -224,7 +230,7 @@ impl Shim {
         let nobody_comes = match end {
             End::Lost(why) if !self.options.outlives_function => {
                 // Said now: the kernel may take a minute to close a function that was removed.
-                eprintln!("host-kvm-shim: {why}: {} ends with it", machine.title());
+                say(format_args!("{why}: {} ends with it", machine.title()));
                 true
             }
             _ => false,
@@ -232,6 +238,7 @@ impl Shim {
         if nobody_comes || self.options.lease.is_zero() || machine.is_bare() {
             machine.destroy(offer);
             offer.go(State::Negotiated);
+            self.ended_vm = true;
             return;
         }
         if offer.state == State::Running {
@@ -243,7 +250,7 @@ impl Shim {
         }
         let now = Instant::now();
         let (title, until) = (machine.title(), now.checked_add(self.options.lease));
-        eprintln!("host-kvm-shim: the soc-vmm of {title} is lost: held for {} s", self.options.lease.as_secs());
+        say(format_args!("the soc-vmm of {title} is lost: held for {} s", self.options.lease.as_secs()));
         self.held = Some(Held { vm: Box::new(machine), title, since: now, until });
     }
 
@@ -256,7 +263,7 @@ impl Shim {
             match offer.answer(0) {
                 Ok(Some(soc)) => return Ok(Ok(soc)),
                 Ok(None) => {}
-                Err(error) => eprintln!("host-kvm-shim: the SoC's answer is refused: {error}"),
+                Err(error) => say(format_args!("the SoC's answer is refused: {error}")),
             }
             for wake in poller.wait(None)? {
                 // Not every loss of a link is told. Nobody waits for the load that it takes to see one.

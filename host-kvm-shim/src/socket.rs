@@ -13,6 +13,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt, listen as nix_listen,
     socket, sockopt,
 };
+use nix::sys::stat::{Mode, fchmod};
 
 /// Takes over a descriptor that this process inherited; it is not inherited further.
 ///
@@ -34,18 +35,23 @@ pub fn inherited(fd: i32) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Listens at `path`; a socket that a killed shim left behind is replaced.
+/// Listens at `path`, for this user alone; a socket that a shim left behind is replaced.
 ///
 /// # Errors
 /// Somebody listens there already, something that is no socket lies there ([`Errno::EEXIST`]), or the path can't be used.
 pub fn listen(path: &Path) -> Result<OwnedFd, Errno> {
-    let new = || socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None);
-    let fd = new()?;
+    let new = |flags| socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | flags, None);
+    let fd = new(SockFlag::empty())?;
+    // Before bind(2), which gives the path the socket's own mode: there is no moment at which others may connect.
+    fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR)?;
     let address = UnixAddr::new(path)?;
     match bind(fd.as_raw_fd(), &address) {
         // Connecting to what is no socket is refused too: that is not ours to remove.
         Err(Errno::EADDRINUSE) if !is_socket(path) => return Err(Errno::EEXIST),
-        Err(Errno::EADDRINUSE) if connect(new()?.as_raw_fd(), &address) == Err(Errno::ECONNREFUSED) => {
+        // Without waiting: the queue of a shim that is stopped may be full.
+        Err(Errno::EADDRINUSE)
+            if connect(new(SockFlag::SOCK_NONBLOCK)?.as_raw_fd(), &address) == Err(Errno::ECONNREFUSED) =>
+        {
             std::fs::remove_file(path).map_err(|_| Errno::EADDRINUSE)?;
             bind(fd.as_raw_fd(), &address)?;
         }
@@ -71,6 +77,8 @@ pub fn accept(listener: &OwnedFd) -> Result<OwnedFd, Errno> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -86,8 +94,24 @@ mod tests {
         }
         assert_eq!(std::fs::read(&file).unwrap(), b"kept");
         let first = listen(&socket).unwrap();
+        assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(listen(&socket).unwrap_err(), Errno::EADDRINUSE);
+        // As one that is stopped: nobody takes what waits, and the queue is full.
+        while connected(&socket) {}
+        let (done, result) = std::sync::mpsc::channel();
+        let path = socket.clone();
+        std::thread::spawn(move || done.send(listen(&path).map(drop)));
+        let result =
+            result.recv_timeout(std::time::Duration::from_secs(10)).expect("it waits for a place in the queue");
+        assert_eq!(result, Err(Errno::EADDRINUSE));
         drop(first);
         std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    /// Whether a connection found room in the queue of the socket at `path`; it is gone again, but its place is taken.
+    fn connected(path: &Path) -> bool {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = super::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        connect(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).is_ok()
     }
 }

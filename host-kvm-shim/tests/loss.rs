@@ -2,20 +2,15 @@
 
 mod soc;
 
-use std::io::Read;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use api_channel::Status;
 use api_channel::call::{Call, CreateVm, Irqchip, Name, VCPU_ALL};
 use ioreq_ring::BusMemory;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
-use pcie_function::header::HostHeader;
-use pcie_function::local::LocalSoc;
 use pcie_function::{SocFunction, Windowed};
 use soc::Soc;
+use soc::listening::{Listening, connected, offered_again};
 
 /// Counts in SI for ever: inc si; jmp back
 const COUNT: [u8; 3] = [0x46, 0xeb, 0xfd];
@@ -23,83 +18,6 @@ const COUNT: [u8; 3] = [0x46, 0xeb, 0xfd];
 const ASK: [u8; 4] = [0xe4, 0x90, 0xeb, 0xfc];
 
 const CREATE: CreateVm = CreateVm { vcpus: 1, irqchip: 1, flags: 0, spin_ns: 0, name: Name::NONE };
-
-/// A shim that listens on a socket of its own.
-struct Listening {
-    child: Option<Child>,
-    path: PathBuf,
-}
-
-impl Listening {
-    fn start(name: &str, args: &[&str]) -> Self {
-        let path = std::env::temp_dir().join(format!("shim-{}-{name}.sock", std::process::id()));
-        let child = Command::new(soc::program())
-            .args(["--function", &format!("unix:{}", path.display())])
-            .args(args)
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        Self { child: Some(child), path }
-    }
-
-    fn connect(&self) -> Soc {
-        Soc::connect(connected(&self.path))
-    }
-
-    /// Kills the shim; what it said.
-    fn kill(mut self) -> String {
-        let mut child = self.child.take().unwrap();
-        child.kill().unwrap();
-        let mut said = String::new();
-        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-        child.wait().unwrap();
-        said
-    }
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-fn connected(path: &Path) -> OwnedFd {
-    let deadline = Instant::now() + soc::PATIENCE;
-    loop {
-        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        if connect(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).is_ok() {
-            return fd;
-        }
-        assert!(Instant::now() < deadline, "nobody listens");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-/// Waits for another offer than `old`, and answers it.
-fn offered_again(mut soc: Soc, nonce: u64) -> Soc {
-    let old = soc.header.nonce;
-    let card = soc.function.card_memory();
-    let deadline = Instant::now() + soc::PATIENCE;
-    let header = loop {
-        if let Ok(Some(header)) = HostHeader::load(&card)
-            && header.nonce != old
-        {
-            break header;
-        }
-        assert!(Instant::now() < deadline, "no new offer");
-        std::thread::sleep(Duration::from_millis(1));
-    };
-    let child = soc.child.take();
-    let function: LocalSoc = soc.into_function();
-    let mut soc = Soc::answer(function, header, nonce);
-    soc.child = child;
-    soc
-}
 
 #[test]
 fn an_embedded_shim_ends_with_its_peer_whatever_its_vm_does() {
@@ -180,18 +98,13 @@ fn without_a_lease_the_next_soc_finds_the_function_free() {
         .args(["--function", &format!("unix:{}", path.display()), "--once"])
         .spawn()
         .unwrap();
-    let mut soc = Soc::connect(connected_to_living(&path));
+    let mut soc = Soc::connect(connected(&path));
     soc.child = Some(third);
     soc.real_mode(1, Irqchip::Full, &COUNT);
     soc.lanes.clear();
     soc.ok(&Call::DestroyVm);
     assert!(soc::wait(soc.child.take().unwrap()).success(), "--once ends after its VM");
     drop(second);
-}
-
-/// As [`connected`], past the moment in which the dead socket is replaced.
-fn connected_to_living(path: &Path) -> OwnedFd {
-    connected(path)
 }
 
 #[test]
@@ -234,6 +147,36 @@ fn a_soc_that_breaks_the_lanes_rules_loses_its_connection_and_nothing_else() {
     drop(soc);
     let said = shim.kill();
     assert_eq!(said.matches("the lane of vCPU 0: the peer's line").count(), 3, "{said}");
+}
+
+/// The channel and a lane are broken at once: the lane's end is of the connection that is over, and no reason to end the next one.
+#[test]
+fn what_a_lost_vm_s_vcpus_said_last_does_not_end_the_next_connection() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let shim = Listening::start("both", &["--lease", "0"]);
+    let mut soc = shim.connect();
+    // The lane's end may come first, and then there is nothing to forget.
+    for round in 0..5 {
+        soc.real_mode(1, Irqchip::Full, &ASK);
+        soc.handler = Box::new(|_, _| None);
+        soc.run();
+        soc.until("asked", |soc| soc.seen.len() == 1);
+        let lines = soc.function.remote(soc.header.inbox, soc.header.inbox_len as usize);
+        let lane = soc.function.remote(soc.created.unwrap().completions, 64);
+        lines.store(api_channel::lines::soc::REQUESTS_TAIL, 1 << 40);
+        soc.function.raise(0);
+        lane.store(56, 77);
+        soc.function.raise(soc.created.unwrap().lane_vector);
+        soc = offered_again(soc, round + 1);
+        // A pause is a notice of the vCPU's thread: the API thread looks at what it was told.
+        soc.real_mode(1, Irqchip::Full, &COUNT);
+        soc.run();
+        soc.pause();
+        soc.lanes.clear();
+        soc.ok(&Call::DestroyVm);
+    }
 }
 
 #[test]

@@ -123,9 +123,9 @@ impl<'a, F: HostFunction + 'static> Session<'a, F> {
         }
     }
 
-    /// The VM that the connection leaves behind.
-    pub(crate) fn into_machine(self) -> Option<Machine<F>> {
-        self.machine
+    /// The VM that the connection leaves behind; whether one ended in its course.
+    pub(crate) fn into_machine(self) -> (Option<Machine<F>>, bool) {
+        (self.machine, self.ended_one)
     }
 
     /// Serves until the connection ends; `tick` is called once a second.

@@ -132,6 +132,8 @@ impl<F: HostFunction + 'static> Machine<F> {
     /// Ends the VM: threads joined, memory out of the device's reach, then freed.
     pub(crate) fn destroy(mut self, offer: &mut Offer<F>) {
         self.vcpus.clear();
+        // What its vCPUs said last is no reason to end the connection of the next VM.
+        let _ = offer.notices.take_broken();
         for ram in self.rams.values() {
             // A function that is gone has no mapping left.
             let _ = ram.unmap(&mut offer.function);

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
+pub mod listening;
+
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -21,8 +23,9 @@ use pcie_function::local::{LocalRemote, LocalSoc};
 use pcie_function::regions::{self, Region, Spaces, Type as RegionType};
 use pcie_function::{Doorbell, Mapping, Reach, SocFunction, Window, Windowed};
 
-/// What is waited for at most, anywhere.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// What is waited for at most, anywhere. Making a VM and ending it take the kernel a dozen grace periods, one after the other, and each
+/// takes half a second where others have the CPUs.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub type Lane = SocLane<Window, LocalRemote, Window>;
 
