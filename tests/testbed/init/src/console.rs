@@ -84,7 +84,7 @@ fn show(answer: &Answer) {
         }
         Answer::Threads(threads) => {
             threads.iter().for_each(|t| {
-                println!("{:>6}  {:<16} {:>14} ns run, {} ms in the guest", t.tid, t.name, t.run_ns, t.guest_ms)
+                println!("{:>6}  {:<16} {:>14} ns run, {} ms in the guest", t.tid, t.name, t.run_ns, t.guest_ms);
             });
         }
         Answer::Text(text) => print!("{text}"),
