@@ -56,7 +56,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
     let (state_in, state) = watch::channel(RunState::Prelaunch);
     let (events, _) = broadcast::channel(QUEUED_EVENTS);
     let handle = VmHandle { info: info.into(), commands: commands_in, state, events: events.downgrade() };
-    (handle, VmControl { commands, state: state_in, events })
+    (handle, VmControl { commands, state: state_in, events, autostart: true })
 }
 
 /// Why a command was not done.
@@ -228,9 +228,44 @@ pub struct VmControl {
     commands: mpsc::Receiver<Request>,
     state: watch::Sender<RunState>,
     events: broadcast::Sender<Event>,
+    /// Whether the vCPUs run once the VM is built.
+    autostart: bool,
 }
 
 impl VmControl {
+    /// Whether the vCPUs run once the VM is built: yes, if nobody says otherwise.
+    pub fn autostart(&self) -> bool {
+        self.autostart
+    }
+
+    /// Sets [`VmControl::autostart`].
+    pub fn set_autostart(&mut self, autostart: bool) {
+        self.autostart = autostart;
+    }
+
+    /// Waits for the order to quit while the VM is being built: returns when it came, and waits for ever if nobody is left who could
+    /// give it. `stop` and `cont` say meanwhile whether the VM is to run once it is built; nothing else can be done to it. Safe to
+    /// cancel.
+    pub async fn told_to_quit(&mut self) {
+        while let Some(Request { command, reply }) = self.commands.recv().await {
+            let mut answer = Ok(Counters::new());
+            match command {
+                Command::Stop => self.autostart = false,
+                Command::Cont => self.autostart = true,
+                Command::Quit(cause) => self.ends(cause),
+                Command::Count | Command::Reset | Command::Powerdown => {
+                    answer = Err(ControlError::Refused("the VM is still being built".into()));
+                }
+            }
+            // Who asked may have gone.
+            let _ = reply.send(answer);
+            if matches!(command, Command::Quit(_)) {
+                return;
+            }
+        }
+        std::future::pending().await
+    }
+
     /// The next thing to do; commands that are nothing to do or not legal now are answered on the way. `None`: no handle is
     /// left. Safe to cancel: no order is lost.
     pub async fn next(&mut self) -> Option<Order> {
@@ -244,7 +279,8 @@ impl VmControl {
         }
     }
 
-    /// Ends an order. Done: the state changes, monitors hear of it, then the asker. Failed: only the asker hears why.
+    /// Ends an order. Done: the state changes, monitors hear of it, then the asker. Failed: only the asker hears why, unless
+    /// [`VmControl::stopped`] said before what became of the VM.
     pub fn finish(&mut self, order: Order, outcome: Result<(), String>) {
         if outcome.is_ok() {
             match order.action {

@@ -79,9 +79,9 @@ pub enum ImageError {
         /// Bytes there.
         size: u64,
     },
-    /// Someone wrote to it since it was examined.
-    #[error("it changed since it was opened: leave it alone while the guest starts, or install a new one by rename")]
-    Changed,
+    /// Someone cut it off since it was examined.
+    #[error("it is shorter than when it was opened: restore it, and install a new one by rename")]
+    Shrunk,
     /// None of the formats.
     #[error("it is no bzImage, no ELF with a PVH note, and has no multiboot 1 header: give one of these")]
     UnknownFormat,

@@ -1,4 +1,4 @@
-//! Image files: opened without waiting, read in bounded pieces, watched for changes.
+//! Image files: opened without waiting, and read again at each reset.
 
 use std::{
     fs::{File, Metadata, OpenOptions},
@@ -13,7 +13,7 @@ use super::error::{BootError, ImageError, Role};
 use crate::memory::GuestMemory;
 
 /// Bytes of one write to guest memory: large enough to keep a DMA engine busy, small enough to hold.
-const CHUNK: usize = 1 << 20;
+pub(super) const CHUNK: usize = 1 << 20;
 
 // What can fail, and what the user can look at.
 const OPEN: &str = "open it (check its path and permissions)";
@@ -53,24 +53,14 @@ pub struct ImageFile {
     file: File,
     path: PathBuf,
     role: Role,
-    stamp: Stamp,
-}
-
-/// What tells a changed file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
+    /// Bytes when it was opened.
     size: u64,
-    modified: (i64, i64),
-}
-
-impl Stamp {
-    fn of(metadata: &Metadata) -> Self {
-        Self { size: metadata.len(), modified: (metadata.mtime(), metadata.mtime_nsec()) }
-    }
+    /// Device and inode.
+    identity: (u64, u64),
 }
 
 impl ImageFile {
-    /// Opens `path`. It stays open, so that a reset of the guest loads the same bytes also after the file was replaced by rename.
+    /// Opens `path`. It stays open, so that a reset of the guest loads the same file also after it was replaced by rename.
     ///
     /// # Errors
     /// [`BootError::File`]: missing, unreadable, empty or not a regular file.
@@ -87,7 +77,13 @@ impl ImageFile {
         if metadata.len() == 0 {
             return Err(failed(ImageError::Empty));
         }
-        Ok(Self { file, path: path.into(), role, stamp: Stamp::of(&metadata) })
+        let identity = (metadata.dev(), metadata.ino());
+        Ok(Self { file, path: path.into(), role, size: metadata.len(), identity })
+    }
+
+    /// What it is meant to be.
+    pub(super) fn role(&self) -> Role {
+        self.role
     }
 
     /// `problem`, said of this file.
@@ -95,40 +91,43 @@ impl ImageFile {
         BootError::File { role: self.role, path: self.path.clone(), source: problem }
     }
 
-    /// Copies `len` bytes from `offset` to guest-physical `to`, with one buffer of bounded size.
-    pub(super) fn copy_to(&self, memory: &dyn GuestMemory, offset: u64, len: u64, to: u64) -> Result<(), BootError> {
-        let mut buffer = vec![0; usize::try_from(len).map_or(CHUNK, |len| len.min(CHUNK))];
-        let mut done = 0;
-        while done < len {
-            let count = usize::try_from(len - done).map_or(CHUNK, |rest| rest.min(CHUNK));
-            let chunk = &mut buffer[..count];
-            self.read_exact_at(chunk, offset + done, "content").map_err(|problem| self.blame(problem))?;
-            memory.write(to + done, chunk)?;
-            done += count as u64;
-        }
-        Ok(())
+    /// Copies `buffer.len()` bytes from `offset` to guest-physical `to`.
+    pub(super) fn copy_to(
+        &self,
+        memory: &dyn GuestMemory,
+        offset: u64,
+        buffer: &mut [u8],
+        to: u64,
+    ) -> Result<(), BootError> {
+        self.read_exact_at(buffer, offset, "content").map_err(|problem| self.blame(problem))?;
+        Ok(memory.write(to, buffer)?)
     }
 
-    /// Fails if the file was written to since it was opened.
-    pub(super) fn check_unchanged(&self) -> Result<(), BootError> {
+    /// Fails if the file has become shorter since it was opened: all of it is needed. What is written in it is its owner's business.
+    pub(super) fn check(&self) -> Result<(), BootError> {
         let metadata = self.file.metadata().map_err(|source| self.blame(ImageError::Io { action: EXAMINE, source }))?;
-        if Stamp::of(&metadata) == self.stamp { Ok(()) } else { Err(self.blame(ImageError::Changed)) }
+        if metadata.len() >= self.size { Ok(()) } else { Err(self.blame(ImageError::Shrunk)) }
+    }
+
+    /// Whether `metadata` is this very file's, by whatever path.
+    pub(super) fn is(&self, metadata: &Metadata) -> bool {
+        self.identity == (metadata.dev(), metadata.ino())
     }
 }
 
 impl ReadAt for ImageFile {
     fn size(&self) -> u64 {
-        self.stamp.size
+        self.size
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64, part: &'static str) -> Result<(), ImageError> {
         let need = offset.saturating_add(buf.len() as u64);
-        if need > self.stamp.size {
-            return Err(ImageError::Truncated { part, need, size: self.stamp.size });
+        if need > self.size {
+            return Err(ImageError::Truncated { part, need, size: self.size });
         }
         self.file.read_exact_at(buf, offset).map_err(|source| match source.kind() {
             // It was long enough when it was opened.
-            io::ErrorKind::UnexpectedEof => ImageError::Changed,
+            io::ErrorKind::UnexpectedEof => ImageError::Shrunk,
             _ => ImageError::Io { action: READ, source },
         })
     }
@@ -148,18 +147,6 @@ fn irregular(metadata: &Metadata) -> Option<&'static str> {
     } else {
         Some("a device")
     }
-}
-
-/// Writes `len` zero bytes at guest-physical `to`.
-pub(super) fn write_zeros(memory: &dyn GuestMemory, to: u64, len: u64) -> Result<(), BootError> {
-    let zeros = vec![0; usize::try_from(len).map_or(CHUNK, |len| len.min(CHUNK))];
-    let mut done = 0;
-    while done < len {
-        let count = usize::try_from(len - done).map_or(CHUNK, |rest| rest.min(CHUNK));
-        memory.write(to + done, &zeros[..count])?;
-        done += count as u64;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -193,30 +180,23 @@ mod tests {
     }
 
     #[test]
-    fn copies_in_large_chunks() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("image");
-        let content: Vec<u8> = (0..CHUNK * 2 + 4097).map(|index| (index % 251) as u8).collect();
-        std::fs::write(&path, &content).unwrap();
-        let image = ImageFile::open(Role::Initrd, &path).unwrap();
-        let memory = TestMemory::new(16 << 20);
-        image.copy_to(&memory, 1, image.size() - 1, 0x10_0000).unwrap();
-        image.check_unchanged().unwrap();
-        assert_eq!(memory.bytes(0x10_0000, content.len() - 1), content[1..]);
-        assert_eq!(memory.writes(), [CHUNK, CHUNK, 4096]);
-    }
-
-    #[test]
-    fn a_file_that_changes_is_noticed() {
+    fn a_file_that_shrinks_is_noticed_and_one_that_is_written_to_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         std::fs::write(&path, [1; 8192]).unwrap();
         let image = ImageFile::open(Role::Kernel, &path).unwrap();
+        assert!(image.is(&std::fs::metadata(&path).unwrap()) && !image.is(&std::fs::metadata(dir.path()).unwrap()));
         let memory = TestMemory::new(16 << 20);
-        File::options().write(true).open(&path).unwrap().set_len(4096).unwrap();
-        let error = image.copy_to(&memory, 0, 8192, 0x10_0000).unwrap_err();
-        assert!(matches!(error, BootError::File { source: ImageError::Changed, .. }), "{error:?}");
-        assert!(matches!(image.check_unchanged(), Err(BootError::File { source: ImageError::Changed, .. })));
+        let file = File::options().write(true).open(&path).unwrap();
+        file.write_all_at(&[2], 0).unwrap();
+        file.set_len(9000).unwrap();
+        image.check().unwrap();
+        image.copy_to(&memory, 0, &mut [0; 8192], 0x10_0000).unwrap();
+        assert_eq!(memory.bytes(0x10_0000, 2), [2, 1]);
+        file.set_len(4096).unwrap();
+        let error = image.copy_to(&memory, 0, &mut [0; 8192], 0x10_0000).unwrap_err();
+        assert!(matches!(error, BootError::File { source: ImageError::Shrunk, .. }), "{error:?}");
+        assert!(matches!(image.check(), Err(BootError::File { source: ImageError::Shrunk, .. })));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! at every reset. The formats: bzImage ([`BzImage`]), ELF with a PVH note ([`Elf`]), multiboot 1 ([`MultibootHeader`]), and flat
 //! firmware.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 
 use crate::acpi::{AcpiConfig, AcpiTables};
@@ -108,22 +109,76 @@ impl BootPlan {
         self.rom
     }
 
-    /// Copies everything to guest memory. `memory` is the loader's view: ROM can be written. The vCPUs are out of the guest.
+    /// Whether the files are still as long as they were: a reset looks before it touches the guest.
     ///
     /// # Errors
-    /// A file can't be read any more or was changed, or guest memory was not reached.
-    pub fn load(&self, memory: &dyn GuestMemory) -> Result<(), BootError> {
-        for load in &self.plan.loads {
-            let image = self.initrd.as_ref().filter(|_| load.from == Role::Initrd).unwrap_or(&self.first);
-            image.copy_to(memory, load.offset, load.file_len, load.to)?;
-            image::write_zeros(memory, load.to + load.file_len, load.mem_len - load.file_len)?;
+    /// One can't be examined any more, or became shorter.
+    pub fn check(&self) -> Result<(), BootError> {
+        self.images().try_for_each(ImageFile::check)
+    }
+
+    /// What a file is if it is one of the images.
+    pub fn role_of(&self, file: &std::fs::Metadata) -> Option<Role> {
+        self.images().find(|image| image.is(file)).map(ImageFile::role)
+    }
+
+    /// Starts to copy everything to guest memory, as the files are now.
+    pub fn load(&self) -> Loading<'_> {
+        let image =
+            |load: &plan::Load| self.initrd.as_ref().filter(|_| load.from == Role::Initrd).unwrap_or(&self.first);
+        let pieces = self.plan.loads.iter().map(|load| Piece { image: image(load), load: *load, done: 0 }).collect();
+        Loading { plan: self, pieces, buffer: Vec::new() }
+    }
+
+    fn images(&self) -> impl Iterator<Item = &ImageFile> {
+        std::iter::once(&self.first).chain(&self.initrd)
+    }
+}
+
+/// Images on their way to guest memory, a bounded step at a time: between two of them the VM can be given up.
+#[derive(Debug)]
+pub struct Loading<'a> {
+    plan: &'a BootPlan,
+    pieces: VecDeque<Piece<'a>>,
+    buffer: Vec<u8>,
+}
+
+/// A piece of an image, of which `done` bytes are in guest memory.
+#[derive(Debug)]
+struct Piece<'a> {
+    image: &'a ImageFile,
+    load: plan::Load,
+    done: u64,
+}
+
+impl Loading<'_> {
+    /// Copies at most 1 MiB; whether there is more to do. `memory` is the loader's view: ROM can be written. The vCPUs are out of the
+    /// guest.
+    ///
+    /// # Errors
+    /// A file can't be read any more or became shorter, or guest memory was not reached.
+    pub fn step(&mut self, memory: &dyn GuestMemory) -> Result<bool, BootError> {
+        let Some(Piece { image, load, done }) = self.pieces.front_mut() else {
+            for (to, bytes) in &self.plan.plan.blobs {
+                memory.write(*to, bytes)?;
+            }
+            return Ok(false);
+        };
+        // The file's bytes first, then zeros.
+        let end = if *done < load.file_len { load.file_len } else { load.mem_len };
+        let count = usize::try_from(end - *done).map_or(image::CHUNK, |rest| rest.min(image::CHUNK));
+        self.buffer.clear();
+        self.buffer.resize(count, 0);
+        if *done < load.file_len {
+            image.copy_to(memory, load.offset + *done, &mut self.buffer, load.to + *done)?;
+        } else {
+            memory.write(load.to + *done, &self.buffer)?;
         }
-        for (to, bytes) in &self.plan.blobs {
-            memory.write(*to, bytes)?;
+        *done += count as u64;
+        if *done == load.mem_len {
+            self.pieces.pop_front();
         }
-        // Looked at last: what was read before the files changed may not fit what was read after.
-        self.first.check_unchanged()?;
-        self.initrd.as_ref().map_or(Ok(()), ImageFile::check_unchanged)
+        Ok(true)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use super::Rom;
+use super::{BootError, BootPlan, Rom};
 use crate::layout::MemoryLayout;
 use crate::memory::{GuestMemory, MemoryError};
 
@@ -41,6 +41,13 @@ impl TestMemory {
     /// The sizes of all writes so far.
     pub(super) fn writes(&self) -> Vec<usize> {
         self.state.lock().unwrap().writes.clone()
+    }
+
+    /// Loads all of a plan.
+    pub(super) fn load(&self, plan: &BootPlan) -> Result<(), BootError> {
+        let mut loading = plan.load();
+        while loading.step(self)? {}
+        Ok(())
     }
 
     fn find(&self, addr: u64, len: usize) -> Result<(usize, usize), MemoryError> {

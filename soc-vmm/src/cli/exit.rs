@@ -63,13 +63,8 @@ impl Failure {
 
     /// An error with all its sources, behind what was being done (`""`: the error says it).
     pub fn of(status: ExitStatus, doing: &str, error: &dyn Error) -> Self {
-        let mut text = if doing.is_empty() { error.to_string() } else { format!("{doing}: {error}") };
-        let mut cause = error.source();
-        while let Some(e) = cause {
-            text.push_str(&format!(": {e}"));
-            cause = e.source();
-        }
-        Self::new(status, text)
+        let all = with_causes(error);
+        Self::new(status, if doing.is_empty() { all } else { format!("{doing}: {all}") })
     }
 
     /// The exit status.
@@ -85,6 +80,12 @@ impl std::fmt::Display for Failure {
 }
 
 impl Error for Failure {}
+
+/// An error and all its sources.
+pub(crate) fn with_causes(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
 
 /// Line ends become spaces; other control characters, which could confuse a terminal, are shown escaped.
 pub(crate) fn one_line(text: &str) -> String {

@@ -18,8 +18,8 @@ use crate::boot::BootSource;
 use crate::control::VmName;
 
 pub use client::{list, perform, print};
-pub(crate) use exit::one_line;
 pub use exit::{ExitStatus, Failure};
+pub(crate) use exit::{one_line, with_causes};
 pub use values::{
     Bdf, CpuAffinity, CpuModel, DebugconSpec, FunctionSpec, HugePages, MAX_CPUS, Memory, SerialSpec, ValueError,
 };

@@ -80,6 +80,25 @@ async fn powered_off_runs_again_only_after_a_reset() {
 }
 
 #[tokio::test]
+async fn what_is_said_while_the_vm_is_built_decides_whether_it_runs() {
+    let (handle, mut control) = vm();
+    assert!(control.autostart());
+    for (command, autostart) in [(Command::Stop, false), (Command::Cont, true), (Command::Stop, false)] {
+        tokio::select! {
+            () = control.told_to_quit() => panic!("{command:?} is no quit"),
+            answer = handle.ask(command) => assert_eq!(answer, Ok(())),
+        }
+        assert_eq!((control.autostart(), control.state()), (autostart, RunState::Prelaunch));
+    }
+    tokio::select! {
+        () = control.told_to_quit() => panic!("a reset is no quit"),
+        answer = handle.reset() => assert!(matches!(answer, Err(ControlError::Refused(_)))),
+    }
+    let (told, answer) = tokio::join!(control.told_to_quit(), handle.quit(ShutdownCause::HostSignal));
+    assert_eq!((told, answer, handle.state()), ((), Ok(()), RunState::Shutdown));
+}
+
+#[tokio::test]
 async fn an_ended_vm_answers_everyone_and_closes_the_events() {
     let (handle, mut control) = vm();
     let mut events = handle.events().unwrap();

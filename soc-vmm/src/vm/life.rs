@@ -17,7 +17,7 @@ use super::state;
 use super::worker::{Command, Serving, Waker, Worker};
 use crate::boot::{BootError, BootPlan, Entry};
 use crate::bus::MapError;
-use crate::cli::{ExitStatus, Failure, RunConfig};
+use crate::cli::{ExitStatus, Failure, RunConfig, with_causes};
 use crate::control::{self, Action, Order, RunState, ShutdownCause, VmControl};
 use crate::cpuid::{self, CpuidConfig, CpuidError, Topology, TopologyError};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
@@ -171,8 +171,11 @@ impl<F: SocFunction> Vm<F> {
 
     /// Loads the images and puts every vCPU where it starts.
     async fn start_state(&self) -> Result<(), LifeError> {
-        // The loader waits for DMA: off the threads that serve sockets.
-        tokio::task::block_in_place(|| self.plan.load(&self.host.ram.loader()))?;
+        let mut loading = self.plan.load();
+        // The loader waits for DMA: off the threads that serve sockets. Between two steps the VM may be given up.
+        while tokio::task::block_in_place(|| loading.step(&self.host.ram.loader()))? {
+            tokio::task::yield_now().await;
+        }
         let (cpus, chips) = &self.pristine;
         self.host.set_chips(state::chips(chips)?).await?;
         for (vcpu, pristine) in cpus.iter().enumerate() {
@@ -191,8 +194,8 @@ impl<F: SocFunction> Vm<F> {
         entry
     }
 
+    /// Resets the machine, of which every vCPU is out of the guest.
     async fn reset(&self) -> Result<(), LifeError> {
-        self.host.pause().await?;
         let (done, waits) = tokio::sync::oneshot::channel();
         self.worker.command(Command::Reset(done));
         // The worker ends only when the function is lost, which is reported on its own.
@@ -205,12 +208,12 @@ impl<F: SocFunction> Vm<F> {
         mut self,
         mut notices: Receiver<Notice>,
         mut control: VmControl,
-        paused: bool,
     ) -> Result<ExitStatus, Failure> {
-        let started = if paused { Ok(()) } else { self.host.run().await };
+        let autostart = control.autostart();
+        let started = if autostart { self.host.run().await } else { Ok(()) };
         let ended = match started {
             Ok(()) => {
-                if !paused {
+                if autostart {
                     control.started();
                 }
                 self.keep(&mut notices, &mut control).await
@@ -252,14 +255,14 @@ impl<F: SocFunction> Vm<F> {
             },
             Action::Pause => self.host.pause().await.map_err(LifeError::from),
             Action::Resume => self.host.run().await.map_err(LifeError::from),
-            Action::Reset => self.reset_and_run(control.state()).await,
+            Action::Reset => self.reset_and_run(control).await,
             Action::PowerButton => {
                 self.acpi.press_power_button();
                 Ok(())
             }
             Action::Quit(_) => Ok(()),
         };
-        control.finish(order, outcome.map_err(|e| e.to_string()));
+        control.finish(order, outcome.map_err(|e| with_causes(&e)));
         matches!(action, Action::Quit(_)).then_some(ExitStatus::Done)
     }
 
@@ -291,9 +294,20 @@ impl<F: SocFunction> Vm<F> {
         Ok(state::standing(&self.host.state(vcpu).await?)?)
     }
 
-    async fn reset_and_run(&self, state: RunState) -> Result<(), LifeError> {
-        self.reset().await?;
-        if state.is_running() { Ok(self.host.run().await?) } else { Ok(()) }
+    /// Resets the VM; it runs on if it ran. Where that fails halfway, it is left stopped, until another reset.
+    async fn reset_and_run(&self, control: &mut VmControl) -> Result<(), LifeError> {
+        // First: a VM whose images are damaged goes on as it is.
+        self.plan.check()?;
+        self.host.pause().await?;
+        let reset = async {
+            self.reset().await?;
+            if control.state().is_running() { Ok(self.host.run().await?) } else { Ok(()) }
+        };
+        let outcome = reset.await;
+        if outcome.is_err() && control.state().may_become(RunState::InternalError) {
+            control.stopped(RunState::InternalError);
+        }
+        outcome
     }
 
     async fn hear(&self, event: GuestEvent, control: &mut VmControl) -> Result<Option<ExitStatus>, Failure> {
@@ -301,12 +315,12 @@ impl<F: SocFunction> Vm<F> {
             GuestEvent::TripleFault(vcpu) => {
                 let stood = self.standing(vcpu).await.unwrap_or_else(|e| format!("its registers can't be read: {e}"));
                 tracing::info!(vcpu, "a triple fault resets the machine: {stood}");
-                self.reset_and_run(control.state()).await.map_err(|e| e.failure())?;
+                self.reset_and_run(control).await.map_err(|e| e.failure())?;
                 control.guest_reset();
                 Ok(None)
             }
             GuestEvent::Power(PowerEvent::Reset) => {
-                self.reset_and_run(control.state()).await.map_err(|e| e.failure())?;
+                self.reset_and_run(control).await.map_err(|e| e.failure())?;
                 control.guest_reset();
                 Ok(None)
             }

@@ -13,7 +13,7 @@ use super::worker::Waker;
 use crate::boot::BootPlan;
 use crate::cli::{ExitStatus, Failure, RunConfig};
 use crate::console::{ConsoleError, DebugconBackend, SerialBackend};
-use crate::control::{self, Action, RunDir, VmControl, VmInfo};
+use crate::control::{self, RunDir, VmControl, VmInfo};
 use crate::devices::{input_pipe, output_pipe};
 use crate::function::{self, Use};
 use crate::layout::MemoryLayout;
@@ -50,7 +50,8 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
             memory: config.memory.size,
             function: config.function.to_string(),
         };
-        let (handle, control) = control::channel(info);
+        let (handle, mut control) = control::channel(info);
+        control.set_autostart(!config.paused);
         let mut sockets: Vec<_> = claim.take_socket().into_iter().collect();
         for path in &config.qmp {
             sockets
@@ -98,24 +99,23 @@ impl Use for Setup<'_> {
     type Output = ExitStatus;
 
     async fn on<F: SocFunction>(mut self, function: F) -> Result<ExitStatus, Failure> {
-        let paused = self.blueprint.config.paused;
         let crossings = Arc::<Crossings>::default();
         let function = Arc::new(ModelledSoc::new(function, crossings.clone()));
         let opened = tokio::select! {
             opened = Link::open(function, Role::Vm) => opened,
-            () = told_to_quit(&mut self.control) => return Ok(ExitStatus::Done),
+            () = self.control.told_to_quit() => return Ok(ExitStatus::Done),
         };
         let (link, end) = opened.map_err(|e| LifeError::from(e).failure())?;
         // The channel carries for as long as its notices are taken.
         let (channel, notices) = end.listen();
         let built = tokio::select! {
             built = Vm::build(&link, channel.clone(), crossings, self.blueprint) => Some(built),
-            () = told_to_quit(&mut self.control) => None,
+            () = self.control.told_to_quit() => None,
         };
         let ended = match built {
             Some(Ok(vm)) => {
                 drop((link, channel));
-                return vm.live(notices, self.control, paused).await;
+                return vm.live(notices, self.control).await;
             }
             Some(Err(error)) => Err(error.failure()),
             None => Ok(ExitStatus::Done),
@@ -124,17 +124,4 @@ impl Use for Setup<'_> {
         host::destroy(&channel).await;
         ended
     }
-}
-
-/// Waits for the order to quit; a VM that isn't there yet does nothing else.
-async fn told_to_quit(control: &mut VmControl) {
-    while let Some(order) = control.next().await {
-        let quits = matches!(order.action(), Action::Quit(_));
-        control.finish(order, if quits { Ok(()) } else { Err("the VM is still being built".into()) });
-        if quits {
-            return;
-        }
-    }
-    // Nobody is left who could tell.
-    std::future::pending::<()>().await;
 }

@@ -1,11 +1,13 @@
 //! What surrounds a VM fails it: streams, disks and limits that are full, files that change under it.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::time::Duration;
 
-use integration::hostile::{Running, Trial, one_line};
+use integration::hostile::{Running, Trial, one_line, wait_until};
 use integration::{kvm, program, test_name};
+use nix::sys::signal::Signal;
 use payloads::{EXIT_PASS, Payload, Privilege};
 
 /// Longer than anything here may take on a busy machine.
@@ -85,4 +87,55 @@ fn a_state_file_that_is_truncated_ends_its_vm_in_words() {
     state.set_len(0).unwrap();
     one_line("a truncated state file", &vm.wait(MOST), 6, &["the VM is lost", "state file was truncated"]);
     trial.leaves_nothing("a truncated state file");
+}
+
+#[test]
+fn an_image_that_is_written_to_costs_no_vm_and_one_that_shrinks_is_told() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let trial = Trial::default();
+    let mut vm = trial.vm("vm", &endless(), &[]);
+    trial.becomes("vm", "running");
+    let reset = || trial.soc_vmm(&["reset", "--qmp", &trial.at("vm.qmp")]).wait(MOST);
+    let image = File::options().write(true).open(trial.path("vm.image")).unwrap();
+    let whole = std::fs::read(trial.path("vm.image")).unwrap();
+    image.set_modified(std::time::SystemTime::now()).unwrap();
+    assert_eq!(reset().status.code(), Some(0), "a touched image");
+    image.set_len(100).unwrap();
+    for _ in 0..2 {
+        let words = [&trial.at("vm.image") as &str, "shorter than when it was opened"];
+        one_line("a reset with a damaged image", &reset(), 6, &words);
+        // Nothing has happened to it.
+        assert_eq!(trial.status("vm").unwrap()["status"], "running");
+        let before = trial.exits("vm");
+        wait_until("the guest goes on", MOST, || trial.exits("vm") > before);
+    }
+    image.write_all_at(&whole, 0).unwrap();
+    assert_eq!(reset().status.code(), Some(0), "a restored image");
+    trial.becomes("vm", "running");
+    vm.signal(Signal::SIGTERM);
+    assert_eq!(vm.wait(MOST).status.code(), Some(0));
+}
+
+#[test]
+fn a_vm_that_is_paused_while_it_is_built_does_not_run() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    for _ in 0..5 {
+        let trial = Trial::default();
+        let mut vm = trial.vm("vm", &endless(), &[]);
+        let command = |verb| trial.soc_vmm(&[verb, "--qmp", &trial.at("vm.qmp")]).wait(MOST).status.code();
+        wait_until("its monitor listens", MOST, || command("pause") == Some(0));
+        wait_until("it is built", MOST, || trial.status("vm").is_some());
+        std::thread::sleep(Duration::from_millis(200));
+        let status = trial.status("vm").unwrap();
+        assert!(status["status"] == "prelaunch" || status["status"] == "paused", "{status}");
+        assert_eq!(trial.exits("vm"), status["counters"]["exits.pio"].as_u64().unwrap());
+        assert_eq!(command("resume"), Some(0));
+        trial.becomes("vm", "running");
+        vm.signal(Signal::SIGTERM);
+        assert_eq!(vm.wait(MOST).status.code(), Some(0));
+    }
 }

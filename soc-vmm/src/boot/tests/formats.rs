@@ -51,7 +51,7 @@ fn boot(kernel: &[u8], initrd: Option<&[u8]>) -> Booted {
     let dir = tempfile::tempdir().unwrap();
     let plan = plan(dir.path(), kernel, initrd, CMDLINE).unwrap();
     let memory = TestMemory::new(RAM);
-    plan.load(&memory).unwrap();
+    memory.load(&plan).unwrap();
     assert_eq!(plan.rom(), None);
     assert_eq!(memory.bytes(0xe_0000, 8), b"RSD PTR ");
     Booted { plan, memory }
@@ -223,7 +223,7 @@ fn firmware_lies_below_four_gib_and_below_one_mib() {
         let rom = plan.rom().unwrap();
         assert_eq!((rom.start + rom.len, rom.len), (1 << 32, len as u64));
         let memory = TestMemory::with_rom(RAM, Some(rom));
-        plan.load(&memory).unwrap();
+        memory.load(&plan).unwrap();
         assert_eq!(memory.bytes(rom.start, len), bytes);
         assert_eq!(memory.bytes((1 << 20) - shadow as u64, shadow), bytes[len - shadow..]);
         let entry = plan.entry();
@@ -240,14 +240,30 @@ fn loading_again_restores_what_the_guest_overwrote() {
     let image = elf64(0, &[load(LOAD_AT, &text, 5000), notes(&note)]);
     let plan = plan(dir.path(), &image, None, CMDLINE).unwrap();
     let memory = TestMemory::new(RAM);
-    plan.load(&memory).unwrap();
+    memory.load(&plan).unwrap();
     // A new kernel is installed by rename, and the guest runs.
     std::fs::write(dir.path().join("new"), b"x").unwrap();
     std::fs::rename(dir.path().join("new"), dir.path().join("kernel")).unwrap();
     memory.write(LOAD_AT, &[0xee; 4096]).unwrap();
-    plan.load(&memory).unwrap();
+    memory.load(&plan).unwrap();
     assert_eq!(memory.bytes(LOAD_AT, 100), text);
     assert!(memory.bytes(LOAD_AT + 100, 5000).iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn images_are_loaded_a_bounded_step_at_a_time() {
+    let text = pattern(0x10_0000 * 2 + 4097);
+    let note = pvh_notes(LOAD_AT);
+    let dir = tempfile::tempdir().unwrap();
+    let image = elf64(0, &[load(LOAD_AT, &text, 0x10_0000 + 5), notes(&note)]);
+    let plan = plan(dir.path(), &image, None, CMDLINE).unwrap();
+    let memory = TestMemory::new(RAM);
+    memory.load(&plan).unwrap();
+    assert_eq!(memory.writes()[..5], [0x10_0000, 0x10_0000, 4097, 0x10_0000, 5]);
+    assert_eq!(memory.bytes(LOAD_AT, text.len()), text);
+    plan.check().unwrap();
+    std::fs::File::options().write(true).open(dir.path().join("kernel")).unwrap().set_len(100).unwrap();
+    assert!(plan.check().unwrap_err().to_string().contains("kernel"));
 }
 
 #[test]
