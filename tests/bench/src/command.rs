@@ -9,12 +9,15 @@ use testbed::paths;
 use crate::contender::{Entrant, Qemu, with_sources};
 use crate::exit_read_polling;
 use crate::figure::Figure;
-use crate::host::{Clock, Host};
-use crate::idle;
+use crate::host::{self, Clock, Host};
 use crate::record::{Record, today};
+use crate::{idle, lane_round};
 
 const USAGE: &str = "usage: bench [NAME…] [--json FILE] [--record] [--runs N] [--soc-vmm FILE]";
 const RUNS: u32 = 5;
+
+/// What others may take of all CPUs while this measures: two programs that poll want both of a small machine.
+const BUSY: f64 = 0.05;
 
 /// What to measure, and where the figures go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,6 +70,13 @@ impl Command {
     /// Measures, shows, writes; an error is one line for the user.
     pub fn run(&self) -> Result<(), String> {
         let show = |line: &str| eprintln!("{line}");
+        if let Some(share) = host::busy_share().filter(|&share| share > BUSY) {
+            let why = format!("other programs take {:.0} % of the machine, so figures mean little", share * 100.0);
+            if self.record {
+                return Err(format!("--record: {why}; end them first"));
+            }
+            show(&why);
+        }
         let figures = match Clock::of_kvm() {
             Ok(clock) => self.measure(clock, &show)?,
             Err(error) => self.skip_all(&error.to_string()),
@@ -92,6 +102,9 @@ impl Command {
                 let figure = exit_read_polling::measure(privilege, &mut entrants, clock, self.runs, show);
                 figures.push(figure.map_err(|error| with_sources(&error))?);
             }
+        }
+        if self.wanted(lane_round::NAME) {
+            figures.push(lane_round::measure(self.runs).map_err(|error| with_sources(&error))?);
         }
         for name in idle::NAMES.into_iter().filter(|name| self.wanted(name)) {
             figures.push(idle::measure(name, &self.soc_vmm, self.runs).unwrap_or_else(|error| Figure {
@@ -123,7 +136,7 @@ impl Command {
 /// Every figure's name.
 pub fn figures() -> Vec<&'static str> {
     let exits = [Privilege::Cpl0, Privilege::Cpl3].map(exit_read_polling::name);
-    exits.into_iter().chain(idle::NAMES).collect()
+    exits.into_iter().chain([lane_round::NAME]).chain(idle::NAMES).collect()
 }
 
 fn unit(figure: &str) -> &'static str {
@@ -138,12 +151,11 @@ fn one_line(figure: &Figure) -> String {
     }
     for (name, peer) in &figure.peers {
         let ratio =
-            figure.ours.map_or_else(String::new, |ours| format!(" (ours {:.2} of it)", ours.median / peer.median));
+            figure.ours.map_or_else(String::new, |ours| format!(" (ours {:.2} × {name}'s)", ours.median / peer.median));
         parts.push(format!("{name} {:.0} {unit}{ratio}", peer.median));
     }
     if let Some(floor) = figure.floor {
-        let above =
-            figure.ours.map_or_else(String::new, |ours| format!(" (ours {:.0} above)", ours.median - floor.median));
+        let above = figure.ours.map_or_else(String::new, |ours| format!(" (ours {:+.0})", ours.median - floor.median));
         parts.push(format!("floor {:.0} {unit}{above}", floor.median));
     }
     if let Some(why) = &figure.skipped {

@@ -90,3 +90,19 @@ fn kvm_kind(clock: Clock) -> Result<KvmKind, Error> {
     let ticks = ticks.ok_or_else(|| Error::Guest(console.clone()))?;
     Ok(if clock.nanoseconds(ticks) > EMULATED_NS { KvmKind::Software } else { KvmKind::Hardware })
 }
+
+/// The part of all CPUs' time that was not idle during the last second; `None` where the kernel doesn't tell.
+pub fn busy_share() -> Option<f64> {
+    // proc(5) /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal.
+    let times = || -> Option<(f64, f64)> {
+        let text = std::fs::read_to_string("/proc/stat").ok()?;
+        let fields = text.lines().next()?.split_whitespace().skip(1).take(8);
+        let times: Vec<f64> = fields.map(str::parse).collect::<Result<_, _>>().ok()?;
+        Some((times.iter().sum(), times.get(3)? + times.get(4)?))
+    };
+    let before = times()?;
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let after = times()?;
+    let all = after.0 - before.0;
+    (all > 0.0).then(|| 1.0 - (after.1 - before.1) / all)
+}

@@ -7,4 +7,5 @@ pub mod exit_read_polling;
 pub mod figure;
 pub mod host;
 pub mod idle;
+pub mod lane_round;
 pub mod record;
