@@ -1,5 +1,6 @@
 //! Looks at a guest that runs [`payloads::watch`].
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
 use payloads::watch;
@@ -66,6 +67,59 @@ impl Watched {
         std::thread::sleep(Duration::from_secs(2));
         let console = server.console(self.function);
         let lines: Vec<_> = console.lines().skip(line as usize - 1).take(8).collect();
-        panic!("VM {}, from line {line} on: {lines:#?}\n{}", self.function, server.story());
+        let story = server.story();
+        let memory_is_whole = lines.contains(&format!("reset sum {:016x}", self.sum).as_str());
+        let whose = if memory_is_whole && story.contains(SHUT_DOWN) { EMULATOR_S } else { "" };
+        panic!("{whose}VM {}, from line {line} on: {lines:#?}\n{story}", self.function);
+    }
+}
+
+/// How soc-vmm logs a triple fault of the processor's own (AMD), not one that KVM made out of what it was given to inject.
+const SHUT_DOWN: &str = "a triple fault resets the machine: rip 0xfff0 ";
+/// Begins the panic of a test that met the emulator's fault.
+const EMULATOR_S: &str = "the emulator's fault: ";
+
+/// Runs a test; and once more, from the start, if a guest in it was reset the way that the emulator now and then resets one by
+/// itself (docs/testbed.md): the processor shut down, and the memory that the guest watches is whole. What anybody does to a guest
+/// would be done to it in the second run too.
+///
+/// # Panics
+/// As the test does.
+pub fn but_for_the_emulator(test: impl Fn()) {
+    let Err(panic) = catch_unwind(AssertUnwindSafe(&test)) else { return };
+    if !panic.downcast_ref::<String>().is_some_and(|text| text.starts_with(EMULATOR_S)) {
+        resume_unwind(panic);
+    }
+    println!("{EMULATOR_S}once more");
+    test();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// How often a test runs that panics so at first, and whether it passes.
+    fn runs(panics: &[&str]) -> (usize, bool) {
+        let run = Cell::new(0);
+        let test = || {
+            let this = run.replace(run.get() + 1);
+            if let Some(text) = panics.get(this) {
+                panic!("{text}");
+            }
+        };
+        let passed = catch_unwind(AssertUnwindSafe(|| but_for_the_emulator(test))).is_ok();
+        (run.get(), passed)
+    }
+
+    #[test]
+    fn only_the_emulator_s_fault_is_forgiven_and_only_once() {
+        let emulator_s = format!("{EMULATOR_S}VM 0");
+        assert_eq!(runs(&[]), (1, true));
+        assert_eq!(runs(&[&emulator_s]), (2, true));
+        assert_eq!(runs(&[&emulator_s, &emulator_s]), (2, false));
+        assert_eq!(runs(&["VM 0 was touched"]), (1, false));
+        assert_eq!(runs(&[&emulator_s, "VM 0 was touched"]), (2, false));
     }
 }
