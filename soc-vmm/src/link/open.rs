@@ -14,6 +14,8 @@ use super::channel::ChannelEnd;
 
 /// How long a host may take to answer the header before the function counts as unserved.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// After so long the user is told what is waited for.
+const SOON: Duration = Duration::from_secs(2);
 
 /// Why no connection came about.
 #[derive(Debug, thiserror::Error)]
@@ -36,8 +38,11 @@ pub enum LinkError {
         wanted: &'static str,
     },
     /// The function no longer carries.
-    #[error(transparent)]
-    Bus(#[from] BusError),
+    #[error("{error}{}", advice(*error))]
+    Bus {
+        /// How it failed.
+        error: BusError,
+    },
     /// The doorbell can't be watched.
     #[error("can't set up the connection")]
     Io(#[from] std::io::Error),
@@ -47,6 +52,27 @@ pub enum LinkError {
     /// The state file can't be mapped.
     #[error("can't map the VM's state file")]
     State(#[source] pcie_function::FunctionError),
+}
+
+/// What a user can do about it.
+fn advice(error: BusError) -> &'static str {
+    match error {
+        BusError::Dma => ": the host's memory can't be reached; is the function's host-kvm-shim running?",
+        BusError::Gone | BusError::Stale => "",
+    }
+}
+
+impl From<BusError> for LinkError {
+    fn from(error: BusError) -> Self {
+        Self::Bus { error }
+    }
+}
+
+impl LinkError {
+    /// Whether the host went away.
+    pub fn is_loss(&self) -> bool {
+        matches!(self, Self::Bus(BusError::Gone))
+    }
 }
 
 /// A negotiated function.
@@ -108,8 +134,14 @@ impl<F: SocFunction> Link<F> {
     /// The host's header, once there is one.
     async fn wait(function: &Arc<F>, card: &F::Card) -> Result<HostHeader, LinkError> {
         let bell = Bell::new(function.doorbell(Doorbell::Channel))?;
-        let deadline = tokio::time::Instant::now() + PATIENCE;
+        let began = tokio::time::Instant::now();
+        let deadline = began + PATIENCE;
+        let mut told = false;
         loop {
+            if !told && began.elapsed() > SOON {
+                tracing::warn!("no host-kvm-shim offers the function yet: waiting up to {} s", PATIENCE.as_secs());
+                told = true;
+            }
             function.renew()?;
             if let Some(header) = HostHeader::load(card)? {
                 return Ok(header);
