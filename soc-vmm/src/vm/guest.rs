@@ -61,9 +61,7 @@ impl Relay {
         let [a, b, c, d] = request.words.unwrap_or_default();
         let event = match request.address {
             exit_reason::SHUTDOWN => GuestEvent::TripleFault(vcpu as u32),
-            exit_reason::INTERNAL_ERROR => GuestEvent::Failed(format!(
-                "vCPU {vcpu}: KVM internal error, suberror {a} ({b:#x} {c:#x} {d:#x}): the guest did what this host's KVM can't emulate"
-            )),
+            exit_reason::INTERNAL_ERROR => GuestEvent::Failed(format!("vCPU {vcpu}: {}", internal_error(a, [b, c, d]))),
             exit_reason::FAIL_ENTRY => {
                 GuestEvent::Failed(format!("vCPU {vcpu}: the CPU refused to enter the guest, hardware reason {a:#x}"))
             }
@@ -82,5 +80,39 @@ impl PowerSink for Relay {
     fn power(&self, event: PowerEvent) {
         self.park.store(true, Ordering::Relaxed);
         self.tell(GuestEvent::Power(event));
+    }
+}
+
+/// KVM's internal error in words (KVM api.rst §5, `KVM_EXIT_INTERNAL_ERROR`): of a failed emulation, which instruction it was.
+fn internal_error(suberror: u64, data: [u64; 3]) -> String {
+    const EMULATION: u64 = 1;
+    /// The words behind the flags are the instruction: how many bytes, up to 15 of them.
+    const HAS_INSTRUCTION: u64 = 1;
+    let [flags, ..] = data;
+    if suberror != EMULATION || flags & HAS_INSTRUCTION == 0 {
+        let [a, b, c] = data;
+        return format!("KVM internal error, suberror {suberror} ({a:#x} {b:#x} {c:#x})");
+    }
+    let bytes: Vec<u8> = data[1..].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let length = usize::from(bytes[0]).min(bytes.len() - 1);
+    let instruction: Vec<_> = bytes[1..=length].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!(
+        "this host's KVM can't emulate what the guest does ({}…); a KVM with hardware virtualization need not",
+        instruction.join(" ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_instruction_that_kvm_can_t_emulate_is_shown() {
+        let said = internal_error(1, [1, 0x8d49_c0f7_6942_c404, 0]);
+        assert!(said.contains("(c4 42 69 f7…)"), "{said}");
+        // What a host makes up is shown, not trusted.
+        assert!(internal_error(1, [1, u64::MAX, u64::MAX]).contains("ff ff"));
+        assert!(internal_error(1, [0, 7, 0]).contains("suberror 1 (0x0 0x7 0x0)"));
+        assert!(internal_error(3, [1, 7, 0]).contains("suberror 3"));
     }
 }
