@@ -1,11 +1,12 @@
 //! The QMP server over real sockets, in front of a VM whose control loop is played by the test.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use soc_vmm::control::{Action, ListeningSocket, ShutdownCause, VmControl, VmHandle, VmInfo, channel};
-use soc_vmm::qmp::types::{Empty, OutboardVm, StatusInfo};
+use soc_vmm::qmp::types::{Empty, Greeting, OutboardVm, StatusInfo};
 use soc_vmm::qmp::{Client, ClientError, MAX_COMMAND, MAX_MONITORS, Server};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::UnixStream;
@@ -163,23 +164,37 @@ async fn an_endless_command_is_refused_and_cut() {
     Monitor::negotiated(&vm.path).await;
 }
 
-#[tokio::test]
-async fn one_monitor_too_many_is_turned_away_and_room_comes_back() {
-    let vm = serve();
+#[tokio::test(flavor = "multi_thread")]
+async fn one_monitor_too_many_is_told_so_and_room_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, other) = (dir.path().join("qmp"), dir.path().join("other"));
+    let (handle, control) = new_vm();
+    let sockets = [&path, &other].map(|path| ListeningSocket::bind(path).unwrap());
+    let _server = Server::start(&handle, sockets.into()).unwrap();
+    let _plays = tokio::spawn(play(control));
     let mut held = Vec::new();
     for _ in 0..MAX_MONITORS {
-        held.push(Monitor::negotiated(&vm.path).await);
+        held.push(Monitor::negotiated(&path).await);
     }
-    let mut late = UnixStream::connect(&vm.path).await.unwrap();
+    let mut late = UnixStream::connect(&path).await.unwrap();
     let mut heard = Vec::new();
     timeout(PATIENCE, late.read_to_end(&mut heard)).await.unwrap().unwrap();
-    assert_eq!(heard, b"");
+    let heard: Value = serde_json::from_slice(&heard).unwrap();
+    assert_eq!(heard["error"]["class"], "GenericError");
+    let (full, free) = tokio::task::spawn_blocking({
+        let path = path.clone();
+        move || (Client::connect(&path, PATIENCE).map(drop), Client::connect(&other, PATIENCE).map(drop))
+    })
+    .await
+    .unwrap();
+    assert!(matches!(&full, Err(ClientError::Refused(e)) if e.desc.contains("32 monitors")), "{full:?}");
+    assert!(free.is_ok(), "a full socket is no other's matter: {free:?}");
     held.pop();
     timeout(PATIENCE, async {
         // The server notices the free place when it reads the end of that stream.
         loop {
-            let mut stream = UnixStream::connect(&vm.path).await.unwrap();
-            if stream.read(&mut [0; 64]).await.unwrap() > 0 {
+            let mut stream = BufReader::new(UnixStream::connect(&path).await.unwrap()).lines();
+            if stream.next_line().await.unwrap().unwrap().contains("QMP") {
                 break;
             }
         }
@@ -252,4 +267,72 @@ async fn the_client_of_the_command_line() {
     vm.plays.await.unwrap();
     vm.server.close().await;
     assert!(matches!(Client::connect(&vm.path, PATIENCE), Err(ClientError::Connect(_))));
+}
+
+/// What a peer of the client may do instead of answering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lie {
+    Silence,
+    Blanks,
+    Events,
+    EventsAfterQuit,
+}
+
+/// Tells `lie` to one client, until it has gone.
+fn tell(listener: &std::os::unix::net::UnixListener, lie: Lie) {
+    use std::io::{Read, Write};
+    let greeting = Greeting::ours();
+    let greeting = format!("{}\n", serde_json::to_string(&greeting).unwrap());
+    let event = "{\"event\":\"STOP\",\"timestamp\":{\"seconds\":1,\"microseconds\":1}}\n";
+    let done = "{\"return\":{}}\n";
+    let (first, then) = match lie {
+        Lie::Silence => (greeting, ""),
+        Lie::Blanks => (greeting, " "),
+        Lie::Events => (greeting, event),
+        Lie::EventsAfterQuit => (greeting + done + done, event),
+    };
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.write_all(first.as_bytes()).unwrap();
+    if then.is_empty() {
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+    while !then.is_empty() && stream.write_all(then.as_bytes()).is_ok() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_peer_that_lies_holds_the_client_no_longer_than_its_patience() {
+    let patience = Duration::from_millis(500);
+    let dir = tempfile::tempdir().unwrap();
+    for lie in [Lie::Silence, Lie::Blanks, Lie::Events, Lie::EventsAfterQuit] {
+        let path = dir.path().join(format!("{lie:?}"));
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let told = std::thread::spawn(move || tell(&listener, lie));
+        let (done, result) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let asked = Client::connect(&path, patience).and_then(|mut client| {
+                client.execute::<Empty>("quit")?;
+                assert_eq!(lie, Lie::EventsAfterQuit);
+                client.wait_for_end(patience)
+            });
+            done.send(asked)
+        });
+        let asked = result.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("{lie:?} holds it"));
+        assert!(matches!(&asked, Err(ClientError::Lost(e)) if e.kind() == ErrorKind::TimedOut), "{lie:?}: {asked:?}");
+        told.join().unwrap();
+    }
+}
+
+#[test]
+fn a_peer_that_is_stopped_holds_nobody_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stopped");
+    let _deaf = ListeningSocket::bind(&path).unwrap();
+    // As many as wait for accept(2) at most.
+    let _queue: Vec<_> = (0..=16).map(|_| std::os::unix::net::UnixStream::connect(&path).unwrap()).collect();
+    let (done, result) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(Client::connect(&path, Duration::from_millis(500)).map(drop)));
+    let asked = result.recv_timeout(PATIENCE).expect("connect(2) waits");
+    assert!(matches!(&asked, Err(ClientError::Lost(e)) if e.kind() == ErrorKind::TimedOut), "{asked:?}");
 }

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{ExitStatus, Failure, Target, Verb};
+use super::{ExitStatus, Failure, Target, Verb, one_line};
 use crate::control::{Counters, RunDir};
 use crate::qmp::types::{Empty, OutboardVm};
 use crate::qmp::{Client, ClientError};
@@ -79,7 +79,7 @@ fn list_in(dir: &RunDir, json: bool, out: &mut dyn Write) -> Result<(), Failure>
             .and_then(|mut client| client.execute::<OutboardVm>("x-query-outboard-vm"));
         match asked {
             Ok(vm) => vms.push(vm),
-            Err(ClientError::Connect(e)) if e.kind() != io::ErrorKind::WouldBlock => {}
+            Err(ClientError::Connect(_)) => {}
             Err(_) => silent.push(name.to_string()),
         }
     }
@@ -114,7 +114,10 @@ fn written(result: io::Result<()>) -> Result<(), Failure> {
 }
 
 fn write_json<T: serde::Serialize>(out: &mut dyn Write, value: &T) -> io::Result<()> {
-    serde_json::to_writer(&mut *out, value)?;
+    // JSON escapes some control characters by itself; those that it leaves are in strings.
+    for c in serde_json::to_string(value)?.chars() {
+        if c.is_control() { write!(out, "\\u{:04x}", u32::from(c))? } else { write!(out, "{c}")? }
+    }
     writeln!(out)
 }
 
@@ -140,7 +143,8 @@ fn write_table(out: &mut dyn Write, vms: &[OutboardVm], silent: &[String]) -> io
 }
 
 fn row(vm: &OutboardVm) -> (String, String, u16, String, String, u32) {
-    (vm.name.clone(), vm.status.to_string(), vm.cpus, shown_size(vm.memory), vm.function.clone(), vm.pid)
+    // Whatever answered may say anything.
+    (one_line(&vm.name), vm.status.to_string(), vm.cpus, shown_size(vm.memory), one_line(&vm.function), vm.pid)
 }
 
 /// Bytes as `--memory` takes them, in the largest unit that divides them.
@@ -230,6 +234,30 @@ mod tests {
         let gone = tokio::task::block_in_place(|| perform(Verb::Reset, &target, &mut Vec::new())).unwrap_err();
         assert_eq!(gone.status(), ExitStatus::Unavailable);
         assert!(gone.to_string().contains("soc-vmm list"), "{gone}");
+    }
+
+    #[test]
+    fn what_a_peer_says_steers_no_terminal() {
+        let vm = OutboardVm {
+            name: "a\u{1b}]0;b\n\u{9b}2J\"".into(),
+            status: crate::control::RunState::Running,
+            cpus: 1,
+            memory: 1 << 30,
+            function: "local\r\u{7f}".into(),
+            pid: 7,
+        };
+        let shown = |write: &dyn Fn(&mut Vec<u8>) -> io::Result<()>| {
+            let mut out = Vec::new();
+            write(&mut out).unwrap();
+            let text = String::from_utf8(out).unwrap();
+            assert!(!text.trim_end_matches('\n').contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+            text
+        };
+        assert_eq!(shown(&|out| write_status(out, &vm)).lines().count(), 1);
+        assert_eq!(shown(&|out| write_table(out, std::slice::from_ref(&vm), &[])).lines().count(), 2);
+        let json = shown(&|out| write_json(out, &vm));
+        assert_eq!(json.lines().count(), 1);
+        assert_eq!(serde_json::from_str::<OutboardVm>(&json).unwrap(), vm, "nothing is lost");
     }
 
     #[test]

@@ -3,10 +3,11 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
 use nix::sys::stat::{Mode, fchmod};
 
 /// Why a path can't be listened on.
@@ -83,12 +84,20 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
         Ok(found) if !found.file_type().is_socket() => return Err(ListenError::NotASocket(path.to_owned())),
         Ok(_) => {}
     }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(ListenError::InUse(path.to_owned())),
-        Err(e) if e.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(failed(e)),
+    match knock(path) {
+        // The queue of an owner that is stopped is full.
+        Ok(()) | Err(Errno::EAGAIN) => Err(ListenError::InUse(path.to_owned())),
+        Err(Errno::ECONNREFUSED) => std::fs::remove_file(path).map_err(failed),
+        Err(Errno::ENOENT) => Ok(()),
+        Err(errno) => Err(failed(errno.into())),
     }
+}
+
+/// Connects, without waiting for anybody.
+fn knock(path: &Path) -> nix::Result<()> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(fd.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
 #[cfg(test)]
@@ -106,6 +115,22 @@ mod tests {
         assert!(matches!(ListeningSocket::bind(&path), Err(ListenError::InUse(p)) if p == path));
         drop(socket);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn an_owner_that_is_stopped_keeps_its_socket_and_holds_nobody_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let _deaf = ListeningSocket::bind(&path).unwrap();
+        while knock(&path).is_ok() {}
+        let (done, result) = std::sync::mpsc::channel();
+        std::thread::spawn({
+            let path = path.clone();
+            move || done.send(ListeningSocket::bind(&path).map(drop))
+        });
+        let result =
+            result.recv_timeout(std::time::Duration::from_secs(10)).expect("it waits for a place in the queue");
+        assert!(matches!(result, Err(ListenError::InUse(p)) if p == path));
     }
 
     #[test]

@@ -1,10 +1,15 @@
 //! A QMP client for the command line: one command at a time, bounded in time.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -31,21 +36,32 @@ pub enum ClientError {
 /// A negotiated connection to a VM's control socket.
 #[derive(Debug)]
 pub struct Client {
-    stream: BufReader<UnixStream>,
+    stream: UnixStream,
+    /// What was received behind the last message.
+    unread: Vec<u8>,
+    patience: Duration,
 }
 
 impl Client {
-    /// Connects and negotiates. Every wait of this client ends after `patience`.
+    /// Connects and negotiates. That, and every command, ends after `patience`, whatever the peer sends meanwhile.
     ///
     /// # Errors
     /// See [`ClientError`]; likewise below.
     pub fn connect(path: &Path, patience: Duration) -> Result<Self, ClientError> {
-        let stream = UnixStream::connect(path).map_err(ClientError::Connect)?;
-        stream.set_read_timeout(Some(patience)).map_err(ClientError::Connect)?;
-        stream.set_write_timeout(Some(patience)).map_err(ClientError::Connect)?;
-        let mut client = Self { stream: BufReader::new(stream) };
-        serde_json::from_value::<Greeting>(client.receive()?).map_err(ClientError::NotQmp)?;
-        client.execute::<Value>("qmp_capabilities")?;
+        let deadline = Instant::now() + patience;
+        let stream = connect_within(path, patience).map_err(|errno| match errno {
+            // The queue of a process that is stopped is full.
+            Errno::EAGAIN => ClientError::Lost(io::ErrorKind::TimedOut.into()),
+            errno => ClientError::Connect(errno.into()),
+        })?;
+        let mut client = Self { stream, unread: Vec::new(), patience };
+        let first = client.receive(deadline)?;
+        // A server that has no room says so instead of greeting.
+        if let Some(error) = first.get("error") {
+            return Err(QmpError::deserialize(error).map_err(ClientError::NotQmp)?.into());
+        }
+        serde_json::from_value::<Greeting>(first).map_err(ClientError::NotQmp)?;
+        client.execute_by::<Value>("qmp_capabilities", deadline)?;
         Ok(client)
     }
 
@@ -54,10 +70,15 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn execute<T: DeserializeOwned>(&mut self, command: &str) -> Result<T, ClientError> {
+        self.execute_by(command, Instant::now() + self.patience)
+    }
+
+    fn execute_by<T: DeserializeOwned>(&mut self, command: &str, deadline: Instant) -> Result<T, ClientError> {
         let line = format!("{}\n", json!({ "execute": command }));
-        self.stream.get_mut().write_all(line.as_bytes()).map_err(ClientError::Lost)?;
+        let sent = self.stream.set_write_timeout(Some(left(deadline)?));
+        sent.and_then(|()| self.stream.write_all(line.as_bytes())).map_err(ClientError::Lost)?;
         loop {
-            let message = self.receive()?;
+            let message = self.receive(deadline)?;
             if message.get("event").is_some() {
                 continue;
             }
@@ -74,24 +95,61 @@ impl Client {
     /// [`ClientError::Lost`]: it is still there after `patience`.
     pub fn wait_for_end(mut self, patience: Duration) -> Result<(), ClientError> {
         let deadline = Instant::now() + patience;
-        let mut rest = [0; 4096];
         loop {
-            match self.stream.read(&mut rest) {
+            self.unread.clear();
+            match self.read(deadline) {
                 Ok(0) => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
-                Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(ClientError::Lost(e)),
-                Err(e) if Instant::now() > deadline => return Err(ClientError::Lost(e)),
-                Ok(_) | Err(_) => {}
+                Err(ClientError::Lost(e)) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+                result => result.map(drop)?,
             }
         }
     }
 
-    fn receive(&mut self) -> Result<Value, ClientError> {
-        let mut line = Vec::new();
-        self.stream.by_ref().take(MAX_COMMAND as u64).read_until(b'\n', &mut line).map_err(ClientError::Lost)?;
-        if line.is_empty() {
-            return Err(ClientError::Lost(io::ErrorKind::UnexpectedEof.into()));
+    /// The next message.
+    fn receive(&mut self, deadline: Instant) -> Result<Value, ClientError> {
+        let mut seen = 0;
+        loop {
+            if let Some(end) = self.unread[seen..].iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.unread.drain(..=seen + end).collect();
+                return serde_json::from_slice(&line).map_err(ClientError::NotQmp);
+            }
+            seen = self.unread.len();
+            if seen > MAX_COMMAND {
+                return Err(ClientError::Lost(io::Error::other("its reply has no end")));
+            }
+            if self.read(deadline)? == 0 {
+                return Err(ClientError::Lost(io::ErrorKind::UnexpectedEof.into()));
+            }
         }
-        serde_json::from_slice(&line).map_err(ClientError::NotQmp)
     }
+
+    /// Reads more; how many bytes.
+    fn read(&mut self, deadline: Instant) -> Result<usize, ClientError> {
+        let mut some = [0; 4096];
+        loop {
+            let limited = self.stream.set_read_timeout(Some(left(deadline)?));
+            match limited.and_then(|()| self.stream.read(&mut some)) {
+                Ok(n) => {
+                    self.unread.extend_from_slice(&some[..n]);
+                    return Ok(n);
+                }
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e) => return Err(ClientError::Lost(e)),
+            }
+        }
+    }
+}
+
+/// The time until `deadline`.
+fn left(deadline: Instant) -> Result<Duration, ClientError> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(ClientError::Lost(io::ErrorKind::TimedOut.into())) } else { Ok(left) }
+}
+
+/// connect(2) waits as long as sending may: for ever, if nobody says else.
+fn connect_within(path: &Path, patience: Duration) -> nix::Result<UnixStream> {
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&fd, sockopt::SendTimeout, &TimeVal::milliseconds(patience.as_millis().max(1) as i64))?;
+    connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(UnixStream::from(fd))
 }

@@ -8,6 +8,7 @@ mod client;
 pub mod command;
 mod error;
 mod framing;
+mod json;
 mod server;
 mod session;
 pub mod types;

@@ -4,7 +4,7 @@
 //! [`super::MAX_COMMAND`] bytes and one read's worth of the next, waits for its own commands only, and is dropped when it
 //! doesn't take its replies and events.
 
-use std::io;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -17,10 +17,10 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::types::{Greeting, Response, Timestamp};
-use super::{Session, Step};
+use super::{QmpError, Session, Step};
 use crate::control::{Event, EventKind, ListeningSocket, VmHandle};
 
-/// Monitors of one VM at a time, over all its sockets; a connection more is closed without a greeting.
+/// Monitors of one socket at a time: who fills one has not filled another. A connection more is told so and closed.
 pub const MAX_MONITORS: usize = 32;
 
 /// Bytes read at once.
@@ -44,12 +44,11 @@ impl Server {
     /// # Errors
     /// A socket can't be watched.
     pub fn start(vm: &VmHandle, sockets: Vec<ListeningSocket>) -> io::Result<Self> {
-        let room = Arc::new(Semaphore::new(MAX_MONITORS));
         let mut started = Vec::with_capacity(sockets.len());
         for socket in sockets {
             let listener = UnixListener::from_std(socket.listener().try_clone()?)?;
             let (close, closing) = oneshot::channel();
-            let task = tokio::spawn(listen(listener, socket, vm.clone(), room.clone(), closing));
+            let task = tokio::spawn(listen(listener, socket, vm.clone(), closing));
             started.push((close, task));
         }
         Ok(Self { sockets: started })
@@ -69,13 +68,8 @@ impl Server {
     }
 }
 
-async fn listen(
-    listener: UnixListener,
-    socket: ListeningSocket,
-    vm: VmHandle,
-    room: Arc<Semaphore>,
-    mut closing: oneshot::Receiver<()>,
-) {
+async fn listen(listener: UnixListener, socket: ListeningSocket, vm: VmHandle, mut closing: oneshot::Receiver<()>) {
+    let room = Arc::new(Semaphore::new(MAX_MONITORS));
     let mut monitors = JoinSet::new();
     let mut told_full = false;
     loop {
@@ -94,10 +88,12 @@ async fn listen(
                             drop(place);
                         });
                     }
-                    Err(_) if told_full => {}
                     Err(_) => {
-                        told_full = true;
-                        tracing::warn!("QMP: {MAX_MONITORS} monitors are connected; more are turned away");
+                        turn_away(stream);
+                        if !std::mem::replace(&mut told_full, true) {
+                            let path = socket.path().display();
+                            tracing::warn!("QMP: {MAX_MONITORS} monitors are connected to {path}; more are turned away");
+                        }
                     }
                 },
                 Err(e) => {
@@ -111,6 +107,15 @@ async fn listen(
     let rest = async { while monitors.join_next().await.is_some() {} };
     // What is left after that is cut off when the set is dropped.
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, rest).await;
+}
+
+/// Tells a client that there is no room, and waits for nothing: a new connection has room for a line.
+fn turn_away(stream: UnixStream) {
+    let why = format!("{MAX_MONITORS} monitors are connected here already: close one, or use another socket");
+    let refusal = Response::to(None, Err(QmpError::generic(why)));
+    if let (Ok(mut stream), Ok(line)) = (stream.into_std(), line(&refusal)) {
+        let _ = stream.write(&line);
+    }
 }
 
 /// Serves one client until it goes, misbehaves, or the VM has ended.
@@ -172,9 +177,14 @@ async fn finished<F: Future<Output = Response> + Unpin>(running: &mut Option<F>)
 }
 
 async fn send<T: Serialize>(writer: &mut WriteHalf<'_>, message: &T) -> io::Result<()> {
+    let line = line(message)?;
+    tokio::time::timeout(WRITE_TIMEOUT, writer.write_all(&line)).await.map_err(|_| io::ErrorKind::TimedOut)?
+}
+
+fn line<T: Serialize>(message: &T) -> serde_json::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(message)?;
     line.extend_from_slice(b"\r\n");
-    tokio::time::timeout(WRITE_TIMEOUT, writer.write_all(&line)).await.map_err(|_| io::ErrorKind::TimedOut)?
+    Ok(line)
 }
 
 /// An event as it goes over the wire.

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::command::{self, Execution, QmpCapabilities};
 use super::types::Response;
-use super::{FrameError, Framer, QmpError};
+use super::{FrameError, Framer, QmpError, json};
 use crate::control::VmHandle;
 
 /// What a monitor is to do next.
@@ -67,8 +67,8 @@ impl Session {
         })
     }
 
-    fn command(&mut self, json: &[u8]) -> Step {
-        let mut object: Map<String, Value> = match serde_json::from_slice(json) {
+    fn command(&mut self, text: &[u8]) -> Step {
+        let mut object = match json::object(text) {
             Ok(object) => object,
             Err(e) => return Step::Reply(Response::to(None, Err(QmpError::generic(format!("JSON parse error, {e}"))))),
         };
@@ -232,7 +232,8 @@ mod tests {
     fn broken_and_deep_json_is_an_error_and_the_session_goes_on() {
         let (mut session, _control) = negotiated();
         let deep = [b"{\"id\":".as_slice(), &b"[".repeat(100_000), &b"]".repeat(100_000), b"}"].concat();
-        for bad in [b"{\"execute\": stop}".as_slice(), b"{]", b"{\"a\":\"\xc3\x28\"}", b"hello\n", &deep] {
+        let twice = b"{\"execute\":\"query-status\",\"execute\":\"quit\"}";
+        for bad in [b"{\"execute\": stop}".as_slice(), twice, b"{]", b"{\"a\":\"\xc3\x28\"}", b"hello\n", &deep] {
             let steps = all(&mut session, bad);
             assert!(
                 matches!(&steps[..], [Step::Reply(r)] if r.error_class() == Some(ErrorClass::GenericError)),
