@@ -135,7 +135,7 @@ fn a_listener_that_says_nothing_is_not_waited_for_for_ever() {
         for client in (0..4).map(|_| scope.spawn(|| LocalSoc::dial(&path).unwrap_err().to_string())).collect::<Vec<_>>()
         {
             let why = client.join().unwrap();
-            assert!(why.contains("says nothing for 10 s"), "{why}");
+            assert!(why.contains("does not greet within 10 s"), "{why}");
         }
     });
     assert!(start.elapsed() < Duration::from_secs(25));

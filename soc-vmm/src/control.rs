@@ -263,7 +263,7 @@ impl VmControl {
                 return;
             }
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     /// The next thing to do; commands that are nothing to do or not legal now are answered on the way. `None`: no handle is

@@ -1,17 +1,24 @@
 //! From `--function SPEC` to an open function, whatever stands behind it.
 
+use std::ops::ControlFlow::{self, Break, Continue};
+
+use nix::errno::Errno;
 use pcie_function::header::Role;
 use pcie_function::local::LocalSoc;
 use pcie_function::vfio::VfioSoc;
 use pcie_function::{FunctionError, SocFunction};
+use tokio::sync::oneshot;
 
 use crate::cli::{ExitStatus, Failure, FunctionSpec};
-use crate::shim;
+use crate::shim::Shim;
 
 /// What is done with a function, whichever kind it is.
 pub(crate) trait Use {
     /// What comes of it.
     type Output;
+
+    /// Waits until the function isn't wanted any more, while it is being opened; what comes of it then. Safe to cancel.
+    async fn given_up(&mut self) -> Self::Output;
 
     /// Does it. The function is gone when this returns.
     async fn on<F: SocFunction>(self, function: F) -> Result<Self::Output, Failure>;
@@ -21,21 +28,58 @@ pub(crate) trait Use {
 ///
 /// # Errors
 /// It can't be opened, or what `user` says.
-pub(crate) async fn open<U: Use>(spec: &FunctionSpec, role: Role, user: U) -> Result<U::Output, Failure> {
+pub(crate) async fn open<U: Use>(spec: &FunctionSpec, role: Role, mut user: U) -> Result<U::Output, Failure> {
     let cant = |e: FunctionError| Failure::of(ExitStatus::Unavailable, &format!("--function {spec}"), &e);
     match spec {
         FunctionSpec::Local => {
-            let (function, mut shim) = shim::start(role).await?;
-            let outcome = user.on(function).await;
-            let ended = shim.end().await;
-            outcome.and_then(|outcome| ended.map(|()| outcome))
+            let (shim, socket) = Shim::start(role)?;
+            match wait(&mut user, move || LocalSoc::new(socket)).await {
+                Ok(Continue(function)) => shim.end(user.on(function).await).await,
+                // The shim is killed.
+                Ok(Break(output)) => Ok(output),
+                Err(e) => Err(shim.failed(&e).await),
+            }
         }
-        FunctionSpec::Unix(path) => user.on(tokio::task::block_in_place(|| LocalSoc::dial(path)).map_err(cant)?).await,
-        FunctionSpec::Card(path) => user.on(pcie_function_card::open(path).map_err(cant)?).await,
-        FunctionSpec::Pci(address) => user.on(VfioSoc::open(&address.to_string()).map_err(cant)?).await,
+        FunctionSpec::Unix(path) => {
+            let path = path.clone();
+            opened(wait(&mut user, move || LocalSoc::dial(&path)).await.map_err(cant)?, user).await
+        }
+        FunctionSpec::Card(path) => {
+            let path = path.clone();
+            opened(wait(&mut user, move || pcie_function_card::open(&path)).await.map_err(cant)?, user).await
+        }
+        FunctionSpec::Pci(address) => {
+            let address = address.to_string();
+            opened(wait(&mut user, move || VfioSoc::open(&address)).await.map_err(cant)?, user).await
+        }
         FunctionSpec::Pool => Err(Failure::new(
             ExitStatus::Unavailable,
             format!("--function {spec}: not there yet; use local, unix:SOCKET, pci:ADDRESS or card:SOCKET"),
         )),
+    }
+}
+
+async fn opened<U: Use, F: SocFunction>(what: ControlFlow<U::Output, F>, user: U) -> Result<U::Output, Failure> {
+    match what {
+        Continue(function) => user.on(function).await,
+        Break(output) => Ok(output),
+    }
+}
+
+/// Opens a function on a thread of its own, since its other end may take its time; until then `user` may give it up. The thread ends
+/// with the process then, if it doesn't before.
+async fn wait<U: Use, F: Send + 'static>(
+    user: &mut U,
+    open: impl FnOnce() -> Result<F, FunctionError> + Send + 'static,
+) -> Result<ControlFlow<U::Output, F>, FunctionError> {
+    const THREAD: &str = "start a thread";
+    let (sender, receiver) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("open-function".into());
+    // Nobody takes a function that was given up.
+    let started = thread.spawn(move || drop(sender.send(open())));
+    started.map_err(|e| FunctionError::Os(THREAD, Errno::from_raw(e.raw_os_error().unwrap_or_default())))?;
+    tokio::select! {
+        opened = receiver => opened.unwrap_or(Err(FunctionError::Os(THREAD, Errno::ECANCELED))).map(Continue),
+        output = user.given_up() => Ok(Break(output)),
     }
 }

@@ -1,5 +1,6 @@
 //! `soc-vmm host`: the server's inventory, by its host function.
 
+use std::error::Error;
 use std::io::Write;
 use std::sync::Arc;
 
@@ -8,31 +9,26 @@ use pcie_function::SocFunction;
 use pcie_function::header::Role;
 use serde::Serialize;
 
-use crate::cli::{ExitStatus, Failure, FunctionSpec};
+use crate::cli::{self, ExitStatus, Failure, FunctionSpec};
 use crate::function::{self, Use};
 use crate::link::{CallError, Link};
+use crate::runtime::runtime;
 
 /// Asks the server behind `function` for its inventory and prints it.
 ///
 /// # Errors
 /// The function can't be used, or the host refused.
 pub fn host(function: &FunctionSpec, json: bool, out: &mut impl Write) -> Result<(), Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .map_err(|e| Failure::of(ExitStatus::Unavailable, "can't start", &e))?;
-    let info = runtime.block_on(function::open(function, Role::Host, Ask))?;
+    let info = runtime(1)?.block_on(function::open(function, Role::Host, Ask))?;
     let inventory = Inventory::from(info);
-    let print = |out: &mut dyn Write| {
-        if json {
-            serde_json::to_writer_pretty(&mut *out, &inventory)?;
-            writeln!(out)
-        } else {
-            inventory.print(out)
-        }
+    let mut text = Vec::new();
+    let rendered = if json {
+        serde_json::to_writer_pretty(&mut text, &inventory).map_err(Into::into).and_then(|()| writeln!(text))
+    } else {
+        inventory.print(&mut text)
     };
-    print(out).map_err(|e| Failure::of(ExitStatus::Failed, "can't print", &e))
+    rendered.map_err(|e| Failure::of(ExitStatus::Unavailable, "the host's inventory", &e))?;
+    cli::print(&String::from_utf8_lossy(&text), out)
 }
 
 struct Ask;
@@ -40,12 +36,19 @@ struct Ask;
 impl Use for Ask {
     type Output = HostInfo;
 
+    async fn given_up(&mut self) -> HostInfo {
+        // A signal ends this process.
+        std::future::pending().await
+    }
+
     async fn on<F: SocFunction>(self, function: F) -> Result<HostInfo, Failure> {
-        let failed = |e: &dyn std::error::Error| Failure::of(ExitStatus::Unavailable, "the host's inventory", e);
-        let (_link, end) = Link::open(Arc::new(function), Role::Host).await.map_err(|e| failed(&e))?;
+        let failed =
+            |e: &dyn Error, loss| Failure::of(ExitStatus::Unavailable, "the host's inventory", e).by_loss(loss);
+        let opened = Link::open(Arc::new(function), Role::Host).await;
+        let (_link, end) = opened.map_err(|e| failed(&e, e.is_loss()))?;
         let (channel, _notices) = end.listen();
-        let reply = channel.call(&Call::HostInfo).await.map_err(|e| failed(&e))?;
-        HostInfo::decode(&reply.bulk).map_err(|_| failed(&CallError::Malformed))
+        let reply = channel.call(&Call::HostInfo).await.map_err(|e| failed(&e, e.is_loss()))?;
+        HostInfo::decode(&reply.bulk).map_err(|_| failed(&CallError::Malformed, false))
     }
 }
 

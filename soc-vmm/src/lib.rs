@@ -19,6 +19,7 @@ pub mod link;
 pub mod memory;
 pub mod power;
 pub mod qmp;
+mod runtime;
 pub mod say;
 mod shim;
 pub mod vm;

@@ -12,9 +12,7 @@ fn main() -> ExitCode {
     match ended {
         Ok(status) => status.into(),
         Err(failure) => {
-            if !failure.is_told() {
-                say(format_args!("soc-vmm: {failure}"));
-            }
+            say(format_args!("soc-vmm: {failure}"));
             failure.status().into()
         }
     }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, UnixAddr, connect, shutdown, socket};
@@ -59,8 +59,9 @@ impl LocalSoc {
         let address = UnixAddr::new(path).map_err(os("name the socket"))?;
         // Its queue of connections may be full.
         limit_waits(&socket, GREETING)?;
+        let start = Instant::now();
         match connect(socket.as_raw_fd(), &address) {
-            Ok(()) => Self::within(socket, GREETING),
+            Ok(()) => Self::within(socket, start, GREETING),
             Err(Errno::EAGAIN) => Err(silent(GREETING)),
             Err(Errno::EPROTOTYPE) => Err(FunctionError::Unusable("the socket there is no host-kvm-shim's".into())),
             Err(e @ (Errno::ENOENT | Errno::ECONNREFUSED)) => {
@@ -75,20 +76,28 @@ impl LocalSoc {
     /// # Errors
     /// The peer is not a shim of this version, has gone, or says nothing for a minute.
     pub fn new(socket: OwnedFd) -> Result<Self, FunctionError> {
-        Self::within(socket, START)
+        Self::within(socket, Instant::now(), START)
     }
 
-    fn within(socket: OwnedFd, patience: Duration) -> Result<Self, FunctionError> {
+    /// Receives the greeting, all of it within `patience` since `start`: a peer may send it bit by bit.
+    fn within(socket: OwnedFd, start: Instant, patience: Duration) -> Result<Self, FunctionError> {
         let unusable =
             || FunctionError::Unusable("the peer of the function's socket is no host-kvm-shim of this version".into());
-        limit_waits(&socket, patience)?;
-        let next = || match Message::receive(socket.as_fd()) {
-            Ok(Some(received)) => Ok(received),
-            Ok(None) => Err(FunctionError::Unusable(
-                "the host-kvm-shim there hung up before it had said anything: see what it printed".into(),
-            )),
-            Err(FunctionError::Os(_, Errno::EAGAIN)) => Err(silent(patience)),
-            Err(error) => Err(error),
+        let next = || {
+            let left = patience.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                return Err(silent(patience));
+            }
+            // Zero would be no bound.
+            limit_waits(&socket, left.max(Duration::from_millis(1)))?;
+            match Message::receive(socket.as_fd()) {
+                Ok(Some(received)) => Ok(received),
+                Ok(None) => Err(FunctionError::Unusable(
+                    "the host-kvm-shim there hung up before it had said anything: see what it printed".into(),
+                )),
+                Err(FunctionError::Os(_, Errno::EAGAIN)) => Err(silent(patience)),
+                Err(error) => Err(error),
+            }
         };
         let (Message::Hello { card_len, vectors: count }, fds) = next()? else { return Err(unusable()) };
         let [memory, lanes, channel]: [OwnedFd; 3] = fds.try_into().map_err(|_| unusable())?;
@@ -125,7 +134,7 @@ impl LocalSoc {
 
 fn silent(patience: Duration) -> FunctionError {
     FunctionError::Unusable(format!(
-        "the host-kvm-shim there says nothing for {} s: it serves another soc-vmm, or is stopped; use another function",
+        "the host-kvm-shim there does not greet within {} s: it serves another soc-vmm, or is stopped; use another function",
         patience.as_secs()
     ))
 }
@@ -346,5 +355,35 @@ impl BusMemory for LocalRemote {
             true => Err(BusError::Dma),
             false => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::message::sealed_memfd;
+    use super::*;
+
+    #[test]
+    fn a_greeting_that_comes_bit_by_bit_has_one_deadline() {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (ours, theirs) =
+            nix::sys::socket::socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        let dripping = std::thread::spawn(move || {
+            let card = sealed_memfd("card", 1 << 16).unwrap();
+            let event = eventfd().unwrap();
+            let [card, bell] = [&card, &event].map(AsRawFd::as_raw_fd);
+            let hello = Message::Hello { card_len: 1 << 16, vectors: 1000 };
+            hello.send(theirs.as_fd(), &[card, bell, bell]).unwrap();
+            // Until it is hung up on.
+            while Message::Vectors.send(theirs.as_fd(), &[bell]).is_ok() {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        let start = Instant::now();
+        let patience = Duration::from_millis(300);
+        let refused = LocalSoc::within(ours, start, patience).unwrap_err();
+        assert!(matches!(&refused, FunctionError::Unusable(why) if why.contains("does not greet")), "{refused}");
+        assert!(start.elapsed() < Duration::from_secs(20), "1000 drips take 50 s");
+        dripping.join().unwrap();
     }
 }

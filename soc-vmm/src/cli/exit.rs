@@ -41,24 +41,30 @@ impl From<ExitStatus> for ExitCode {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     status: ExitStatus,
-    /// Empty: what there is to say was said.
     line: String,
+    /// The function's other end went away.
+    loss: bool,
 }
 
 impl Failure {
     /// A failure in words. Whatever is in `text` becomes one printable line.
     pub fn new(status: ExitStatus, text: impl AsRef<str>) -> Self {
-        Self { status, line: one_line(text.as_ref()) }
+        Self { status, line: one_line(text.as_ref()), loss: false }
     }
 
-    /// A failure that another program has told of on the same standard error.
-    pub(crate) fn told(status: ExitStatus) -> Self {
-        Self { status, line: String::new() }
+    /// The same, where its cause is that the function's other end went away.
+    pub(crate) fn by_loss(self, loss: bool) -> Self {
+        Self { loss, ..self }
     }
 
-    /// Whether there is a line to print.
-    pub fn is_told(&self) -> bool {
-        self.line.is_empty()
+    /// Whether its cause is that the function's other end went away.
+    pub(crate) fn is_loss(&self) -> bool {
+        self.loss
+    }
+
+    /// The same, with something more to say.
+    pub(crate) fn with(self, more: &str) -> Self {
+        Self { line: format!("{} ({})", self.line, one_line(more)), ..self }
     }
 
     /// An error with all its sources, behind what was being done (`""`: the error says it).

@@ -9,12 +9,14 @@ mod pty;
 mod terminal;
 mod thread;
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -37,6 +39,15 @@ pub enum ConsoleError {
     /// A file can't be written.
     #[error("can't create {0}")]
     Create(PathBuf, #[source] io::Error),
+    /// A file can't be emptied.
+    #[error("can't empty {0}")]
+    Empty(PathBuf, #[source] io::Error),
+    /// A FIFO leads nowhere.
+    #[error("nobody reads the FIFO {0}; start its reader first, or give a file")]
+    NoReader(PathBuf),
+    /// Not something that a console writes to.
+    #[error("{0} is no file, terminal or FIFO; give one of these")]
+    NotAFile(PathBuf),
     /// The socket can't be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -57,12 +68,12 @@ enum Kind {
     Stdio,
     Null,
     Pty(Pty),
-    File(File),
+    File(Sink),
     Unix(ListeningSocket),
 }
 
 impl SerialBackend {
-    /// Opens what `spec` names; a file is emptied.
+    /// Opens what `spec` names.
     ///
     /// # Errors
     /// See [`ConsoleError`].
@@ -71,7 +82,7 @@ impl SerialBackend {
             SerialSpec::Stdio => Kind::Stdio,
             SerialSpec::Null => Kind::Null,
             SerialSpec::Pty => Kind::Pty(Pty::open().map_err(ConsoleError::Pty)?),
-            SerialSpec::File(path) => Kind::File(create(path)?),
+            SerialSpec::File(path) => Kind::File(Sink::open(path)?),
             SerialSpec::Unix(path) => Kind::Unix(ListeningSocket::bind(path)?),
         }))
     }
@@ -84,16 +95,27 @@ impl SerialBackend {
         }
     }
 
+    /// The file that it writes to, if it is one.
+    pub fn file(&self) -> Option<&File> {
+        match &self.0 {
+            Kind::File(sink) => Some(&sink.file),
+            _ => None,
+        }
+    }
+
     /// Joins it to the device's queues. On a terminal this makes it raw, and Ctrl-A x ends `vm`. Must be called inside a tokio
     /// runtime.
     ///
     /// # Errors
     /// See [`ConsoleError`].
     pub fn attach(self, output: OutputReader, input: InputWriter, vm: &VmHandle) -> Result<Attached, ConsoleError> {
-        let mut attached = Attached { written: None, task: None, terminal: None };
+        let mut attached = Attached { sink: None, written: None, task: None, terminal: None };
         match self.0 {
             Kind::Null => {}
-            Kind::File(file) => attached.written = Some(thread::write(output, file).map_err(ConsoleError::Stdio)?),
+            Kind::File(sink) => {
+                attached.written = Some(thread::write(output, sink.file_again()?).map_err(ConsoleError::Stdio)?);
+                attached.sink = Some(sink);
+            }
             Kind::Stdio => {
                 attached.terminal = RawTerminal::enter().map_err(ConsoleError::Stdio)?;
                 attached.written = Some(thread::write(output, standard_output()?).map_err(ConsoleError::Stdio)?);
@@ -115,18 +137,32 @@ impl SerialBackend {
 
 /// An opened far end of a debug console.
 #[derive(Debug)]
-pub struct DebugconBackend(File);
+pub struct DebugconBackend(Debugcon);
+
+#[derive(Debug)]
+enum Debugcon {
+    Stdio(File),
+    File(Sink),
+}
 
 impl DebugconBackend {
-    /// Opens what `spec` names; a file is emptied.
+    /// Opens what `spec` names.
     ///
     /// # Errors
     /// See [`ConsoleError`].
     pub fn open(spec: &DebugconSpec) -> Result<Self, ConsoleError> {
         Ok(Self(match spec {
-            DebugconSpec::Stdio => standard_output()?,
-            DebugconSpec::File(path) => create(path)?,
+            DebugconSpec::Stdio => Debugcon::Stdio(standard_output()?),
+            DebugconSpec::File(path) => Debugcon::File(Sink::open(path)?),
         }))
+    }
+
+    /// The file that it writes to, if it is one.
+    pub fn file(&self) -> Option<&File> {
+        match &self.0 {
+            Debugcon::File(sink) => Some(&sink.file),
+            Debugcon::Stdio(_) => None,
+        }
     }
 
     /// Joins it to the device's queue. Must be called inside a tokio runtime.
@@ -134,14 +170,20 @@ impl DebugconBackend {
     /// # Errors
     /// See [`ConsoleError`].
     pub fn attach(self, output: OutputReader) -> Result<Attached, ConsoleError> {
-        let written = thread::write(output, self.0).map_err(ConsoleError::Stdio)?;
-        Ok(Attached { written: Some(written), task: None, terminal: None })
+        let (file, sink) = match self.0 {
+            Debugcon::Stdio(file) => (file, None),
+            Debugcon::File(sink) => (sink.file_again()?, Some(sink)),
+        };
+        let written = thread::write(output, file).map_err(ConsoleError::Stdio)?;
+        Ok(Attached { sink, written: Some(written), task: None, terminal: None })
     }
 }
 
 /// A console at work. Dropped, it restores the terminal at once.
 #[derive(Debug)]
 pub struct Attached {
+    /// What is to be emptied before its VM runs.
+    sink: Option<Sink>,
     /// Closes when the last byte is written.
     written: Option<oneshot::Receiver<()>>,
     task: Option<JoinHandle<()>>,
@@ -149,6 +191,14 @@ pub struct Attached {
 }
 
 impl Attached {
+    /// The VM is about to run: what a file has of an earlier one goes.
+    ///
+    /// # Errors
+    /// [`ConsoleError::Empty`].
+    pub fn begin(&self) -> Result<(), ConsoleError> {
+        self.sink.as_ref().map_or(Ok(()), Sink::empty)
+    }
+
     /// Waits until the output of a device that is gone is out, at most 2 s, and restores the terminal.
     pub async fn finish(self) {
         let rest = async {
@@ -168,8 +218,43 @@ impl Attached {
     }
 }
 
-fn create(path: &Path) -> Result<File, ConsoleError> {
-    File::create(path).map_err(|e| ConsoleError::Create(path.to_owned(), e))
+/// A file to write to, or what is used like one. Its content stays until it is [emptied](Sink::empty): before the VM runs nothing is
+/// known to work.
+#[derive(Debug)]
+struct Sink {
+    file: File,
+    path: PathBuf,
+}
+
+impl Sink {
+    /// Opens or creates `path`, without waiting: not for a FIFO's reader, nor for a terminal's line.
+    fn open(path: &Path) -> Result<Self, ConsoleError> {
+        let failed = |e| ConsoleError::Create(path.to_owned(), e);
+        let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let options = OpenOptions::new().write(true).create(true).truncate(false).custom_flags(flags.bits()).clone();
+        let file = options.open(path).map_err(|e| match e.raw_os_error() {
+            Some(nix::libc::ENXIO) if path.metadata().is_ok_and(|m| m.file_type().is_fifo()) => {
+                ConsoleError::NoReader(path.to_owned())
+            }
+            _ => failed(e),
+        })?;
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if !(kind.is_file() || kind.is_char_device() || kind.is_fifo()) {
+            return Err(ConsoleError::NotAFile(path.to_owned()));
+        }
+        // From now on writes wait, on a thread of their own.
+        fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|e| failed(e.into()))?;
+        Ok(Self { file, path: path.to_owned() })
+    }
+
+    fn file_again(&self) -> Result<File, ConsoleError> {
+        self.file.try_clone().map_err(|e| ConsoleError::Create(self.path.clone(), e))
+    }
+
+    fn empty(&self) -> Result<(), ConsoleError> {
+        let emptied = self.file.metadata().and_then(|m| if m.is_file() { self.file.set_len(0) } else { Ok(()) });
+        emptied.map_err(|e| ConsoleError::Empty(self.path.clone(), e))
+    }
 }
 
 /// Standard output without a buffer of ours.

@@ -32,7 +32,9 @@ fn join(backend: SerialBackend) -> Joined {
     let (vm, control) = channel(VmInfo { name: "t".into(), cpus: 1, memory: 1 << 20, function: "local".into() });
     let (output, reader) = output_pipe(1 << 10, Arc::new(NoDevice));
     let (writer, input) = input_pipe(1 << 10, Arc::new(NoDevice));
-    Joined { output, input, console: backend.attach(reader, writer, &vm).unwrap(), _control: control }
+    let console = backend.attach(reader, writer, &vm).unwrap();
+    console.begin().unwrap();
+    Joined { output, input, console, _control: control }
 }
 
 impl Joined {
@@ -79,7 +81,9 @@ async fn a_file_has_every_byte_when_the_vm_has_ended() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     std::fs::write(&path, "of an earlier run").unwrap();
-    let mut joined = join(SerialBackend::open(&SerialSpec::File(path.clone())).unwrap());
+    let backend = SerialBackend::open(&SerialSpec::File(path.clone())).unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"of an earlier run", "emptied before its VM runs");
+    let mut joined = join(backend);
     joined.send(&text(5000)).await;
     joined.finish().await;
     assert!(std::fs::read(path).unwrap() == text(5000));
@@ -200,4 +204,17 @@ fn what_cannot_be_opened_is_an_error() {
     );
     assert!(matches!(SerialBackend::open(&SerialSpec::Unix(missing.clone())), Err(ConsoleError::Listen(_))));
     assert!(matches!(DebugconBackend::open(&DebugconSpec::File(missing)), Err(ConsoleError::Create(..))));
+}
+
+#[test]
+fn a_fifo_is_a_console_while_somebody_reads_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let open = || DebugconBackend::open(&DebugconSpec::File(path.clone()));
+    assert!(matches!(open(), Err(ConsoleError::NoReader(nobody)) if nobody == path));
+    let _reader = std::fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&path).unwrap();
+    let backend = open().unwrap();
+    let flags = fcntl(backend.file().unwrap(), FcntlArg::F_GETFL).unwrap();
+    assert!(!OFlag::from_bits_truncate(flags).contains(OFlag::O_NONBLOCK));
 }

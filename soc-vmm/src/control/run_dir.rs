@@ -1,13 +1,19 @@
 //! Where running VMs are found: `NAME.qmp` (control socket) and `NAME.state/` (what must outlive the process) in one
 //! private directory, `/run/outboard` for root, `$XDG_RUNTIME_DIR/outboard` for everybody else.
 
-use std::fs::{self, DirBuilder, File, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
 
 use super::{ListenError, ListeningSocket};
+
+/// How long a name may be locked by one who is about to let it go.
+const HANDOVER: Duration = Duration::from_millis(200);
 
 /// The directory of one user's running VMs.
 #[derive(Clone, Debug)]
@@ -60,11 +66,12 @@ impl RunDir {
         self.path.join(format!("{name}.qmp"))
     }
 
-    /// The names that have a control socket, sorted; its VM may be dead.
+    /// The names that have a control socket, sorted; its VM may be dead. [Sweeps](RunDir::sweep) first.
     ///
     /// # Errors
     /// The directory can't be read; one that doesn't exist has no VMs.
     pub fn names(&self) -> Result<Vec<VmName>, RunDirError> {
+        self.sweep();
         let failed = |e| RunDirError::Io(self.path.clone(), e);
         let entries = match fs::read_dir(&self.path) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
@@ -86,13 +93,37 @@ impl RunDir {
     /// See [`RunDirError`].
     pub fn claim(&self, name: &VmName) -> Result<Claim, RunDirError> {
         self.make_private()?;
+        self.sweep();
         let state = self.path.join(format!("{name}.state"));
-        let lock = lock_directory(&state).map_err(|e| RunDirError::Io(state.clone(), e))?;
-        let Some(lock) = lock else { return Err(RunDirError::NameInUse(name.clone())) };
-        let mut claim = Claim { socket: None, state, _lock: lock };
+        let deadline = Instant::now() + HANDOVER;
+        let lock = loop {
+            match lock_directory(&state).map_err(|e| RunDirError::Io(state.clone(), e))? {
+                Some(lock) => break lock,
+                // Who has no socket (yet, or any more) may be about to end, or just sweep.
+                None if !self.socket(name).exists() && Instant::now() < deadline => std::thread::sleep(HANDOVER / 20),
+                None => return Err(RunDirError::NameInUse(name.clone())),
+            }
+        };
+        let mut claim = Claim { socket: None, state, lock };
         clear(&claim.state).map_err(|e| RunDirError::Io(claim.state.clone(), e))?;
         claim.socket = Some(ListeningSocket::bind(&self.socket(name))?);
         Ok(claim)
+    }
+
+    /// Removes what VMs that died have left and nobody will ask for: state directories that no process has locked and that have no
+    /// control socket beside them. What can't be removed stays.
+    pub fn sweep(&self) {
+        for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
+            let file = entry.file_name();
+            let name = file.to_str().and_then(|f| f.strip_suffix(".state")).and_then(|name| name.parse().ok());
+            let abandoned = |name: &VmName| fs::symlink_metadata(self.socket(name)).is_err();
+            if name.as_ref().is_some_and(abandoned)
+                && let Ok(Some(lock)) = lock_existing(&entry.path())
+            {
+                // Its end removes the directory.
+                drop(Claim { socket: None, state: entry.path(), lock });
+            }
+        }
     }
 
     fn make_private(&self) -> Result<(), RunDirError> {
@@ -115,8 +146,8 @@ impl RunDir {
 pub struct Claim {
     socket: Option<ListeningSocket>,
     state: PathBuf,
-    /// Locks the state directory itself.
-    _lock: File,
+    /// The state directory itself, locked.
+    lock: File,
 }
 
 impl Claim {
@@ -134,9 +165,11 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         drop(self.socket.take());
-        // Still locked here, so that nobody else's directory goes. A failure leaves a stale directory, which the next claim
-        // of the name clears.
-        let _ = fs::remove_dir_all(&self.state);
+        // Still locked here, and looked at, so that nobody else's directory goes. A failure leaves a stale directory, which the next
+        // claim of the name clears.
+        if is_at(&self.lock, &self.state).unwrap_or(false) {
+            let _ = fs::remove_dir_all(&self.state);
+        }
     }
 }
 
@@ -144,23 +177,32 @@ impl Drop for Claim {
 fn lock_directory(path: &Path) -> io::Result<Option<File>> {
     loop {
         make_directory(path)?;
-        let dir = match File::open(path) {
-            Err(e) if e.kind() == ErrorKind::NotFound => continue,
-            dir => dir?,
-        };
-        match dir.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Ok(None),
-            Err(TryLockError::Error(e)) => return Err(e),
-        }
-        // The holder before us may have removed the directory between our open and our lock.
-        let locked = dir.metadata()?;
-        match fs::symlink_metadata(path) {
-            Ok(now) if (now.dev(), now.ino()) == (locked.dev(), locked.ino()) => return Ok(Some(dir)),
-            Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
-            _ => {}
+        match lock_existing(path) {
+            // The holder before us removed the directory.
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            locked => return locked,
         }
     }
+}
+
+/// Locks a directory; `None`: another process has it.
+fn lock_existing(path: &Path) -> io::Result<Option<File>> {
+    // No link: what it leads to is not ours.
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+    let dir = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
+    match dir.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Ok(None),
+        Err(TryLockError::Error(e)) => return Err(e),
+    }
+    // Perhaps between our open and our lock.
+    if is_at(&dir, path)? { Ok(Some(dir)) } else { Err(ErrorKind::NotFound.into()) }
+}
+
+/// Whether `path` is this very directory's.
+fn is_at(dir: &File, path: &Path) -> io::Result<bool> {
+    let (opened, named) = (dir.metadata()?, fs::symlink_metadata(path)?);
+    Ok((opened.dev(), opened.ino()) == (named.dev(), named.ino()))
 }
 
 fn make_directory(path: &Path) -> io::Result<()> {
@@ -257,6 +299,47 @@ mod tests {
         let claim = dir.claim(&name("a")).unwrap();
         assert_eq!(fs::read_dir(claim.state_dir()).unwrap().count(), 0);
         assert_eq!(fs::metadata(outer.path()).unwrap().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn a_link_is_no_state_directory() {
+        let outer = tempfile::tempdir().unwrap();
+        let dir = RunDir::at(outer.path());
+        fs::create_dir(outer.path().join("precious")).unwrap();
+        fs::write(outer.path().join("precious/file"), "kept").unwrap();
+        std::os::unix::fs::symlink("precious", outer.path().join("a.state")).unwrap();
+        assert!(matches!(dir.claim(&name("a")), Err(RunDirError::Io(path, _)) if path.ends_with("a.state")));
+        dir.sweep();
+        assert_eq!(fs::read(outer.path().join("precious/file")).unwrap(), b"kept");
+    }
+
+    #[test]
+    fn a_directory_that_took_the_place_of_ours_is_kept() {
+        let outer = tempfile::tempdir().unwrap();
+        let claim = RunDir::at(outer.path()).claim(&name("a")).unwrap();
+        fs::rename(claim.state_dir(), outer.path().join("away")).unwrap();
+        fs::create_dir(claim.state_dir()).unwrap();
+        fs::write(claim.state_dir().join("file"), "somebody's").unwrap();
+        drop(claim);
+        assert_eq!(fs::read(outer.path().join("a.state/file")).unwrap(), b"somebody's");
+    }
+
+    #[test]
+    fn what_nobody_will_ask_for_is_swept() {
+        let outer = tempfile::tempdir().unwrap();
+        let dir = RunDir::at(outer.path());
+        let mut running = dir.claim(&name("running")).unwrap();
+        drop(running.take_socket());
+        // Of a VM that died: its host may still hold it.
+        fs::create_dir(outer.path().join("held.state")).unwrap();
+        let _dead = UnixListener::bind(outer.path().join("held.qmp")).unwrap();
+        for other in ["dead.state", "no name!.state", "other"] {
+            fs::create_dir_all(outer.path().join(other).join("deep")).unwrap();
+        }
+        assert_eq!(dir.names().unwrap(), [name("held")]);
+        let mut left: Vec<_> = fs::read_dir(outer.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["held.qmp", "held.state", "no name!.state", "other", "running.state"]);
     }
 
     #[test]

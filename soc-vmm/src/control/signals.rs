@@ -5,10 +5,10 @@ use std::io;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 
-use super::{ShutdownCause, VmHandle};
+use super::{ControlError, ShutdownCause, VmHandle};
 
-/// From now on SIGINT, SIGTERM and SIGHUP end `vm` in order instead of killing this process. Must be called inside a tokio
-/// runtime.
+/// From now on SIGINT, SIGTERM and SIGHUP end `vm` in order instead of killing this process, and SIGXFSZ does nothing. Must be called
+/// inside a tokio runtime.
 ///
 /// # Errors
 /// The signals can't be caught.
@@ -16,16 +16,23 @@ pub fn end_on_signals(vm: VmHandle) -> io::Result<JoinHandle<()>> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hangup = signal(SignalKind::hangup())?;
+    // Caught, and nothing else: a file that may not grow is an error where it is written.
+    let _ = signal(SignalKind::from_raw(nix::libc::SIGXFSZ))?;
     Ok(tokio::spawn(async move {
         // Each of them again: the first may have come when the VM could not end yet.
+        let mut told = false;
         loop {
-            tokio::select! {
-                _ = interrupt.recv() => tracing::info!("SIGINT: the VM ends"),
-                _ = terminate.recv() => tracing::info!("SIGTERM: the VM ends"),
-                _ = hangup.recv() => tracing::info!("SIGHUP: the VM ends"),
+            let name = tokio::select! {
+                _ = interrupt.recv() => "SIGINT",
+                _ = terminate.recv() => "SIGTERM",
+                _ = hangup.recv() => "SIGHUP",
+            };
+            if !std::mem::replace(&mut told, true) {
+                tracing::info!("{name}: the VM ends");
             }
-            if let Err(e) = vm.quit(ShutdownCause::HostSignal).await {
-                tracing::warn!("a signal to end: {e}");
+            match vm.quit(ShutdownCause::HostSignal).await {
+                Ok(()) | Err(ControlError::Ended) => {}
+                Err(e) => tracing::warn!("{name}: {e}"),
             }
         }
     }))

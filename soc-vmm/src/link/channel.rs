@@ -51,6 +51,13 @@ pub enum CallError {
     Malformed,
 }
 
+impl CallError {
+    /// Whether the host went away.
+    pub fn is_loss(&self) -> bool {
+        matches!(self, Self::Over(_))
+    }
+}
+
 impl From<api_channel::codec::Malformed> for CallError {
     fn from(_: api_channel::codec::Malformed) -> Self {
         Self::Malformed

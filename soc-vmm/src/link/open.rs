@@ -71,7 +71,7 @@ impl From<BusError> for LinkError {
 impl LinkError {
     /// Whether the host went away.
     pub fn is_loss(&self) -> bool {
-        matches!(self, Self::Bus(BusError::Gone))
+        matches!(self, Self::Bus { error: BusError::Gone })
     }
 }
 

@@ -79,7 +79,7 @@ impl<F: SocFunction> HostVm<F> {
         }
         let ram = Arc::new(GuestRam::new(link.function.clone()));
         let vm = Self { channel, created, ram, vcpus };
-        vm.fill(layout, &config.memory, rom).await.map_err(HostError::Memory)?;
+        vm.fill(layout, &config.memory, rom).await?;
         for &(vcpu, cpu) in &config.cpu_affinity.0 {
             let call = Call::SetAffinity { vcpu: vcpu.into(), cpus: vec![cpu.into()] };
             vm.channel.call(&call).await.map_err(HostError::Affinity)?;
@@ -88,7 +88,7 @@ impl<F: SocFunction> HostVm<F> {
     }
 
     /// Allocates RAM and ROM, and shows them to the guest.
-    async fn fill(&self, layout: &MemoryLayout, memory: &Memory, rom: Option<Rom>) -> Result<(), CallError> {
+    async fn fill(&self, layout: &MemoryLayout, memory: &Memory, rom: Option<Rom>) -> Result<(), HostError> {
         let node = memory.node.map_or(-1, i32::from);
         let huge = memory.hugepages.map_or(0, |pages| pages.size());
         let mut requests = vec![RamRequest { id: LOW, node, len: layout.low_end(), iova: 0, huge }];
@@ -100,11 +100,14 @@ impl<F: SocFunction> HostVm<F> {
         }
         let mut extents = Vec::new();
         for request in requests {
-            let reply = self.channel.call(&Call::AddRam(request)).await?;
-            let mut list = Reader::new(&reply.payload).list::<Extent>(1024)?;
+            let reply = self.channel.call(&Call::AddRam(request)).await.map_err(|e| match e {
+                CallError::Refused { .. } => HostError::Memory(e),
+                e => HostError::Call(e),
+            })?;
+            let mut list = Reader::new(&reply.payload).list::<Extent>(1024).map_err(CallError::from)?;
             list.sort_by_key(|extent| extent.offset);
             if !are_whole(&list, request.len) {
-                return Err(CallError::Malformed);
+                return Err(CallError::Malformed.into());
             }
             extents.push((request.id, list));
         }

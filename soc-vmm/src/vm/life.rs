@@ -18,11 +18,13 @@ use super::worker::{Command, Serving, Waker, Worker};
 use crate::boot::{BootError, BootPlan, Entry};
 use crate::bus::MapError;
 use crate::cli::{ExitStatus, Failure, RunConfig, with_causes};
+use crate::console::Attached;
 use crate::control::{self, Action, Order, RunState, ShutdownCause, VmControl};
 use crate::cpuid::{self, CpuidConfig, CpuidError, Topology, TopologyError};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::layout::{LayoutError, MemoryLayout};
 use crate::link::{CallError, Channel, Link, LinkError, Notice};
+use crate::memory::MemoryError;
 use crate::power::PowerEvent;
 
 /// The far ends of a machine's byte streams.
@@ -97,7 +99,16 @@ impl LifeError {
             Self::Boot(_) | Self::Topology(_) | Self::Layout(_) => ExitStatus::Usage,
             _ => ExitStatus::Unavailable,
         };
-        Failure::of(status, "", self)
+        Failure::of(status, "", self).by_loss(self.is_loss())
+    }
+
+    fn is_loss(&self) -> bool {
+        match self {
+            Self::Call(e) | Self::Host(HostError::Call(e)) => e.is_loss(),
+            Self::Link(e) => e.is_loss(),
+            Self::Boot(BootError::Memory(e)) => matches!(e, MemoryError::Lost { .. }),
+            _ => false,
+        }
     }
 }
 
@@ -208,23 +219,29 @@ impl<F: SocFunction> Vm<F> {
         mut self,
         mut notices: Receiver<Notice>,
         mut control: VmControl,
+        consoles: &[Attached],
     ) -> Result<ExitStatus, Failure> {
-        let autostart = control.autostart();
-        let started = if autostart { self.host.run().await } else { Ok(()) };
-        let ended = match started {
-            Ok(()) => {
-                if autostart {
-                    control.started();
-                }
-                self.keep(&mut notices, &mut control).await
-            }
-            Err(error) => Err(LifeError::Call(error).failure()),
+        let ended = match self.begin(consoles, &mut control).await {
+            Ok(()) => self.keep(&mut notices, &mut control).await,
+            Err(failure) => Err(failure),
         };
         if ended.is_err() {
             control.ends(ShutdownCause::HostError);
         }
         self.end().await;
         ended
+    }
+
+    /// Lets it run, if it shall: from here on it leaves traces.
+    async fn begin(&self, consoles: &[Attached], control: &mut VmControl) -> Result<(), Failure> {
+        for console in consoles {
+            console.begin().map_err(|e| Failure::of(ExitStatus::Usage, "", &e))?;
+        }
+        if control.autostart() {
+            self.host.run().await.map_err(|e| LifeError::Call(e).failure())?;
+            control.started();
+        }
+        Ok(())
     }
 
     /// Does what is asked for until the VM is to end.
@@ -333,7 +350,7 @@ impl<F: SocFunction> Vm<F> {
                 Ok(Some(ExitStatus::DebugExit(value)))
             }
             GuestEvent::Failed(why) => Err(Failure::new(ExitStatus::Failed, format!("the guest failed: {why}"))),
-            GuestEvent::Lost(why) => Err(Failure::new(ExitStatus::Failed, format!("the VM is lost: {why}"))),
+            GuestEvent::Lost(why) => Err(lost(&why)),
         }
     }
 
@@ -341,9 +358,7 @@ impl<F: SocFunction> Vm<F> {
         match notice {
             Notice::Silent(true) => tracing::warn!("the host is silent: its heartbeat stopped"),
             Notice::Silent(false) => tracing::info!("the host's heartbeat goes on"),
-            Notice::Over(why) => {
-                return Err(Failure::new(ExitStatus::Failed, format!("the VM is lost: {why}")));
-            }
+            Notice::Over(why) => return Err(lost(&why)),
         }
         Ok(())
     }
@@ -353,7 +368,11 @@ impl<F: SocFunction> Vm<F> {
         let Self { worker, guest, counters, .. } = self;
         // The worker's last report must not wait for room.
         drop(guest);
-        let _ = tokio::task::spawn_blocking(|| worker.end()).await;
+        tokio::task::block_in_place(|| worker.end());
         tracing::debug!(?counters, "the VM has ended");
     }
+}
+
+fn lost(why: &str) -> Failure {
+    Failure::new(ExitStatus::Failed, format!("the VM is lost: {why}")).by_loss(true)
 }

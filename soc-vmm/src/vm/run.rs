@@ -1,5 +1,6 @@
 //! `soc-vmm run`: from a checked command line to an exit status.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use pcie_function::SocFunction;
@@ -12,13 +13,14 @@ use super::machine::acpi_config;
 use super::worker::Waker;
 use crate::boot::BootPlan;
 use crate::cli::{ExitStatus, Failure, RunConfig};
-use crate::console::{ConsoleError, DebugconBackend, SerialBackend};
+use crate::console::{Attached, ConsoleError, DebugconBackend, SerialBackend};
 use crate::control::{self, RunDir, VmControl, VmInfo};
 use crate::devices::{input_pipe, output_pipe};
 use crate::function::{self, Use};
 use crate::layout::MemoryLayout;
 use crate::link::Link;
 use crate::qmp;
+use crate::runtime::runtime;
 use crate::say::say;
 
 /// Bytes that may wait between the guest's serial port and its far end, each way.
@@ -36,12 +38,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
     let layout = MemoryLayout::new(config.memory.size).map_err(|e| Failure::of(ExitStatus::Usage, "--memory", &e))?;
     let plan = BootPlan::new(&config.boot, &layout, &acpi_config(config.cpus))
         .map_err(|e| Failure::of(ExitStatus::Usage, "", &e))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|e| unavailable("can't start", &e))?;
-    runtime.block_on(async {
+    runtime(2)?.block_on(async {
         let directory = RunDir::of_user().map_err(|e| unavailable("--name", &e))?;
         let mut claim = directory.claim(&config.name).map_err(|e| unavailable("--name", &e))?;
         let info = VmInfo {
@@ -69,17 +66,27 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         if let Some(path) = serial.pty_path() {
             say(format_args!("soc-vmm: the serial port is {}", path.display()));
         }
+        // Its output would destroy it.
+        let is_no_image = |option: &str, file: Option<&File>| {
+            let role = file.and_then(|file| file.metadata().ok()).and_then(|file| plan.role_of(&file));
+            role.map_or(Ok(()), |role| {
+                let why = format!("{option}: the file is the {role} image of this VM; give another one");
+                Err(Failure::new(ExitStatus::Usage, why))
+            })
+        };
+        is_no_image("--serial", serial.file())?;
         let mut consoles = vec![serial.attach(reader, writer, &handle).map_err(|e| wrong("--serial", &e))?];
         let mut debugcon = None;
         if let Some(spec) = &config.debugcon {
             let (output, reader) = output_pipe(DEBUGCON_QUEUE, waker.clone());
             let backend = DebugconBackend::open(spec).map_err(|e| wrong("--debugcon", &e))?;
+            is_no_image("--debugcon", backend.file())?;
             consoles.push(backend.attach(reader).map_err(|e| wrong("--debugcon", &e))?);
             debugcon = Some(output);
         }
         let streams = Streams { serial: (output, input), debugcon };
         let blueprint = Blueprint { config, layout, plan, streams, waker, state_dir: claim.state_dir() };
-        let setup = Setup { blueprint, control };
+        let setup = Setup { blueprint, control, consoles: &consoles };
         let ended = function::open(&config.function, Role::Vm, setup).await;
         for console in consoles {
             console.finish().await;
@@ -93,10 +100,16 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
 struct Setup<'a> {
     blueprint: Blueprint<'a>,
     control: VmControl,
+    consoles: &'a [Attached],
 }
 
 impl Use for Setup<'_> {
     type Output = ExitStatus;
+
+    async fn given_up(&mut self) -> ExitStatus {
+        self.control.told_to_quit().await;
+        ExitStatus::Done
+    }
 
     async fn on<F: SocFunction>(mut self, function: F) -> Result<ExitStatus, Failure> {
         let crossings = Arc::<Crossings>::default();
@@ -115,7 +128,7 @@ impl Use for Setup<'_> {
         let ended = match built {
             Some(Ok(vm)) => {
                 drop((link, channel));
-                return vm.live(notices, self.control).await;
+                return vm.live(notices, self.control, self.consoles).await;
             }
             Some(Err(error)) => Err(error.failure()),
             None => Ok(ExitStatus::Done),

@@ -1,13 +1,17 @@
 //! What surrounds a VM fails it: streams, disks and limits that are full, files that change under it.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use integration::hostile::{Running, Trial, one_line, wait_until};
 use integration::{kvm, program, test_name};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 use payloads::{EXIT_PASS, Payload, Privilege};
 
 /// Longer than anything here may take on a busy machine.
@@ -137,5 +141,198 @@ fn a_vm_that_is_paused_while_it_is_built_does_not_run() {
         trial.becomes("vm", "running");
         vm.signal(Signal::SIGTERM);
         assert_eq!(vm.wait(MOST).status.code(), Some(0));
+    }
+}
+
+#[test]
+fn a_console_s_file_is_kept_until_the_vm_runs() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let trial = Trial::default();
+    let log = trial.file("log", b"of an earlier VM");
+    let absent = format!("unix:{}", trial.at("absent"));
+    let (option, image) = short().file();
+    let image = trial.file("image", &image);
+    let run = |function: &str| {
+        let console = format!("file:{log}");
+        let args = ["run", option, &image, "--debug-exit", "--serial", "null", "--debugcon", &console];
+        trial.soc_vmm(&[&args[..], &["--function", function]].concat()).wait(MOST).status.code()
+    };
+    assert_eq!(run(&absent), Some(4));
+    assert_eq!(std::fs::read(&log).unwrap(), b"of an earlier VM");
+    assert_eq!(run("local"), Some(PASSED));
+    assert!(!std::fs::read_to_string(&log).unwrap().contains("earlier"));
+}
+
+#[test]
+fn a_console_is_no_image_and_no_fifo_that_nobody_reads() {
+    let trial = Trial::default();
+    let (_, image) = short().file();
+    trial.file("image", &image);
+    std::fs::hard_link(trial.path("image"), trial.path("link")).unwrap();
+    mkfifo(&trial.path("fifo"), Mode::S_IRWXU).unwrap();
+    for (file, words) in [
+        ("image", ["the file is the kernel image"]),
+        ("link", ["the file is the kernel image"]),
+        ("fifo", ["nobody reads the FIFO"]),
+    ] {
+        for option in ["--serial", "--debugcon"] {
+            let value = format!("file:{}", trial.at(file));
+            let other: &[&str] = if option == "--serial" { &[] } else { &["--serial", "null"] };
+            let run = ["run", "--kernel", &trial.at("image"), option, &value];
+            let ended = trial.soc_vmm(&[&run[..], other].concat()).wait(MOST);
+            one_line(&format!("{option} {file}"), &ended, 2, &[&[option], &words[..]].concat());
+            trial.leaves_nothing(file);
+        }
+    }
+    assert_eq!(std::fs::read(trial.path("image")).unwrap(), image, "an image was written to");
+}
+
+#[test]
+fn a_vm_that_waits_for_a_deaf_function_can_be_ended() {
+    let trial = Trial::default();
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let deaf = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+    bind(deaf.as_raw_fd(), &UnixAddr::new(&trial.path("deaf")).unwrap()).unwrap();
+    listen(&deaf, Backlog::new(5).unwrap()).unwrap();
+    let function = format!("unix:{}", trial.at("deaf"));
+    let mut vm = trial.vm("vm", &short(), &["--function", &function]);
+    wait_until("its monitor listens", MOST, || trial.path("vm.qmp").exists());
+    std::thread::sleep(Duration::from_millis(300));
+    let start = Instant::now();
+    vm.signal(Signal::SIGTERM);
+    let ended = vm.wait(MOST);
+    assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""));
+    assert!(start.elapsed() < Duration::from_secs(5), "only when the function was given up: {:?}", start.elapsed());
+    trial.leaves_nothing("a deaf function");
+}
+
+#[test]
+fn a_shim_that_fails_is_told_in_one_line() {
+    let trial = Trial::default();
+    std::fs::copy(program("soc-vmm"), trial.path("soc-vmm")).unwrap();
+    let (_, image) = short().file();
+    let image = trial.file("image", &image);
+    for (script, words) in [
+        ("exit 0", ["ended before it served", "exit status: 0"]),
+        ("exit 4", ["--function local", "exit status: 4"]),
+        ("echo no KVM >&2; exit 4", ["--function local", "no KVM"]),
+        ("echo oh >&2; kill -9 $$", ["signal: 9", "oh"]),
+    ] {
+        trial.file("host-kvm-shim", format!("#!/bin/sh\n{script}\n").as_bytes());
+        std::fs::set_permissions(trial.path("host-kvm-shim"), PermissionsExt::from_mode(0o755)).unwrap();
+        let mut command = Command::new(trial.path("soc-vmm"));
+        command.args(["run", "--serial", "null", "--kernel", &image]);
+        one_line(script, &trial.start(&mut command).wait(MOST), 4, &words);
+        trial.leaves_nothing(script);
+    }
+}
+
+#[test]
+fn a_shim_that_is_killed_while_the_vm_is_built_is_not_blamed_on_memory() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let mut killed = 0;
+    for i in 0..20 {
+        let trial = Trial::default();
+        let mut vm = trial.vm("vm", &endless(), &[]);
+        wait_until("it starts its shim", MOST, || !vm.children().is_empty());
+        std::thread::sleep(Duration::from_millis(i * 3));
+        let shim = vm.children()[0];
+        kill(Pid::from_raw(shim as i32), Signal::SIGKILL).unwrap();
+        let ended = vm.wait(MOST);
+        let status = ended.status.code().unwrap_or_default();
+        assert!([4, 6].contains(&status), "round {i}: {}", ended.stderr);
+        one_line("a killed shim", &ended, status, &["signal: 9"]);
+        assert!(!ended.stderr.contains("--memory"), "{}", ended.stderr);
+        killed += u32::from(status == 4);
+    }
+    assert!(killed > 0, "each VM was built before its shim was killed");
+}
+
+#[test]
+fn however_often_and_early_a_vm_is_told_to_end_it_says_nothing() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let trial = Trial::default();
+    for i in 0..20 {
+        let mut vm = trial.vm("vm", &endless(), &[]);
+        wait_until("it runs its own code", MOST, || trial.path("vm.qmp").exists());
+        std::thread::sleep(Duration::from_millis(i * 3));
+        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGTERM] {
+            vm.signal(signal);
+        }
+        let ended = vm.wait(MOST);
+        assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""), "round {i}");
+    }
+    trial.leaves_nothing("VMs that were told to end");
+}
+
+#[test]
+fn a_process_without_room_says_so_in_one_line() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let trial = Trial::default();
+    let mut refused = 0;
+    for limit in [4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 28, 32, 40] {
+        let what = format!("{limit} descriptors");
+        let ended = within(&trial, &format!("ulimit -n {limit}; exec \"$@\""), &short(), &[]).wait(MOST);
+        if ended.status.code() != Some(PASSED) {
+            let status = if ended.stderr.contains("--qmp") || ended.stderr.contains("--debugcon") { 2 } else { 4 };
+            // The loader of programs needs some itself.
+            let loads = !ended.stderr.contains("shared librar");
+            if loads && !ended.stderr.contains("kernel") {
+                one_line(&what, &ended, status, &["Too many open files"]);
+                refused += 1;
+            }
+        }
+        trial.leaves_nothing(&what);
+    }
+    assert!(refused > 3);
+    for mebibytes in [24, 32, 48] {
+        let shell = format!("ulimit -v {}; exec \"$@\"", mebibytes << 10);
+        let ended = within(&trial, &shell, &short(), &[]).wait(MOST);
+        if ended.status.code() != Some(PASSED) {
+            one_line(&format!("{mebibytes} MiB"), &ended, 4, &[]);
+        }
+    }
+}
+
+#[test]
+fn a_file_that_may_not_grow_costs_its_output_and_no_vm() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let trial = Trial::default();
+    let talks = payloads::hot::read_port(Privilege::Cpl0, payloads::ports::ECHO, 500, u32::MAX).unwrap();
+    // The shim's memory may grow.
+    let _shim = trial.listening_shim("function", &[]);
+    let function = format!("unix:{}", trial.at("function"));
+    // Units of 512 bytes.
+    let mut vm = within(&trial, "ulimit -f 8; exec \"$@\"", &talks, &["--function", &function]);
+    vm.says("console output is lost from here on: File too large", MOST);
+    trial.becomes("vm", "running");
+    vm.signal(Signal::SIGTERM);
+    assert_eq!(vm.wait(MOST).status.code(), Some(0));
+}
+
+#[test]
+fn an_output_that_takes_nothing_is_a_failure_and_one_that_is_closed_is_not() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let trial = Trial::default();
+    for verb in ["host", "list", "--help"] {
+        let run = |shell: &str| {
+            let mut command = Command::new("sh");
+            trial.start(command.args(["-c", shell, "sh"]).arg(program("soc-vmm")).arg(verb)).wait(MOST)
+        };
+        one_line(verb, &run("exec \"$@\" >/dev/full"), 4, &["standard output", "No space left"]);
+        let closed = run("{ \"$@\"; echo $? >&2; } | true");
+        assert_eq!(closed.stderr.trim(), "0", "{verb} into a closed pipe");
     }
 }
