@@ -43,7 +43,12 @@ fn monitor(trial: &Trial, name: &str) -> BufReader<UnixStream> {
     let mut stream = UnixStream::connect(trial.path(&format!("{name}.qmp"))).expect("the monitor listens");
     stream.set_read_timeout(Some(MOST)).expect("a time limit");
     stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n").expect("a command");
-    BufReader::new(stream)
+    let mut monitor = BufReader::new(stream);
+    // The greeting and the reply: from then on it hears of everything.
+    for _ in 0..2 {
+        monitor.read_line(&mut String::new()).expect("a line");
+    }
+    monitor
 }
 
 /// Whether the VM's last words were that its host failed.
