@@ -2,10 +2,18 @@
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 
-/// Says a sentence on standard error, as one line. A reader that has gone, or a disk that is full, is no reason to end a VM.
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// Says a sentence on standard error, as one line. A disk that is full, a reader that has gone, or one that reads no more, is no reason to
+/// end a VM or to hold it up: it misses the line.
 pub fn say(sentence: impl Display) {
-    let _ = io::stderr().write_all(line(&sentence.to_string()).as_bytes());
+    let mut stderr = io::stderr();
+    let room = poll(&mut [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)], PollTimeout::ZERO);
+    if room != Ok(0) {
+        let _ = stderr.write_all(line(&sentence.to_string()).as_bytes());
+    }
 }
 
 /// One write's worth, so that shims that share a journal don't mix their lines. What was typed or sent may have line ends in it, or worse.

@@ -60,7 +60,7 @@ fn a_shim_is_small_and_idle_while_its_guest_halts() {
     soc.run();
     soc.say_polling(false);
     // The shim's heartbeat tells of its time: of none where others have the CPUs.
-    let mut beats = |soc: &mut Soc, n: u64, look: &mut dyn FnMut()| {
+    let beats = |soc: &mut Soc, n: u64, look: &mut dyn FnMut()| {
         let (first, deadline) = (soc.client.host_beat(), Instant::now() + soc::PATIENCE);
         while soc.client.host_beat() < first + n {
             std::thread::sleep(Duration::from_millis(50));

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use api_channel::Status;
 use api_channel::call::{Call, CreateVm, Irqchip, Name};
 use ioreq_ring::BusMemory;
-use nix::unistd::pipe;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::{pipe2, write};
 use pcie_function::SocFunction;
 use soc::listening::{Listening, connected, offered_again};
 
@@ -18,11 +19,31 @@ use soc::listening::{Listening, connected, offered_again};
 const COUNT: [u8; 3] = [0x46, 0xeb, 0xfd];
 const CREATE: CreateVm = CreateVm { vcpus: 1, irqchip: 1, flags: 0, spin_ns: 0, name: Name::NONE };
 
-/// What nobody can write to: a full disk, and a pipe that nobody reads.
-fn dead_ends() -> [Stdio; 2] {
-    let full = File::options().write(true).open("/dev/full").unwrap();
-    let (_, unread) = pipe().unwrap();
-    [full.into(), unread.into()]
+/// What nobody can write to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DeadEnd {
+    /// A disk that is full.
+    Full,
+    /// A pipe whose reader has gone.
+    Unread,
+    /// A pipe whose reader reads no more.
+    Stuffed,
+}
+
+impl DeadEnd {
+    fn open(self) -> Stdio {
+        if self == Self::Full {
+            return File::options().write(true).open("/dev/full").unwrap().into();
+        }
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        if self == Self::Stuffed {
+            let size = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
+            assert_eq!(write(&writer, &vec![0; size as usize]), Ok(size as usize));
+            // Until this process ends.
+            std::mem::forget(reader);
+        }
+        writer.into()
+    }
 }
 
 fn said(args: &[&str], stdout: Stdio, stderr: Stdio) -> Output {
@@ -34,9 +55,9 @@ fn a_held_vm_outlives_whoever_reads_of_it() {
     if !soc::has_kvm() {
         return;
     }
-    for (name, stderr) in ["full", "unread"].into_iter().zip(dead_ends()) {
-        let shim = Listening::start_with(name, &["--lease", "0s"], stderr);
-        // Its end of the lease, and of this connection's rules, is something to say.
+    for end in [DeadEnd::Full, DeadEnd::Unread, DeadEnd::Stuffed] {
+        let shim = Listening::start_with(&format!("{end:?}"), &["--lease", "1s"], end.open());
+        // A connection whose rules were broken is something to say.
         let mut soc = shim.connect();
         let lines = soc.function.remote(soc.header.inbox, soc.header.inbox_len as usize);
         lines.store(api_channel::lines::soc::REQUESTS_TAIL, 1 << 40);
@@ -44,11 +65,7 @@ fn a_held_vm_outlives_whoever_reads_of_it() {
         soc = offered_again(soc, 7);
         soc.ok(&Call::Ping);
         drop(soc);
-        drop(shim);
-
-        let [full, unread] = dead_ends();
-        let stderr = if name == "full" { full } else { unread };
-        let shim = Listening::start_with(name, &["--lease", "1s"], stderr);
+        // So is a lost soc-vmm, and the end of the lease.
         let mut soc = shim.connect();
         soc.real_mode(1, Irqchip::Full, &COUNT);
         soc.run();
@@ -67,19 +84,17 @@ fn a_held_vm_outlives_whoever_reads_of_it() {
 #[test]
 fn nobody_who_reads_is_a_status_and_no_panic() {
     for text in ["--help", "--version"] {
-        let [full, unread] = dead_ends();
-        let output = said(&[text], full, Stdio::piped());
+        let output = said(&[text], DeadEnd::Full.open(), Stdio::piped());
         let why = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(4), "{why}");
         assert!(why.starts_with("host-kvm-shim: standard output: ") && why.lines().count() == 1, "{why}");
-        let output = said(&[text], unread, Stdio::piped());
+        let output = said(&[text], DeadEnd::Unread.open(), Stdio::piped());
         assert_eq!((output.status.code(), output.stderr), (Some(0), Vec::new()), "as with `| head`");
     }
-    for stderr in dead_ends() {
-        assert_eq!(said(&["--nope"], Stdio::null(), stderr).status.code(), Some(2));
-    }
-    for stderr in dead_ends() {
-        assert_eq!(said(&["--function", "unix:/nonexistent/x"], Stdio::null(), stderr).status.code(), Some(4));
+    for end in [DeadEnd::Full, DeadEnd::Unread, DeadEnd::Stuffed] {
+        assert_eq!(said(&["--nope"], Stdio::null(), end.open()).status.code(), Some(2), "{end:?}");
+        let nowhere = ["--function", "unix:/nonexistent/x"];
+        assert_eq!(said(&nowhere, Stdio::null(), end.open()).status.code(), Some(4), "{end:?}");
     }
 }
 
