@@ -83,11 +83,7 @@ impl Shim {
         match self.wait().await {
             Some(ended) => {
                 let words = self.last_words(ended).await;
-                let line = match ended.code() {
-                    Some(UNUSABLE) => format!("--function local: {words}"),
-                    _ => format!("--function local: {} ended before it served: {words}", self.program.display()),
-                };
-                Failure::new(ExitStatus::Unavailable, line)
+                Failure::new(ExitStatus::Unavailable, format!("--function local: {words}"))
             }
             None => Failure::of(ExitStatus::Unavailable, "--function local", error),
         }
@@ -109,10 +105,11 @@ impl Shim {
     async fn last_words(&mut self, ended: Ended) -> String {
         let said = tokio::time::timeout(LAST_WORDS, &mut self.said).await.ok().and_then(Result::ok).unwrap_or_default();
         let said = String::from_utf8_lossy(&said).trim().to_owned();
+        let program = self.program.display();
         match (said.is_empty(), ended.code()) {
-            (true, _) => format!("host-kvm-shim ended with {ended}"),
+            (true, _) => format!("{program} ended by itself: {ended}"),
             (false, Some(UNUSABLE)) => said,
-            (false, _) => format!("host-kvm-shim ended with {ended}: {said}"),
+            (false, _) => format!("{program} ended by itself: {ended}: {said}"),
         }
     }
 }

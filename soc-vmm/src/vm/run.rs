@@ -39,8 +39,6 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
     let plan = BootPlan::new(&config.boot, &layout, &acpi_config(config.cpus))
         .map_err(|e| Failure::of(ExitStatus::Usage, "", &e))?;
     runtime(2)?.block_on(async {
-        let directory = RunDir::of_user().map_err(|e| unavailable("--name", &e))?;
-        let mut claim = directory.claim(&config.name).map_err(|e| unavailable("--name", &e))?;
         let info = VmInfo {
             name: config.name.to_string(),
             cpus: config.cpus,
@@ -49,14 +47,16 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         };
         let (handle, mut control) = control::channel(info);
         control.set_autostart(!config.paused);
+        // From here on a signal leaves nothing behind.
+        control::end_on_signals(handle.clone()).map_err(|e| unavailable("can't watch for signals", &e))?;
+        let directory = RunDir::of_user().map_err(|e| unavailable("--name", &e))?;
+        let mut claim = directory.claim(&config.name).map_err(|e| unavailable("--name", &e))?;
         let mut sockets: Vec<_> = claim.take_socket().into_iter().collect();
         for path in &config.qmp {
             sockets
                 .push(control::ListeningSocket::bind(path).map_err(|e| Failure::of(ExitStatus::Usage, "--qmp", &e))?);
         }
         let monitors = qmp::Server::start(&handle, sockets).map_err(|e| unavailable("can't serve QMP", &e))?;
-
-        control::end_on_signals(handle.clone()).map_err(|e| unavailable("can't watch for signals", &e))?;
 
         let waker = Waker::new().map_err(|e| unavailable("can't start", &e))?;
         let (output, reader) = output_pipe(SERIAL_QUEUE, waker.clone());

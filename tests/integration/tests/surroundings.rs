@@ -215,7 +215,7 @@ fn a_shim_that_fails_is_told_in_one_line() {
     let (_, image) = short().file();
     let image = trial.file("image", &image);
     for (script, words) in [
-        ("exit 0", ["ended before it served", "exit status: 0"]),
+        ("exit 0", ["host-kvm-shim ended by itself", "exit status: 0"]),
         ("exit 4", ["--function local", "exit status: 4"]),
         ("echo no KVM >&2; exit 4", ["--function local", "no KVM"]),
         ("echo oh >&2; kill -9 $$", ["signal: 9", "oh"]),
