@@ -336,3 +336,39 @@ fn an_output_that_takes_nothing_is_a_failure_and_one_that_is_closed_is_not() {
         assert_eq!(closed.stderr.trim(), "0", "{verb} into a closed pipe");
     }
 }
+
+#[test]
+fn a_vm_whose_images_are_being_loaded_can_be_ended() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let trial = Trial::default();
+    let initrd = trial.file("initrd", b"");
+    // All of it a hole: it costs no disk.
+    File::options().write(true).open(&initrd).unwrap().set_len(1 << 28).unwrap();
+    let (option, image) = endless().file();
+    let image = trial.file("image", &image);
+    let start = || {
+        let qmp = format!("unix:{}", trial.at("vm.qmp"));
+        let args = ["run", option, &image, "--initrd", &initrd, "--memory", "400M", "--serial", "null", "--qmp", &qmp];
+        (Instant::now(), trial.soc_vmm(&args))
+    };
+    let end = |mut vm: Running| {
+        let told = Instant::now();
+        vm.signal(Signal::SIGTERM);
+        assert_eq!(vm.wait(MOST).status.code(), Some(0));
+        told.elapsed()
+    };
+    let (began, vm) = start();
+    trial.becomes("vm", "running");
+    let whole_start = began.elapsed();
+    end(vm);
+    let (_, vm) = start();
+    // It has its shim, and loads.
+    wait_until("it is being built", MOST, || !vm.children().is_empty());
+    std::thread::sleep(whole_start / 4);
+    assert_eq!(trial.status("vm").map(|status| status["status"].clone()), None, "it is built already");
+    let taken = end(vm);
+    assert!(taken < whole_start / 2, "{taken:?} to be ended, {whole_start:?} to start");
+    trial.leaves_nothing("a VM that was being loaded");
+}
