@@ -57,11 +57,10 @@ impl Client {
 
         let version = Version { major: 0.into(), minor: 1.into() };
         let text = b"{\"capabilities\":{\"max_msg_fds\":1,\"max_data_xfer_size\":1048576}}\0";
-        let (reply, _) = client.call(command::VERSION, &[version.as_bytes(), text], None).map_err(|error| match error {
-            // A card serves one client at a time; the next one waits at its door.
-            FunctionError::Bus(_) => unusable("does not answer: another soc-vmm uses the function, or the card is stuck"),
-            error => error,
-        })?;
+        // A card serves one client at a time; the next one waits at its door.
+        let in_use = || unusable("does not answer: another soc-vmm uses the function, or the card is stuck");
+        let reply = client.call(command::VERSION, &[version.as_bytes(), text], None);
+        let (reply, _) = reply.map_err(|error| if let FunctionError::Bus(_) = error { in_use() } else { error })?;
         match Version::read_from_prefix(&reply) {
             Ok((Version { major, .. }, _)) if major.get() == 0 => {}
             _ => return Err(unusable("speaks another version of vfio-user")),
