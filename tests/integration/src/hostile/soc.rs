@@ -325,14 +325,14 @@ fn real_mode() -> Vec<u8> {
 }
 
 /// Opcodes of every call but the one that ends the shim.
-const OPCODES: [u16; 24] = [
+const OPCODES: &[u16] = &[
     0x001, 0x010, 0x011, 0x100, 0x101, 0x110, 0x111, 0x200, 0x201, 0x210, 0x211, 0x300, 0x301, 0x302, 0x400, 0x401,
     0x402, 0x403, 0x500, 0x501, 0x600, 0x601, 0x700, 0x8001,
 ];
 
 /// A call that nobody should make: an opcode and a payload, random or nearly right.
 pub fn random_call(dice: &mut Dice) -> (u16, Vec<u8>) {
-    let opcode = *dice.one(&OPCODES);
+    let opcode = *dice.one(OPCODES);
     if dice.below(3) == 0 {
         let len = if dice.below(8) == 0 { dice.below(8000) } else { dice.below(96) };
         return (opcode, dice.bytes(len as usize));
