@@ -106,22 +106,24 @@ impl<F: HostFunction> Lane<F> {
     }
 
     fn spin(&mut self, start: u64, shared: &Shared, called: &mut bool) -> Result<Option<Completion>, Unanswered> {
-        let mut looks = 0u32;
+        let mut rounds = 0u32;
         loop {
-            if let Some(completion) = self.ring.poll()? {
-                return Ok(Some(completion));
+            for _ in 0..LOOKS {
+                if let Some(completion) = self.ring.poll()? {
+                    return Ok(Some(completion));
+                }
+                // A pause takes up to 60 ns: a fast answer is not kept waiting by it, a slow one doesn't mind.
+                if rounds > EAGER_ROUNDS {
+                    std::hint::spin_loop();
+                }
             }
+            rounds += 1;
             if shared.called() {
                 shared.acknowledge()?;
                 *called = true;
             }
             if host_tsc().wrapping_sub(start) >= self.spin.budget {
                 return Ok(None);
-            }
-            // A pause takes up to 60 ns: a fast answer is not kept waiting by it, a slow one doesn't mind.
-            looks += 1;
-            if looks > EAGER_LOOKS {
-                std::hint::spin_loop();
             }
         }
     }
@@ -174,16 +176,22 @@ pub(crate) struct Spin {
     budget: u64,
     most: u64,
     least: u64,
+    fast: u64,
     /// Nanoseconds a tick, times 2³².
     ns_per_tick: u64,
     /// Answers in a row that no spin would have caught.
     slow: u32,
 }
 
-/// Looks at the completion before the first pause: some 2 µs.
-const EAGER_LOOKS: u32 = 100;
+/// Looks at the completion between two looks at the clock, which takes longer than several of them.
+const LOOKS: u32 = 8;
+/// Rounds of looks before the first pause: some 2 µs.
+const EAGER_ROUNDS: u32 = 40;
 /// What is spun in any case, in nanoseconds, so that a fast answer is noticed again.
 const LEAST_NS: u64 = 2_000;
+/// What is spun where answers are fast, in nanoseconds: an interrupt on the SoC's core delays one by some microseconds, and to sleep for
+/// that would cost ten times as much.
+const FAST_NS: u64 = 25_000;
 /// After so many slow answers in a row one spin is as long as it may be: a sleeper's answer always looks slow, by its wake-up.
 const TRY_AGAIN: u32 = 32;
 
@@ -195,15 +203,16 @@ impl Spin {
     pub(crate) fn new(most_ns: u64, khz: u32, one_cpu: bool) -> Self {
         let khz = u64::from(khz).max(1);
         let most = if one_cpu { 0 } else { most_ns.saturating_mul(khz) / 1_000_000 };
-        let least = (LEAST_NS * khz / 1_000_000).min(most);
-        Self { budget: most, most, least, ns_per_tick: (1_000_000 << 32) / khz, slow: 0 }
+        let [least, fast] = [LEAST_NS, FAST_NS].map(|ns| (ns * khz / 1_000_000).min(most));
+        Self { budget: most, most, least, fast, ns_per_tick: (1_000_000 << 32) / khz, slow: 0 }
     }
 
-    /// Learns from an answer that took `waited` ticks: the next spin is four times as long, if that may be, else half of this one.
+    /// Learns from an answer that took `waited` ticks: the next spin is four times as long and long enough for an interrupt, if that may
+    /// be, else half of this one.
     fn learn(&mut self, waited: u64) {
         if waited <= self.most {
             self.slow = 0;
-            self.budget = waited.saturating_mul(4).clamp(self.least, self.most);
+            self.budget = waited.saturating_mul(4).clamp(self.fast, self.most);
             return;
         }
         self.slow += 1;
@@ -234,8 +243,10 @@ mod tests {
         // Woken from sleep, a fast answer looks as slow as the wake-up: spinning is tried again.
         spin.learn(60_000);
         assert_eq!(spin.budget, 100_000);
-        spin.learn(3_000);
-        assert_eq!(spin.budget, 12_000);
+        spin.learn(10_000);
+        assert_eq!(spin.budget, 40_000);
+        spin.learn(500);
+        assert_eq!(spin.budget, FAST_NS, "an interrupt on the other side is waited for");
         assert!((11_999..=12_000).contains(&spin.ns(12_000)));
     }
 
