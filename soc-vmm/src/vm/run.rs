@@ -31,7 +31,7 @@ const DEBUGCON_QUEUE: usize = 1 << 20;
 /// Runs a VM until it ends.
 ///
 /// # Errors
-/// What went wrong, in one line, with the exit status that INTERFACES promises.
+/// What went wrong, in one line, with its exit status (docs/operations.md).
 pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
     let unavailable = |doing: &str, e: &dyn std::error::Error| Failure::of(ExitStatus::Unavailable, doing, e);
     // Files first: a wrong one is refused before anything is touched.
