@@ -184,7 +184,8 @@ fn footprint(bed: &Bed, figures: &mut Figures) -> Result<(), Error> {
     let shim = programs.iter().find(|program| program.command.first().is_some_and(|word| word == SHIM));
     if let Some(shim) = shim {
         let memory = bed.server.memory(shim.pid)?;
-        let threads = bed.server.threads(shim.pid)?;
+        let mut threads = bed.server.threads(shim.pid)?;
+        threads.retain(|thread| !thread.is_of_kvm());
         let count = u32::try_from(threads.len()).unwrap_or(u32::MAX);
         figures.add("shim.private", memory.private_kib_without(GUEST_RAM) as f64, "KiB");
         figures.add("shim.page_tables", memory.page_tables as f64, "KiB");

@@ -5,8 +5,6 @@ use testbed::machine::Machine;
 
 /// What a shim may take of the host's memory, without the guest's.
 const MOST_KIB: u64 = 1024;
-/// KVM's own, one a VM: the kernel's thread that splits executable huge pages shows up in the process.
-const OF_KVM: &str = "kvm-nx-lpage-re";
 
 /// A shim whose VM has `vcpus` vCPUs takes a thread more than these, and little memory; both are printed.
 ///
@@ -14,7 +12,7 @@ const OF_KVM: &str = "kvm-nx-lpage-re";
 /// It takes more.
 pub fn shim_is_small(server: &Machine, pid: i32, vcpus: usize) {
     let mut threads = server.threads(pid).expect("the shim's threads");
-    threads.retain(|thread| thread.name != OF_KVM);
+    threads.retain(|thread| !thread.is_of_kvm());
     let memory = server.memory(pid).expect("the shim's memory");
     let private = memory.private_kib_without(GUEST_RAM);
     let (tables, count) = (memory.page_tables, threads.len());

@@ -303,6 +303,15 @@ pub struct Thread {
     pub guest_ms: u64,
 }
 
+impl Thread {
+    /// Whether it is KVM's own, one a VM: the kernel's thread that splits executable huge pages shows up in the process.
+    #[must_use]
+    pub fn is_of_kvm(&self) -> bool {
+        // The kernel cuts names after 15 bytes.
+        self.name == "kvm-nx-lpage-re"
+    }
+}
+
 impl Memory {
     /// All private memory in KiB, but for mappings whose name holds `left_out`.
     #[must_use]
