@@ -12,6 +12,7 @@ use api_channel::call::{Call, Irqchip, PostedRange};
 use host_kvm_shim::{Ended, Level, Options, Shim};
 use nix::errno::Errno;
 use nix::sys::ptrace;
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pcie_function::header::Role;
@@ -95,9 +96,9 @@ fn an_exit_allocates_nothing() {
     assert_eq!(shim.join().unwrap(), Ended::Once);
 }
 
-/// Counts the system calls of a thread until it has made `most`.
-fn system_calls(thread: Pid, most: u32) -> BTreeMap<u64, u32> {
-    let mut calls = BTreeMap::new();
+/// Counts the system calls of a thread until it has made `most`, and the signals that it got meanwhile.
+fn system_calls(thread: Pid, most: u32) -> (BTreeMap<u64, u32>, Vec<Signal>) {
+    let (mut calls, mut signals) = (BTreeMap::new(), Vec::new());
     ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD).unwrap();
     ptrace::interrupt(thread).unwrap();
     let (mut entry, mut seen) = (true, 0);
@@ -111,14 +112,17 @@ fn system_calls(thread: Pid, most: u32) -> BTreeMap<u64, u32> {
                 entry = !entry;
                 None
             }
-            Ok(WaitStatus::Stopped(_, signal)) => Some(signal),
+            Ok(WaitStatus::Stopped(_, signal)) => {
+                signals.push(signal);
+                Some(signal)
+            }
             Ok(WaitStatus::PtraceEvent(..)) => None,
             Err(Errno::EINTR) => continue,
             other => panic!("{other:?}"),
         };
         if seen == most && entry {
             ptrace::detach(thread, None).unwrap();
-            return calls;
+            return (calls, signals);
         }
         ptrace::syscall(thread, signal).unwrap();
     }
@@ -144,12 +148,14 @@ fn an_exit_takes_no_system_call_but_kvm_run() {
     let (before, slept) = (soc.seen.len(), soc.counter("shim.sleep"));
     let tracer = std::thread::spawn(move || system_calls(thread, CALLS));
     soc.until("traced", |_| tracer.is_finished());
-    let calls = tracer.join().unwrap();
+    let (calls, signals) = tracer.join().unwrap();
     let exits = soc.seen.len() - before;
     // 16: ioctl; 232: epoll_wait, where an answer came later than a spin lasts, as happens on a busy machine: each is counted, and may find the
     // last one's signal first.
-    let (runs, sleeps) = (calls.get(&16).copied().unwrap_or(0), calls.get(&232).copied().unwrap_or(0));
-    assert_eq!(runs + sleeps, CALLS, "{calls:?}");
+    // 15: rt_sigreturn, one a kick from outside; an exit makes none.
+    let [runs, sleeps, returns] = [16, 232, 15].map(|call| calls.get(&call).copied().unwrap_or(0));
+    assert_eq!(runs + sleeps + returns, CALLS, "{calls:?}");
+    assert!(returns as usize <= signals.len() && signals.len() <= 2, "{returns} returns from {signals:?}");
     assert!(exits >= runs as usize - 2, "{exits} exits by {runs} KVM_RUN");
     let slept = soc.counter("shim.sleep") - slept;
     assert!(u64::from(sleeps) <= 2 * slept + 2, "{sleeps} epoll_wait in {slept} sleeps");
