@@ -200,11 +200,10 @@ fn a_vm_that_waits_for_a_deaf_function_can_be_ended() {
     let mut vm = trial.vm("vm", &short(), &["--function", &function]);
     wait_until("its monitor listens", MOST, || trial.path("vm.qmp").exists());
     std::thread::sleep(Duration::from_millis(300));
-    let start = Instant::now();
     vm.signal(Signal::SIGTERM);
-    let ended = vm.wait(MOST);
+    // Sooner than the function is given up by itself.
+    let ended = vm.wait(Duration::from_secs(8));
     assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""));
-    assert!(start.elapsed() < Duration::from_secs(5), "only when the function was given up: {:?}", start.elapsed());
     trial.leaves_nothing("a deaf function");
 }
 
@@ -293,12 +292,10 @@ fn a_process_without_room_says_so_in_one_line() {
         trial.leaves_nothing(&what);
     }
     assert!(refused > 3);
-    for mebibytes in [24, 32, 48] {
+    for mebibytes in [24, 32] {
         let shell = format!("ulimit -v {}; exec \"$@\"", mebibytes << 10);
         let ended = within(&trial, &shell, &short(), &[]).wait(MOST);
-        if ended.status.code() != Some(PASSED) {
-            one_line(&format!("{mebibytes} MiB"), &ended, 4, &[]);
-        }
+        one_line(&format!("{mebibytes} MiB"), &ended, 4, &[]);
     }
 }
 
