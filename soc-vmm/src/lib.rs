@@ -17,6 +17,7 @@ pub mod inventory;
 pub mod layout;
 pub mod link;
 pub mod memory;
+pub mod pci;
 pub mod power;
 pub mod qmp;
 mod runtime;

@@ -16,13 +16,13 @@ const BUILD_LIMIT: Duration = Duration::from_secs(15 * 60);
 /// What a run may take beyond what it was given: replaying what is kept, on a busy machine.
 const REPLAY_LIMIT: Duration = Duration::from_secs(3 * 60);
 
-/// Builds every target; `None` if that fails.
-pub(crate) fn build() -> Result<Option<Vec<String>>, String> {
+/// Builds every target by `run`, alone or beside other steps; `None` if that fails.
+pub(crate) fn build(run: step::Run) -> Result<Option<Vec<String>>, String> {
     let dir = paths::workspace().join("tests/fuzz");
     // The flags stand in .cargo/config.toml, which cargo looks for from where it is started, and which this variable overrides.
     let mut command = cargo(["build", "--release", "--bins"]);
     command.current_dir(&dir).env_remove("RUSTFLAGS").env("CARGO_TARGET_DIR", paths::target().join("fuzz"));
-    if !step::run("fuzz targets: build", command, BUILD_LIMIT)?.ok {
+    if !run("fuzz targets: build", command, BUILD_LIMIT)?.ok {
         return Ok(None);
     }
     programs_of(&dir.join("Cargo.toml")).map(Some)

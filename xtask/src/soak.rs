@@ -18,7 +18,7 @@ pub(crate) fn run(names: &[String], minutes: u32) -> Result<ExitCode, String> {
     let tests: Vec<_> = REPEATED.into_iter().filter(|test| chosen(&format!("test.{test}"))).collect();
     let mut fuzzed = Vec::new();
     if names.is_empty() || names.iter().any(|name| name.starts_with("fuzz")) {
-        let Some(targets) = fuzz::build()? else { return Ok(ExitCode::FAILURE) };
+        let Some(targets) = fuzz::build(step::run)? else { return Ok(ExitCode::FAILURE) };
         fuzzed.extend(targets.into_iter().filter(|target| chosen(&format!("fuzz.{target}"))));
     }
     let parts = u32::try_from(tests.len() + fuzzed.len()).unwrap_or(u32::MAX);

@@ -38,9 +38,14 @@ pub(crate) fn run(quick: bool) -> Result<ExitCode, String> {
     suite.check("lints", cargo(lints), 15 * MINUTE)?;
     fetching.join().expect("fetching doesn't panic");
     suite.workspace_tests()?;
-    suite.models()?;
-    suite.fuzz()?;
-    suite.arm()?;
+    // Three builds, of which none keeps two cores busy by itself.
+    let targets = std::thread::scope(|scope| {
+        let fuzz = scope.spawn(|| fuzz::build(step::run_beside));
+        suite.models()?;
+        suite.arm()?;
+        fuzz.join().expect("building doesn't panic")
+    })?;
+    suite.fuzz(targets)?;
     Ok(suite.summary(began.elapsed()))
 }
 
@@ -122,8 +127,8 @@ impl Suite {
     }
 
     /// Replays the kept inputs of every fuzz target, then lets it look for more.
-    fn fuzz(&mut self) -> Result<(), String> {
-        let Some(targets) = fuzz::build()? else {
+    fn fuzz(&mut self, targets: Option<Vec<String>>) -> Result<(), String> {
+        let Some(targets) = targets else {
             self.failed.push("fuzz targets: build".to_owned());
             self.counts.failed += 1;
             return Ok(());

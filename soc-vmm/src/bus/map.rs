@@ -49,6 +49,8 @@ pub struct Bus {
     deadline: Option<Instant>,
     /// Sorted by base.
     entries: Vec<Entry>,
+    /// The device that is asked for every address that no claim covers.
+    rest: Option<usize>,
 }
 
 impl Bus {
@@ -77,6 +79,14 @@ impl Bus {
         self.entries.sort_by_key(|e| e.claim.base);
         self.note_deadline(index);
         Ok(())
+    }
+
+    /// Puts `device` behind every address that is not claimed; its offsets are the addresses.
+    pub fn insert_rest(&mut self, device: Box<dyn Device>) {
+        let index = self.devices.len();
+        self.devices.push(Slot { device, deadline: None });
+        self.rest = Some(index);
+        self.note_deadline(index);
     }
 
     /// Reads at `addr`; [`Answer::Unclaimed`] where no device claims the first byte. An access that runs past the claim's end is
@@ -135,10 +145,13 @@ impl Bus {
 
     /// The device behind `addr`, and the offset in it.
     fn find(&self, addr: u64) -> Option<(usize, u64)> {
-        let i = self.entries.partition_point(|e| e.claim.base <= addr).checked_sub(1)?;
-        let entry = &self.entries[i];
-        let within = addr - entry.claim.base;
-        (within < entry.claim.len).then(|| (entry.device, entry.at + within))
+        let entry = self.entries.partition_point(|e| e.claim.base <= addr).checked_sub(1).map(|i| &self.entries[i]);
+        match entry {
+            Some(entry) if addr - entry.claim.base < entry.claim.len => {
+                Some((entry.device, entry.at + (addr - entry.claim.base)))
+            }
+            _ => self.rest.map(|device| (device, addr)),
+        }
     }
 }
 
