@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 
 use crate::acpi::{AcpiConfig, AcpiTables};
-use crate::layout::{FIRMWARE_MAX, FOUR_GIB, MemoryLayout, ONE_MIB, PAGE_SIZE, VGA_WINDOW_END};
+use crate::layout::{FIRMWARE_MAX, FOUR_GIB, MemoryLayout, PAGE_SIZE};
 use crate::memory::GuestMemory;
 
 pub use bzimage::BzImage;
@@ -182,18 +182,13 @@ impl Loading<'_> {
     }
 }
 
-/// Places a flat firmware image of `size` bytes: all of it below 4 GiB, where the processor starts, and its end below 1 MiB too, where
-/// its real-mode code runs, as a copy in RAM. QEMU shows 128 KiB there and leaves it to firmware to copy what it has below 0xe0000
-/// once it found the chipset's shadowing registers; SeaBIOS of 256 KiB runs that code also where it found none, so that all of its
-/// window is filled here.
+/// Places a flat firmware image of `size` bytes: all of it below 4 GiB, where the processor starts. The chipset shows its end below
+/// 1 MiB too, until the firmware says otherwise.
 fn place_firmware(size: u64) -> Result<(Plan, Rom), ImageError> {
-    const SHADOW_MAX: u64 = ONE_MIB - VGA_WINDOW_END;
     if size > FIRMWARE_MAX || !size.is_multiple_of(PAGE_SIZE) {
         return Err(ImageError::FirmwareSize { size });
     }
-    let shadow = size.min(SHADOW_MAX);
     let rom = Rom { start: FOUR_GIB - size, len: size };
-    let piece = |offset, len, to| plan::Load { from: Role::Firmware, offset, file_len: len, to, mem_len: len };
-    let loads = vec![piece(0, size, rom.start), piece(size - shadow, shadow, ONE_MIB - shadow)];
+    let loads = vec![plan::Load { from: Role::Firmware, offset: 0, file_len: size, to: rom.start, mem_len: size }];
     Ok((Plan { loads, blobs: Vec::new(), entry: Entry::reset(0) }, rom))
 }

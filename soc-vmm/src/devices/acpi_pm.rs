@@ -169,7 +169,7 @@ impl AcpiHandle {
 }
 
 impl AcpiPm {
-    /// What it claims.
+    /// What it claims where the LPC bridge is set up as firmware does.
     pub const RANGES: Ranges = Ranges::ports(&[claim(PM_BASE as u64, BLOCK), claim(SMI_COMMAND as u64, 2)]);
 
     /// The block after power on, on a host whose TSC runs at `tsc_khz` kHz (at least 1), with a PM timer of `width` bits.

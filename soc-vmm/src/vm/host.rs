@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, Extent, Groups, Irqchip, Memslot, Name, PostedRange, RamRequest, SlotFlags,
-    StateRequest, Statistic, VCPU_ALL, VM, VmCreated,
+    Call, CpuidEntry, CreateVm, Extent, Groups, Irqchip, Name, RamRequest, StateRequest, Statistic, VCPU_ALL, VM,
+    VmCreated,
 };
 use api_channel::codec::Reader;
 use ioreq_ring::wire::{LINE, POSTED_RING, STRING_PAGE};
@@ -18,12 +18,15 @@ use pcie_function::local::sealed_memfd;
 use pcie_function::regions::Type;
 use pcie_function::{Mapping, Reach, SocFunction, Window, Windowed};
 
+use super::arranger::Arranger;
 use super::ram::GuestRam;
+use super::view::{Backing, Memory};
 use super::worker::Lane;
 use crate::boot::Rom;
-use crate::cli::{Memory, RunConfig};
+use crate::cli::{self, RunConfig};
 use crate::layout::{FOUR_GIB, MemoryLayout};
 use crate::link::{CallError, Channel, Link, LinkError};
+use crate::pci::MemoryView;
 
 /// Allocation of RAM below 4 GiB.
 const LOW: u32 = 0;
@@ -31,6 +34,9 @@ const LOW: u32 = 0;
 const HIGH: u32 = 1;
 /// Allocation of ROM.
 const ROM: u32 = 2;
+
+/// What there is to show to a guest, and where DMA finds each allocation.
+type Allocated = (Memory, Vec<(u32, Vec<Extent>)>);
 
 /// How long the host may take to end the VM.
 const LAST_CALL: Duration = Duration::from_secs(10);
@@ -58,7 +64,7 @@ pub(super) struct HostVm<F: SocFunction> {
 }
 
 impl<F: SocFunction> HostVm<F> {
-    /// Makes a VM as `config` asks for it, its vCPUs paused, and its memory.
+    /// Makes a VM as `config` asks for it, its vCPUs paused, and its memory, of which the guest sees what `view` says.
     ///
     /// # Errors
     /// The host refused; its sentence.
@@ -68,7 +74,8 @@ impl<F: SocFunction> HostVm<F> {
         config: &RunConfig,
         layout: &MemoryLayout,
         rom: Option<Rom>,
-    ) -> Result<Self, HostError> {
+        view: MemoryView,
+    ) -> Result<(Self, Arc<Arranger<F>>), HostError> {
         let vcpus = u32::from(config.cpus);
         let name = Name::new(config.name.as_str());
         let create = CreateVm { vcpus, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 0, name };
@@ -79,16 +86,23 @@ impl<F: SocFunction> HostVm<F> {
         }
         let ram = Arc::new(GuestRam::new(link.function.clone()));
         let vm = Self { channel, created, ram, vcpus };
-        vm.fill(layout, &config.memory, rom).await?;
+        let (memory, extents) = vm.fill(layout, &config.memory, rom).await?;
+        let arranger = Arranger::new(vm.channel.clone(), vm.ram.clone(), memory, extents, view);
+        arranger.begin().await?;
         for &(vcpu, cpu) in &config.cpu_affinity.0 {
             let call = Call::SetAffinity { vcpu: vcpu.into(), cpus: vec![cpu.into()] };
             vm.channel.call(&call).await.map_err(HostError::Affinity)?;
         }
-        Ok(vm)
+        Ok((vm, Arc::new(arranger)))
     }
 
-    /// Allocates RAM and ROM, and shows them to the guest.
-    async fn fill(&self, layout: &MemoryLayout, memory: &Memory, rom: Option<Rom>) -> Result<(), HostError> {
+    /// Allocates RAM and ROM.
+    async fn fill(
+        &self,
+        layout: &MemoryLayout,
+        memory: &cli::Memory,
+        rom: Option<Rom>,
+    ) -> Result<Allocated, HostError> {
         let node = memory.node.map_or(-1, i32::from);
         let huge = memory.hugepages.map_or(0, |pages| pages.size());
         let mut requests = vec![RamRequest { id: LOW, node, len: layout.low_end(), iova: 0, huge }];
@@ -111,19 +125,12 @@ impl<F: SocFunction> HostVm<F> {
             }
             extents.push((request.id, list));
         }
-        let ranges = layout.ram_ranges().map(|range| {
-            let (ram, offset) = match range.offset.checked_sub(layout.low_end()) {
-                Some(offset) => (HIGH, offset),
-                None => (LOW, range.offset),
-            };
-            Memslot { base: range.start, len: range.len, offset, ram, flags: 0 }
-        });
-        let rom =
-            rom.map(|rom| Memslot { base: rom.start, len: rom.len, offset: 0, ram: ROM, flags: SlotFlags::READ_ONLY });
-        let slots: Vec<_> = ranges.chain(rom).collect();
-        self.channel.call(&Call::SetMemslots(slots.clone())).await?;
-        self.ram.set(&slots, &extents);
-        Ok(())
+        let mut ram = vec![Backing { base: 0, len: layout.low_end(), ram: LOW, offset: 0 }];
+        if layout.high_bytes() != 0 {
+            ram.push(Backing { base: FOUR_GIB, len: layout.high_bytes(), ram: HIGH, offset: 0 });
+        }
+        let roms = rom.map(|rom| Backing { base: rom.start, len: rom.len, ram: ROM, offset: 0 });
+        Ok((Memory { ram, low_end: layout.low_end(), roms: roms.into_iter().collect() }, extents))
     }
 
     /// The SoC's ends of the lanes, and all their words that outlive the process, which lie in `state_dir`.
@@ -185,14 +192,6 @@ impl<F: SocFunction> HostVm<F> {
     /// Reads the VM's own records.
     pub(super) async fn chips(&self) -> Result<Vec<u8>, CallError> {
         self.state(VM).await
-    }
-
-    /// Tells which writes are posted, if the host can.
-    pub(super) async fn post(&self, ranges: Vec<PostedRange>) -> Result<(), CallError> {
-        if self.created.features & VmCreated::POSTING == 0 {
-            return Ok(());
-        }
-        self.channel.call(&Call::PostedRanges(ranges)).await.map(drop)
     }
 
     /// Lets every vCPU run.

@@ -3,20 +3,22 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use api_channel::call::VmCreated;
 use ioreq_ring::SocIdle;
 use pcie_function::SocFunction;
 use pcie_function::modelled::Crossings;
 use tokio::sync::mpsc::Receiver;
 
+use super::arranger::Arranger;
 use super::counters::Counters;
 use super::guest::{GuestEvent, Relay};
 use super::host::{HostError, HostVm};
 use super::lines::Lines;
-use super::machine::{Machine, Parts};
+use super::machine::{BuildError, Machine, Parts};
+use super::messages::Messages;
 use super::state;
 use super::worker::{Command, Serving, Waker, Worker};
 use crate::boot::{BootError, BootPlan, Entry};
-use crate::bus::MapError;
 use crate::cli::{ExitStatus, Failure, RunConfig, with_causes};
 use crate::console::Attached;
 use crate::control::{self, Action, Order, RunState, ShutdownCause, VmControl};
@@ -25,6 +27,7 @@ use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::layout::{LayoutError, MemoryLayout};
 use crate::link::{CallError, Channel, Link, LinkError, Notice};
 use crate::memory::MemoryError;
+use crate::pci::MemoryView;
 use crate::power::PowerEvent;
 
 /// The far ends of a machine's byte streams.
@@ -49,6 +52,7 @@ pub(super) struct Blueprint<'a> {
 /// A VM with its vCPUs paused or running.
 pub(super) struct Vm<F: SocFunction> {
     host: HostVm<F>,
+    arranger: Arc<Arranger<F>>,
     plan: BootPlan,
     /// Every vCPU's records as the host made it, then the VM's.
     pristine: (Vec<Vec<u8>>, Vec<u8>),
@@ -71,8 +75,8 @@ pub(super) enum LifeError {
     Link(#[from] LinkError),
     #[error(transparent)]
     Boot(#[from] BootError),
-    #[error("the machine's devices overlap")]
-    Machine(#[from] MapError),
+    #[error("the machine can't be built")]
+    Machine(#[from] BuildError),
     #[error("--cpus")]
     Topology(#[from] TopologyError),
     #[error("--memory")]
@@ -122,7 +126,10 @@ impl<F: SocFunction> Vm<F> {
     ) -> Result<Self, LifeError> {
         let Blueprint { config, layout, plan, streams, waker, state_dir } = blueprint;
         let vcpus = u32::from(config.cpus);
-        let host = HostVm::create(link, channel.clone(), config, &layout, plan.rom()).await?;
+        // Without firmware the chipset is as firmware would leave it.
+        let prepared = plan.rom().is_none();
+        let view = if prepared { MemoryView::SHADOWED } else { MemoryView::default() };
+        let (host, arranger) = HostVm::create(link, channel.clone(), config, &layout, plan.rom(), view).await?;
         let supported = host.supported_cpuid().await?;
         layout.check_address_width(cpuid::physical_address_bits(&supported))?;
         let model = CpuidConfig {
@@ -143,9 +150,13 @@ impl<F: SocFunction> Vm<F> {
 
         let (relay, guest) = Relay::new();
         let relay = Arc::new(relay);
+        let messages = Messages::new(link.function.clone(), channel.clone(), &host.created);
         let lines = Lines::new(channel);
         let counters = Arc::new(Counters::default());
         let machine = Machine::new(Parts {
+            prepared,
+            platform: arranger.clone(),
+            messages: &messages,
             layout,
             cpus: config.cpus,
             tsc_khz: host.created.tsc_khz,
@@ -156,7 +167,11 @@ impl<F: SocFunction> Vm<F> {
             power: relay.clone(),
             wake: waker.clone(),
         })?;
-        host.post(machine.posted).await?;
+        if host.created.features & VmCreated::POSTING != 0 {
+            arranger.post_always(machine.posted);
+        }
+        arranger.start(relay.clone());
+        messages.start(relay.clone());
         let (commands, receiver) = std::sync::mpsc::channel();
         let idle = ioreq_ring::wire::LINE;
         let flag = pcie_function::Windowed::cut(&link.soc_lines, api_channel::lines::soc::LANES_IDLE, idle);
@@ -175,13 +190,15 @@ impl<F: SocFunction> Vm<F> {
             commands: receiver,
         };
         let worker = worker.start(commands).map_err(LifeError::Thread)?;
-        let vm = Self { host, plan, pristine, signature, acpi: machine.acpi, worker, guest, counters, crossings };
+        let vm =
+            Self { host, arranger, plan, pristine, signature, acpi: machine.acpi, worker, guest, counters, crossings };
         vm.start_state().await?;
         Ok(vm)
     }
 
     /// Loads the images and puts every vCPU where it starts.
     async fn start_state(&self) -> Result<(), LifeError> {
+        self.arranger.settled().await;
         let mut loading = self.plan.load();
         // The loader waits for DMA: off the threads that serve sockets. Between two steps the VM may be given up.
         while tokio::task::block_in_place(|| loading.step(&self.host.ram.loader()))? {

@@ -1,6 +1,6 @@
 //! The machine: which devices stand on its buses.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use api_channel::call::PostedRange;
 
@@ -11,12 +11,19 @@ use crate::devices::{
     AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, I8042, InputQueue, OutputQueue, PcTestMemory,
     PcTestPorts, PmTimerWidth, Port92, Ranges, ResetControl, Rtc, SCI_GSI, Serial, SystemClock,
 };
-use crate::interrupt::{InterruptLine, LineSink};
+use crate::interrupt::{InterruptLine, LineSink, MessageSink};
 use crate::layout::MemoryLayout;
+use crate::pci::{Apertures, Fabric, FabricSide, LPC, LpcBridge, NoRoom, Pirqs, Platform, PlugError, RootPort};
 use crate::power::PowerSink;
 
 /// What a machine is made of.
-pub(super) struct Parts {
+pub(super) struct Parts<'a> {
+    /// No firmware will set the machine up.
+    pub(super) prepared: bool,
+    /// What arranges address spaces for the chipset.
+    pub(super) platform: Arc<dyn Platform>,
+    /// Where messages go.
+    pub(super) messages: &'a dyn MessageSink,
     /// RAM.
     pub(super) layout: MemoryLayout,
     /// vCPUs.
@@ -56,9 +63,22 @@ impl Machine {
     /// Builds the machine.
     ///
     /// # Errors
-    /// Two devices claim the same address: a mistake in the devices' tables.
-    pub(super) fn new(parts: Parts) -> Result<Self, MapError> {
-        let Parts { layout, cpus, tsc_khz, serial, debugcon, test_devices, lines, power, wake } = parts;
+    /// There are more devices than places.
+    pub(super) fn new(parts: Parts<'_>) -> Result<Self, BuildError> {
+        let Parts {
+            prepared,
+            platform,
+            messages,
+            layout,
+            cpus,
+            tsc_khz,
+            serial,
+            debugcon,
+            test_devices,
+            lines,
+            power,
+            wake,
+        } = parts;
         let line = |gsi| InterruptLine::new(gsi, lines.clone());
         let mut builder = Builder::default();
         let cmos = Cmos { ram_below_4g: layout.low_end(), ram_above_4g: layout.high_bytes(), cpus, boot: [None; 3] };
@@ -70,7 +90,14 @@ impl Machine {
         builder.add(&DelayPort::RANGES, DelayPort)?;
         let (acpi_pm, acpi) =
             AcpiPm::new(tsc_khz.into(), PmTimerWidth::Bits32, clock, line(SCI_GSI), power.clone(), wake);
-        builder.add(&AcpiPm::RANGES, acpi_pm)?;
+        let apertures = prepared.then(|| Apertures::above(layout.high_end()));
+        let mut fabric = Fabric::new(apertures, platform);
+        let pirqs = Arc::new(Pirqs::new(lines.clone()));
+        fabric.plug(None, LPC, Box::new(LpcBridge::new(acpi_pm, pirqs.clone(), prepared)))?;
+        for (function, slot) in (1..=ROOT_PORTS).enumerate() {
+            let port = RootPort::new(slot, pirqs.wire(PORT_SLOT), messages);
+            fabric.plug(None, PORT_SLOT << 3 | function as u8, Box::new(port))?;
+        }
         let (output, input) = serial;
         builder.add(&Com::Com1.ranges(), Serial::new(output, input, line(Com::Com1.gsi())))?;
         if let Some(output) = debugcon {
@@ -81,8 +108,29 @@ impl Machine {
             builder.add(&PcTestPorts::RANGES, PcTestPorts::new(&lines))?;
             builder.add(&PcTestMemory::RANGES, PcTestMemory::new())?;
         }
+        fabric.prepare()?;
+        let [ports, rest] = FabricSide::both(&Arc::new(Mutex::new(fabric)));
+        builder.buses.ports.insert_rest(Box::new(ports));
+        builder.buses.memory.insert_rest(Box::new(rest));
         Ok(Self { buses: builder.buses, acpi, posted: builder.posted })
     }
+}
+
+/// Root ports, each with a slot for a device.
+const ROOT_PORTS: u16 = 8;
+/// Where they sit on the root bus: one slot, eight functions.
+const PORT_SLOT: u8 = 1;
+
+/// Why a machine can't be built.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BuildError {
+    /// A mistake in the devices' tables.
+    #[error("its devices overlap")]
+    Overlap(#[from] MapError),
+    #[error(transparent)]
+    Plug(#[from] PlugError),
+    #[error(transparent)]
+    Place(#[from] NoRoom),
 }
 
 #[derive(Default)]
@@ -98,7 +146,7 @@ impl Builder {
             (ports, []) => insert(&mut self.buses.ports, ports, Box::new(device))?,
             ([], memory) => insert(&mut self.buses.memory, memory, Box::new(device))?,
             (ports, memory) => {
-                let shared = Arc::new(std::sync::Mutex::new(device));
+                let shared = Arc::new(Mutex::new(device));
                 insert(&mut self.buses.ports, ports, Box::new(shared.clone()))?;
                 insert(&mut self.buses.memory, memory, Box::new(shared))?;
             }

@@ -1,15 +1,18 @@
 //! A VM: machine, memory, vCPUs on the host, and the loop that keeps them together.
 
+mod arranger;
 mod counters;
 mod guest;
 mod host;
 mod life;
 mod lines;
 mod machine;
+mod messages;
 mod ram;
 mod run;
 mod state;
 mod string;
+mod view;
 mod worker;
 
 pub use counters::{Counter, Counters};

@@ -210,10 +210,8 @@ fn a_flat_multiboot_image_goes_where_its_header_says() {
 }
 
 #[test]
-fn firmware_lies_below_four_gib_and_below_one_mib() {
-    for (len, shadow) in
-        [(64usize << 10, 64usize << 10), (128 << 10, 128 << 10), (256 << 10, 256 << 10), (4 << 20, 256 << 10)]
-    {
+fn firmware_lies_below_four_gib() {
+    for len in [64usize << 10, 128 << 10, 256 << 10, 4 << 20] {
         let dir = tempfile::tempdir().unwrap();
         let code = dir.path().join("bios.bin");
         let bytes = pattern(len);
@@ -225,7 +223,6 @@ fn firmware_lies_below_four_gib_and_below_one_mib() {
         let memory = TestMemory::with_rom(RAM, Some(rom));
         memory.load(&plan).unwrap();
         assert_eq!(memory.bytes(rom.start, len), bytes);
-        assert_eq!(memory.bytes((1 << 20) - shadow as u64, shadow), bytes[len - shadow..]);
         let entry = plan.entry();
         assert_eq!(entry.segments.cs.base + entry.regs.rip, 0xffff_fff0);
         assert_eq!((entry.segments.cs.selector, entry.cr0 & 1), (0xf000, 0));
