@@ -16,3 +16,19 @@ pub trait PowerSink: Send + Sync {
     /// Reports an event.
     fn power(&self, event: PowerEvent);
 }
+
+/// What a guest tells of its own end (pvpanic).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CrashEvent {
+    /// The kernel panicked, and does nothing more.
+    Panicked,
+    /// The kernel panicked, and another one that was loaded for that case takes over.
+    CrashLoaded,
+}
+
+/// Where [`CrashEvent`]s go. Called on the thread that serves IOREQs; the vCPU runs on. Each event comes at most once between two
+/// resets.
+pub trait CrashSink: Send + Sync {
+    /// Reports an event.
+    fn crashed(&self, event: CrashEvent);
+}

@@ -1,9 +1,9 @@
 //! FADT (ACPI 6.5 §5.2.9): fixed hardware of the full, not the hardware-reduced, programming model.
 
-use acpi_tables::fadt::{FADT, FADTBuilder, Flags, PmProfile};
+use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 
-use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes_of};
 use crate::devices::{
     ACPI_DISABLE, ACPI_ENABLE, GPE0_BLOCK, GPE0_LEN, PM_TIMER, PM1A_CONTROL, PM1A_EVENT, RESET_PORT, RESET_VALUE,
     SCI_GSI, SMI_COMMAND,
@@ -23,12 +23,15 @@ const CENTURY: u8 = 0x32;
 /// Flat logical destinations reach eight processors.
 const FLAT_LOGICAL_MAX: usize = 8;
 
-/// Builds the table; `facs` lies below 4 GiB.
-pub(super) fn build(config: &AcpiConfig, facs: u64, dsdt: u64) -> FADT {
+/// Where addresses are (offset, bytes): of the FACS and of the DSDT, the latter twice.
+pub(super) const POINTERS: [(usize, u8); 3] = [(36, 4), (40, 4), (140, 8)];
+
+/// Builds the table; FACS and DSDT lie below 4 GiB.
+pub(super) fn build(config: &AcpiConfig, facs: u32, dsdt: u32) -> Vec<u8> {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
-        .firmware_ctrl_32(facs as u32)
-        .dsdt_64(dsdt)
+        .firmware_ctrl_32(facs)
+        .dsdt_64(dsdt.into())
         .gpe_info(GPE0_BLOCK.into(), 0, GPE0_LEN, 0, 0)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
@@ -40,6 +43,8 @@ pub(super) fn build(config: &AcpiConfig, facs: u64, dsdt: u64) -> FADT {
     if config.apic_ids.len() > FLAT_LOGICAL_MAX {
         fadt = fadt.flag(Flags::ForceApicClusterModel);
     }
+    // Who knows 32-bit addresses alone looks there.
+    fadt.dsdt = dsdt.into();
     fadt.sci_int = (SCI_GSI as u16).into();
     fadt.smi_cmd = u32::from(SMI_COMMAND).into();
     fadt.acpi_enable = ACPI_ENABLE;
@@ -60,7 +65,7 @@ pub(super) fn build(config: &AcpiConfig, facs: u64, dsdt: u64) -> FADT {
     fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA | if config.keyboard { HAS_8042 } else { 0 }).into();
     fadt.reset_reg = io(RESET_PORT, 8, AccessSize::ByteAccess);
     fadt.reset_value = RESET_VALUE;
-    fadt.finalize()
+    bytes_of(&fadt.finalize())
 }
 
 fn io(port: u16, bits: u8, access: AccessSize) -> GAS {

@@ -1,19 +1,28 @@
-//! ACPI tables (ACPI 6.5) of a machine that boots without firmware: they describe the platform devices, the interrupt controllers and
-//! the processors. PCI comes with its own tables.
+//! ACPI tables (ACPI 6.5): the platform devices, the interrupt controllers, the processors and their nodes, PCI.
+//!
+//! The tables are built once, with offsets for addresses, and leave by two ways: placed in guest memory for a kernel that boots without
+//! firmware ([`AcpiTables`]), or as files of fw_cfg with a script by which firmware places them ([`FirmwareTables`], [`add_files`]).
 
 use acpi_tables::Aml;
-use acpi_tables::facs::FACS;
-use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
-use acpi_tables::xsdt::XSDT;
 
 use crate::layout::{BIOS_WINDOW, ONE_MIB, PAGE_SIZE};
+use blob::{Blob, FACS_PAGE};
 
+mod aml;
+mod blob;
 mod dsdt;
 mod fadt;
+mod loader;
 mod madt;
+mod mcfg;
+mod pci;
+mod srat;
 #[cfg(test)]
 mod tests;
+
+pub use loader::{FirmwareTables, LOADER_FILE, RSDP_FILE, TABLES_FILE, add_files};
+pub use pci::{Hotplug, PciConfig, PortConfig};
 
 /// The most vCPUs that the tables describe.
 pub const MAX_CPUS: usize = 1024;
@@ -23,7 +32,7 @@ const OEM_TABLE_ID: [u8; 8] = *b"OUTBOARD";
 const OEM_REVISION: u32 = 1;
 
 /// What the tables tell.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AcpiConfig {
     /// APIC ID of each vCPU, the boot processor first; the index is its ACPI processor UID.
     pub apic_ids: Vec<u32>,
@@ -31,6 +40,25 @@ pub struct AcpiConfig {
     pub serial_ports: u8,
     /// Whether the i8042's keyboard port is there (I/O 0x60 and 0x64, IRQ 1).
     pub keyboard: bool,
+    /// Whether fw_cfg is there.
+    pub fw_cfg: bool,
+    /// Whether pvpanic is there.
+    pub pvpanic: bool,
+    /// PCI; none: there is none.
+    pub pci: Option<PciConfig>,
+    /// NUMA nodes; none: nothing is told of them.
+    pub numa: Vec<NumaNode>,
+}
+
+/// A NUMA node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NumaNode {
+    /// Its processors: indices into [`AcpiConfig::apic_ids`].
+    pub processors: Vec<usize>,
+    /// Its memory: first address, bytes.
+    pub memory: Vec<(u64, u64)>,
+    /// How far it is to each node, 10 being here; 20 for those of which nothing is said.
+    pub distances: Vec<u8>,
 }
 
 /// The tables with their guest-physical addresses: the RSDP where guests look for it below 1 MiB, the FACS in a page of its own,
@@ -53,19 +81,14 @@ impl AcpiTables {
         if config.apic_ids.len() > MAX_CPUS {
             return Err(AcpiError::TooManyProcessors { count: config.apic_ids.len() });
         }
-        // Lengths don't depend on addresses, so that a dry run tells how long everything is.
-        let need = Self::build(config, 0).1.len() as u64;
-        let pages = need.next_multiple_of(PAGE_SIZE);
-        let start = (end & !(PAGE_SIZE - 1)).checked_sub(pages).filter(|start| *start >= ONE_MIB + PAGE_SIZE);
-        let start = start.ok_or(AcpiError::NoRoom { need: pages + PAGE_SIZE, end })?;
-        let (xsdt, tables) = Self::build(config, start);
-        Ok(Self {
-            rsdp: bytes_of(&Rsdp::new(OEM_ID, xsdt)),
-            nvs: start - PAGE_SIZE,
-            facs: bytes_of(&FACS::new()),
-            start,
-            tables,
-        })
+        let blob = Blob::new(config);
+        let need = (blob.bytes.len() as u64).next_multiple_of(PAGE_SIZE);
+        let nvs = (end & !(PAGE_SIZE - 1)).checked_sub(need).filter(|nvs| *nvs >= ONE_MIB);
+        let nvs = nvs.ok_or(AcpiError::NoRoom { need, end })?;
+        let rsdp = blob::placed_root_pointer(&blob, nvs);
+        let mut facs = blob.placed(nvs);
+        let tables = facs.split_off(FACS_PAGE as usize);
+        Ok(Self { rsdp, nvs, facs, start: nvs + FACS_PAGE, tables })
     }
 
     /// Address of the RSDP.
@@ -87,19 +110,6 @@ impl AcpiTables {
     pub fn pieces(&self) -> impl Iterator<Item = (u64, &[u8])> {
         [(self.rsdp(), &self.rsdp[..]), (self.nvs, &self.facs), (self.start, &self.tables)].into_iter()
     }
-
-    /// The tables from `start` on, the FACS lying one page before; and where the XSDT is.
-    fn build(config: &AcpiConfig, start: u64) -> (u64, Vec<u8>) {
-        let mut block = Block { start, bytes: Vec::new() };
-        let dsdt = block.add(&dsdt::build(config));
-        let fadt = block.add(&bytes_of(&fadt::build(config, start.wrapping_sub(PAGE_SIZE), dsdt)));
-        let madt = block.add(&madt::build(config));
-        let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-        xsdt.add_entry(fadt);
-        xsdt.add_entry(madt);
-        let xsdt = block.add(&bytes_of(&xsdt));
-        (xsdt, block.bytes)
-    }
 }
 
 /// Why there are no tables.
@@ -119,23 +129,6 @@ pub enum AcpiError {
         /// First address behind low RAM.
         end: u64,
     },
-}
-
-/// Tables behind each other.
-struct Block {
-    start: u64,
-    bytes: Vec<u8>,
-}
-
-impl Block {
-    /// Appends a table and gives its address.
-    fn add(&mut self, table: &[u8]) -> u64 {
-        const ALIGN: usize = 64;
-        self.bytes.resize(self.bytes.len().next_multiple_of(ALIGN), 0);
-        let at = self.start + self.bytes.len() as u64;
-        self.bytes.extend_from_slice(table);
-        at
-    }
 }
 
 /// A system description table of `body` behind its header.

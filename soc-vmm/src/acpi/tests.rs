@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 use super::*;
 
 fn config(cpus: u32) -> AcpiConfig {
-    AcpiConfig { apic_ids: (0..cpus).collect(), serial_ports: 1, keyboard: true }
+    AcpiConfig { apic_ids: (0..cpus).collect(), serial_ports: 1, keyboard: true, ..AcpiConfig::default() }
 }
 
 /// A guest's view of the tables: what lies at an address.
@@ -133,7 +133,7 @@ fn processors_beyond_254_are_x2apics() {
     assert_eq!((of(4).count(), of(10).count()), (1, 1));
 
     // A large APIC ID alone, as sparse topologies give them.
-    let sparse = AcpiConfig { apic_ids: vec![0, 0x100], serial_ports: 0, keyboard: false };
+    let sparse = AcpiConfig { apic_ids: vec![0, 0x100], serial_ports: 0, keyboard: false, ..AcpiConfig::default() };
     let tables = AcpiTables::new(&sparse, 0x2000_0000).unwrap();
     let guest = Guest(&tables);
     let kinds: Vec<_> = self::structures(guest.find(b"APIC")).iter().map(|structure| structure[0]).collect();
@@ -156,7 +156,12 @@ fn devices_are_told_as_configured() {
         Guest(&tables).dsdt().windows(name.len()).any(|window| window == name)
     };
     for (serial, keyboard) in [(true, false), (false, true)] {
-        let config = AcpiConfig { apic_ids: vec![0; 17], serial_ports: if serial { 2 } else { 0 }, keyboard };
+        let config = AcpiConfig {
+            apic_ids: vec![0; 17],
+            serial_ports: if serial { 2 } else { 0 },
+            keyboard,
+            ..AcpiConfig::default()
+        };
         assert_eq!((has(&config, b"COM1"), has(&config, b"COM2")), (serial, serial));
         assert!(!has(&config, b"COM3"));
         assert_eq!(has(&config, b"PS2K"), keyboard);
@@ -167,30 +172,209 @@ fn devices_are_told_as_configured() {
 /// ACPICA's own compiler takes the tables apart (Debian package acpica-tools); its warnings fail too. Where it is missing the test
 /// says so and checks nothing.
 #[test]
-#[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
 fn acpica_reads_the_tables() {
-    let tables = AcpiTables::new(&config(300), 0x2000_0000).unwrap();
-    let guest = Guest(&tables);
-    let dir = tempfile::tempdir().unwrap();
-    for (name, table) in [("dsdt", guest.dsdt()), ("facp", guest.find(b"FACP")), ("apic", guest.find(b"APIC"))] {
-        let binary = dir.path().join(format!("{name}.aml"));
-        std::fs::File::create(&binary).unwrap().write_all(table).unwrap();
-        let iasl = |args: &[&str], file: &str| {
-            Command::new("iasl").args(args).arg(file).current_dir(dir.path()).stdin(Stdio::null()).output()
-        };
-        let Ok(output) = iasl(&["-d"], &format!("{name}.aml")) else {
-            eprintln!("skipped: iasl is not installed (apt-get install acpica-tools)");
-            return;
-        };
-        let text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success(), "{name}: {text}");
-        for word in ["Error", "Warning", "Invalid", "Incorrect"] {
-            assert!(!text.contains(word), "{name}: {text}");
-        }
-        if name == "dsdt" {
-            let output = iasl(&["-p", "again"], "dsdt.dsl").unwrap();
-            let text = String::from_utf8_lossy(&output.stdout);
-            assert!(text.contains("0 Errors, 0 Warnings"), "{text}");
+    let mut acpi_hotplug = full();
+    if let Some(pci) = &mut acpi_hotplug.pci {
+        (pci.hotplug, pci.ecam) = (Hotplug::Acpi, None);
+    }
+    for config in [config(300), full(), acpi_hotplug] {
+        let tables = AcpiTables::new(&config, 0x2000_0000).unwrap();
+        let guest = Guest(&tables);
+        let mut all = guest.tables();
+        all.extend([guest.dsdt(), guest.at(tables.nvs())]);
+        for table in all {
+            if !acpica_reads(table) {
+                return;
+            }
         }
     }
+}
+
+/// Whether ACPICA is there to read `table`.
+#[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
+fn acpica_reads(table: &[u8]) -> bool {
+    let name = String::from_utf8_lossy(&table[..4]).to_lowercase();
+    let dir = tempfile::tempdir().unwrap();
+    let binary = dir.path().join(format!("{name}.aml"));
+    std::fs::File::create(&binary).unwrap().write_all(&table[..u32_at(table, 4) as usize]).unwrap();
+    let iasl = |args: &[&str], file: &str| {
+        Command::new("iasl").args(args).arg(file).current_dir(dir.path()).stdin(Stdio::null()).output()
+    };
+    let Ok(output) = iasl(&["-d"], &format!("{name}.aml")) else {
+        eprintln!("skipped: iasl is not installed (apt-get install acpica-tools)");
+        return false;
+    };
+    let text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{name}: {text}");
+    for word in ["Error", "Warning", "Invalid", "Incorrect"] {
+        assert!(!text.contains(word), "{name}: {text}");
+    }
+    if name == "dsdt" {
+        let output = iasl(&["-p", "again"], "dsdt.dsl").unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(text.contains("0 Errors, 0 Warnings"), "{text}");
+    }
+    true
+}
+
+/// A machine with everything.
+fn full() -> AcpiConfig {
+    let pci = PciConfig {
+        low_end: 0x8000_0000,
+        high_end: 0x1_8000_0000,
+        ecam: Some((0xb000_0000, 0x1000_0000)),
+        physical_bits: 40,
+        ports: vec![PortConfig { devfn: 0x08, slot: 1 }, PortConfig { devfn: 0x11, slot: 2 }],
+        hotplug: Hotplug::Native,
+    };
+    let node = |processors, memory, distances| NumaNode { processors, memory, distances };
+    AcpiConfig {
+        fw_cfg: true,
+        pvpanic: true,
+        pci: Some(pci),
+        numa: vec![
+            node(vec![0, 1], vec![(0, 0x8_0000), (0x10_0000, 0x7ff0_0000)], vec![10, 30]),
+            node(vec![2, 299], vec![(0x1_0000_0000, 0x8000_0000)], vec![]),
+        ],
+        ..config(300)
+    }
+}
+
+/// Places the files as firmware does: its memory is `high`, and the RSDP's `segment`.
+fn run(files: &FirmwareTables, high: u64, segment: u64) -> (Vec<u8>, Vec<u8>) {
+    let (mut tables, mut rsdp) = (Vec::new(), Vec::new());
+    let file = |bytes: &[u8]| String::from_utf8(bytes.split(|b| *b == 0).next().unwrap().to_vec()).unwrap();
+    for entry in files.script.chunks_exact(128) {
+        let name = file(&entry[4..60]);
+        let is_rsdp = name == RSDP_FILE;
+        assert!(is_rsdp || name == TABLES_FILE, "{name}");
+        let to = if is_rsdp { &mut rsdp } else { &mut tables };
+        match u32_at(entry, 0) {
+            1 => {
+                assert!(to.is_empty());
+                let (at, zone) = if is_rsdp { (segment, 2) } else { (high, 1) };
+                assert_eq!((at % u64::from(u32_at(entry, 60)), entry[64]), (0, zone));
+                to.clone_from(if is_rsdp { &files.rsdp } else { &files.tables });
+            }
+            2 => {
+                assert_eq!(file(&entry[60..116]), TABLES_FILE);
+                let (at, len) = (u32_at(entry, 116) as usize, entry[120] as usize);
+                let mut wide = [0; 8];
+                wide[..len].copy_from_slice(&to[at..at + len]);
+                let sum = u64::from_le_bytes(wide) + high;
+                to[at..at + len].copy_from_slice(&sum.to_le_bytes()[..len]);
+            }
+            3 => {
+                let [at, start, len] = [60, 64, 68].map(|field| u32_at(entry, field) as usize);
+                assert_eq!(to[at], 0);
+                to[at] = sum(&to[start..start + len]).wrapping_neg();
+            }
+            command => panic!("command {command}"),
+        }
+    }
+    (tables, rsdp)
+}
+
+#[test]
+fn firmware_places_what_a_kernel_is_handed() {
+    let config = full();
+    let direct = AcpiTables::new(&config, 0x8000_0000).unwrap();
+    let files = FirmwareTables::new(&config).unwrap();
+    let (tables, rsdp) = run(&files, direct.nvs(), 0xf_5a40);
+    let pieces: Vec<_> = direct.pieces().collect();
+    assert_eq!(rsdp, pieces[0].1);
+    assert_eq!(tables[..4096], *pieces[1].1);
+    assert_eq!(tables[4096..], *pieces[2].1);
+    let signatures: Vec<_> = Guest(&direct).tables().iter().map(|table| table[..4].to_vec()).collect();
+    assert_eq!(signatures, [b"XSDT", b"FACP", b"APIC", b"MCFG", b"SRAT", b"SLIT"]);
+    // Who knows 32-bit addresses alone finds the same.
+    let guest = Guest(&direct);
+    let rsdt = guest.table(u32_at(&rsdp, 16).into());
+    let entries = rsdt[36..].chunks_exact(4).map(|entry| guest.table(u32_at(entry, 0).into())[..4].to_vec());
+    assert_eq!(entries.collect::<Vec<_>>(), signatures[1..]);
+    assert!(guest.table(u32_at(guest.find(b"FACP"), 40).into()).starts_with(b"DSDT"));
+}
+
+#[test]
+fn files_tell_the_window_in_force_and_keep_their_length() {
+    use std::sync::{Arc, Mutex};
+
+    use crate::bus::Device;
+    use crate::devices::fw_cfg::test_guest::Guest as Reader;
+
+    let mut config = full();
+    let ecam = Arc::new(Mutex::new(None));
+    let now = ecam.clone();
+    let mut reader = Reader::new(|builder| add_files(builder, &config, move || *now.lock().unwrap()).unwrap());
+    let before = reader.files();
+    for window in [None, Some((0xe000_0000, 0x1000_0000)), Some((0xc000_0000, 0x400_0000)), Some((1 << 40, 1 << 28))] {
+        *ecam.lock().unwrap() = window;
+        reader.device.reset();
+        let mut file = |name| {
+            let (key, len) = reader.file(name);
+            reader.select(key);
+            reader.read(len as usize)
+        };
+        let [tables, rsdp, mut script] = [TABLES_FILE, RSDP_FILE, LOADER_FILE].map(&mut file);
+        config.pci.as_mut().unwrap().ecam = window;
+        let expected = FirmwareTables::new(&config).unwrap();
+        assert!(tables.starts_with(&expected.tables) && script.starts_with(&expected.script));
+        assert!(tables[expected.tables.len()..].iter().chain(&script[expected.script.len()..]).all(|byte| *byte == 0));
+        script.truncate(expected.script.len());
+        let (tables, _) = run(&FirmwareTables { tables, rsdp, script }, 0x7ff0_0000, 0xf_0000);
+        let at = |pattern: &[u8]| tables.windows(pattern.len()).position(|window| window == pattern);
+        let told = at(b"MCFG").map(|at| (u64_at(&tables, at + 44), tables[at + 55]));
+        let expected = match window {
+            Some((base, len)) if base < 1 << 32 => Some((base, ((len >> 20) - 1) as u8)),
+            _ => None,
+        };
+        assert_eq!(told, expected);
+    }
+    assert_eq!(reader.files(), before);
+}
+
+#[test]
+fn windows_leave_out_configuration_space() {
+    let mut pci = full().pci.unwrap();
+    let windows = |pci: &PciConfig| pci.low_windows().collect::<Vec<_>>();
+    assert_eq!(windows(&pci), [(0x8000_0000, 0xafff_ffff), (0xc000_0000, 0xfebf_ffff)]);
+    pci.ecam = Some((0xe000_0000, 0x800_0000));
+    assert_eq!(windows(&pci), [(0x8000_0000, 0xdfff_ffff), (0xe800_0000, 0xfebf_ffff)]);
+    assert_eq!(pci.last_bus(), 127);
+    pci.ecam = Some((0x8000_0000, 0x1000_0000));
+    assert_eq!(windows(&pci), [(0x9000_0000, 0xfebf_ffff)]);
+    // Nowhere, over RAM, over the I/O APIC, above 4 GiB, past the end of everything: not told.
+    for ecam in [None, Some((0, 1 << 28)), Some((0xf000_0000, 1 << 28)), Some((1 << 40, 1 << 28)), Some((!0, 1 << 28))]
+    {
+        pci.ecam = ecam;
+        assert_eq!(windows(&pci), [(0x8000_0000, 0xfebf_ffff)]);
+        assert_eq!(pci.last_bus(), 255);
+    }
+    assert_eq!(pci.high_window(), Some((0x1_8000_0000, (1 << 40) - 1)));
+    pci.physical_bits = 52;
+    assert_eq!(pci.high_window(), Some((0x1_8000_0000, (1 << 46) - 1)));
+    (pci.high_end, pci.physical_bits) = (1 << 36, 36);
+    assert_eq!(pci.high_window(), None);
+}
+
+#[test]
+fn nodes_own_their_processors_and_memory() {
+    let tables = AcpiTables::new(&full(), 0x8000_0000).unwrap();
+    let guest = Guest(&tables);
+    let mut rest = &guest.find(b"SRAT")[48..];
+    let mut seen = Vec::new();
+    while !rest.is_empty() {
+        let (structure, after) = rest.split_at(rest[1].into());
+        seen.push(match structure[0] {
+            0 => format!("apic {} in {}", structure[3], structure[2]),
+            1 => format!("{:#x}+{:#x} in {}", u64_at(structure, 8), u64_at(structure, 16), u32_at(structure, 2)),
+            2 => format!("x2apic {} in {}", u32_at(structure, 8), u32_at(structure, 4)),
+            kind => panic!("{kind}"),
+        });
+        rest = after;
+    }
+    let expected = ["apic 0 in 0", "apic 1 in 0", "0x0+0x80000 in 0", "0x100000+0x7ff00000 in 0", "apic 2 in 1"];
+    assert_eq!(seen[..5], expected);
+    assert_eq!(seen[5..], ["x2apic 299 in 1", "0x100000000+0x80000000 in 1"]);
+    assert_eq!(guest.find(b"SLIT")[36..], [2, 0, 0, 0, 0, 0, 0, 0, 10, 30, 20, 10]);
 }

@@ -2,6 +2,7 @@
 
 mod args;
 mod client;
+mod disk;
 mod exit;
 mod values;
 
@@ -18,6 +19,7 @@ use crate::boot::BootSource;
 use crate::control::VmName;
 
 pub use client::{list, perform, print};
+pub use disk::{CdromSpec, DiskSpec};
 pub use exit::{ExitStatus, Failure};
 pub(crate) use exit::{one_line, with_causes};
 pub use values::{

@@ -11,7 +11,7 @@ pub const MAX_CPUS: u16 = 255;
 #[error("{0}")]
 pub struct ValueError(String);
 
-fn wrong<T>(why: impl Into<String>) -> Result<T, ValueError> {
+pub(super) fn wrong<T>(why: impl Into<String>) -> Result<T, ValueError> {
     Err(ValueError(why.into()))
 }
 

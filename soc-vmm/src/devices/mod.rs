@@ -11,6 +11,8 @@
 //! | [`DebugConsole`] | 0x402 | | all |
 //! | [`DebugExit`] | 0xf4–0xf7 | | none |
 //! | [`DelayPort`] | 0x80 | | all |
+//! | [`Pvpanic`] | 0x505 | | none |
+//! | [`FwCfg`] | 0x510–0x511, 0x514–0x51b | | none |
 //! | [`PcTestPorts`] | 0xe0–0xeb, 0x2000–0x2017 | 0–23 | none |
 //! | [`PcTestMemory`] | 0xff000000–0xff00ffff | | none |
 //!
@@ -27,10 +29,12 @@ mod clock;
 mod debug_console;
 mod debug_exit;
 mod delay_port;
+pub mod fw_cfg;
 mod i8042;
 mod pc_testdev;
 mod pipe;
 mod port92;
+mod pvpanic;
 mod reset_control;
 mod rtc;
 mod serial;
@@ -46,10 +50,12 @@ pub use clock::{Clock, SystemClock};
 pub use debug_console::DebugConsole;
 pub use debug_exit::DebugExit;
 pub use delay_port::DelayPort;
+pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgState};
 pub use i8042::{I8042, I8042State};
 pub use pc_testdev::{PcTestMemory, PcTestMemoryState, PcTestPorts, PcTestPortsState};
 pub use pipe::{Closed, InputQueue, InputWriter, OutputQueue, OutputReader, input_pipe, output_pipe};
 pub use port92::{Port92, Port92State};
+pub use pvpanic::{PVPANIC_PORT, Pvpanic};
 pub use reset_control::{ResetControl, ResetControlState};
 pub use rtc::{BootDevice, Cmos, Rtc, RtcState};
 pub use serial::{Com, Serial, SerialState};

@@ -56,7 +56,7 @@ pub(super) struct Machine {
 
 /// What ACPI tells of the machine.
 pub(super) fn acpi_config(cpus: u16) -> AcpiConfig {
-    AcpiConfig { apic_ids: (0..u32::from(cpus)).collect(), serial_ports: 1, keyboard: true }
+    AcpiConfig { apic_ids: (0..u32::from(cpus)).collect(), serial_ports: 1, keyboard: true, ..AcpiConfig::default() }
 }
 
 impl Machine {

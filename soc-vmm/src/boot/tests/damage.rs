@@ -24,7 +24,7 @@ fn images() -> Vec<Vec<u8>> {
 /// Places `image`; what comes out is checked against the layout.
 fn place(image: &[u8], initrd: Option<u64>) -> Option<Plan> {
     let layout = MemoryLayout::new(48 << 20).unwrap();
-    let config = AcpiConfig { apic_ids: vec![0], serial_ports: 1, keyboard: true };
+    let config = AcpiConfig { apic_ids: vec![0], serial_ports: 1, keyboard: true, ..AcpiConfig::default() };
     let acpi = AcpiTables::new(&config, layout.low_end()).unwrap();
     let plan = Plan::for_kernel(image, initrd, "x", &layout, &acpi).ok()?;
     let mut pieces: Vec<_> = plan.pieces().filter(|(_, len)| *len != 0).collect();

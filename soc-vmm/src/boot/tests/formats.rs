@@ -43,7 +43,7 @@ fn plan(dir: &Path, kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str) -> Resu
         dir.join("initrd")
     });
     let source = BootSource::Kernel { kernel: kernel_path, initrd, cmdline: cmdline.into() };
-    let acpi = AcpiConfig { apic_ids: vec![0, 1], serial_ports: 1, keyboard: true };
+    let acpi = AcpiConfig { apic_ids: vec![0, 1], serial_ports: 1, keyboard: true, ..AcpiConfig::default() };
     BootPlan::new(&source, &MemoryLayout::new(RAM).unwrap(), &acpi)
 }
 
@@ -216,7 +216,7 @@ fn firmware_lies_below_four_gib() {
         let code = dir.path().join("bios.bin");
         let bytes = pattern(len);
         std::fs::write(&code, &bytes).unwrap();
-        let acpi = AcpiConfig { apic_ids: vec![0], serial_ports: 1, keyboard: true };
+        let acpi = AcpiConfig { apic_ids: vec![0], serial_ports: 1, keyboard: true, ..AcpiConfig::default() };
         let plan = BootPlan::new(&BootSource::Firmware { code }, &MemoryLayout::new(RAM).unwrap(), &acpi).unwrap();
         let rom = plan.rom().unwrap();
         assert_eq!((rom.start + rom.len, rom.len), (1 << 32, len as u64));
@@ -318,7 +318,7 @@ fn refusals_name_the_file_the_reason_and_the_remedy() {
 fn firmware_of_a_wrong_size_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let code = dir.path().join("bios.bin");
-    let acpi = AcpiConfig { apic_ids: vec![0], serial_ports: 1, keyboard: true };
+    let acpi = AcpiConfig { apic_ids: vec![0], serial_ports: 1, keyboard: true, ..AcpiConfig::default() };
     for len in [1, 4097, (16 << 20) + 4096] {
         std::fs::File::create(&code).unwrap().set_len(len).unwrap();
         let source = BootSource::Firmware { code: code.clone() };
@@ -333,7 +333,7 @@ fn firmware_of_a_wrong_size_is_refused() {
 #[test]
 fn more_processors_than_acpi_describes_are_refused() {
     let source = BootSource::Kernel { kernel: "/nonexistent".into(), initrd: None, cmdline: String::new() };
-    let acpi = AcpiConfig { apic_ids: (0..2000).collect(), serial_ports: 1, keyboard: true };
+    let acpi = AcpiConfig { apic_ids: (0..2000).collect(), serial_ports: 1, keyboard: true, ..AcpiConfig::default() };
     let error = BootPlan::new(&source, &MemoryLayout::new(RAM).unwrap(), &acpi).unwrap_err();
     assert!(error.to_string().contains("2000 vCPUs"), "{error}");
 }

@@ -19,7 +19,7 @@ struct Input<'a> {
 fuzz_target!(|input: Input<'_>| {
     let Input { ram, initrd, cmdline, image } = input;
     let layout = MemoryLayout::new((u64::from(ram) + 2) << 20).expect("MiB are pages");
-    let config = AcpiConfig { apic_ids: vec![0, 1], serial_ports: 1, keyboard: true };
+    let config = AcpiConfig { apic_ids: vec![0, 1], serial_ports: 1, keyboard: true, ..AcpiConfig::default() };
     let acpi = AcpiTables::new(&config, layout.low_end()).expect("2 MiB have room for tables");
     let cmdline = "x".repeat(cmdline.into());
     let Ok(plan) = Plan::for_kernel(image, initrd, &cmdline, &layout, &acpi) else { return };

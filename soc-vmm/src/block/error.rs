@@ -1,0 +1,126 @@
+//! Why an image can't be used: which file, why, what to do.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why an image could not be opened, read or written. Its source, where it has one, goes on where its text ends.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// The image is at fault, or what it lies on.
+    #[error("can't use disk image {}", path.display())]
+    Image {
+        /// Where it lies, as it was given.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ImageProblem,
+    },
+    /// Asked for what is not there.
+    #[error("{len:#x} bytes at {offset:#x} are not all within a disk of {size:#x} bytes")]
+    OutOfRange {
+        /// First byte asked for.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+        /// Bytes of the disk.
+        size: u64,
+    },
+    /// Asked to write.
+    #[error("the disk is read-only")]
+    ReadOnly,
+}
+
+/// What is wrong with an image.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageProblem {
+    /// The system refused, or a part of the image contradicts the rest.
+    #[error("can't {action}")]
+    Io {
+        /// What was tried, and what to look at.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Nothing that holds a disk.
+    #[error("it is {kind}: give a file or a block device")]
+    NotADisk {
+        /// What it is, with its article.
+        kind: &'static str,
+    },
+    /// No bytes.
+    #[error("it is empty: make it as large as the disk shall be (truncate -s 10G FILE)")]
+    Empty,
+    /// Someone cut it off while it was used.
+    #[error("it is shorter than when it was opened: restore it")]
+    Shrunk,
+    /// The format was not given, and a guess would be dangerous.
+    #[error(
+        "it begins like a qcow2 image and its format is not given: say format=qcow2, or format=raw if a guest wrote that"
+    )]
+    LooksLikeQcow2,
+    /// No qcow2 header where one must be.
+    #[error("it has no qcow2 header: give a qcow2 image, or say format=raw")]
+    NotQcow2,
+    /// Versions 2 and 3 are known.
+    #[error("it is a qcow2 image of version {version}: convert it to version 3 (qemu-img convert -O qcow2)")]
+    Qcow2Version {
+        /// The one in its header.
+        version: u32,
+    },
+    /// It ends before what its header promises.
+    #[error("it is truncated: its {part} ends at byte {end}, the file at byte {size}: get a complete copy")]
+    Truncated {
+        /// What is cut off.
+        part: &'static str,
+        /// First byte behind it.
+        end: u64,
+        /// Bytes there.
+        size: u64,
+    },
+    /// A header that can't be.
+    #[error(
+        "its qcow2 header is damaged ({field} is {value:#x}): repair it (qemu-img check -r all), or get a good copy"
+    )]
+    Damaged {
+        /// Field of the header.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+    },
+    /// Its clusters are encrypted.
+    #[error("it is encrypted, which is not supported: convert it to an image that isn't (qemu-img convert)")]
+    Encrypted,
+    /// It needs something of its reader that this one hasn't.
+    #[error("it {feature}: {remedy}")]
+    Feature {
+        /// What it needs, as what the image is or has.
+        feature: &'static str,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The same, of a bit that has no name yet.
+    #[error("it needs qcow2 features that are not known here (bits {bits:#x}): convert it (qemu-img convert)")]
+    UnknownFeatures {
+        /// The incompatible features left over.
+        bits: u64,
+    },
+    /// A file that it stands on is at fault.
+    #[error("its backing file {}", path.display())]
+    Backing {
+        /// Where that lies.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<ImageProblem>,
+    },
+    /// It stands on itself.
+    #[error("it is also further up in the chain of backing files: break the loop (qemu-img rebase -u)")]
+    BackingLoop,
+    /// More files than anyone has.
+    #[error("it is the {}th file of the chain: merge some of them (qemu-img rebase, qemu-img commit)", .0)]
+    BackingDepth(usize),
+    /// A format that is not read.
+    #[error("its backing file has format '{0}': convert that to raw or qcow2 (qemu-img convert, qemu-img rebase -u)")]
+    BackingFormat(String),
+    /// A name that is none of a file.
+    #[error("its backing file's name '{0}' is not a path: only files and block devices are supported")]
+    BackingName(String),
+}

@@ -1,0 +1,101 @@
+//! The file or block device under an image.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::OFlag;
+
+use super::error::ImageProblem;
+use super::spec::ImageFormat;
+
+/// The first bytes of a qcow2 file.
+pub(super) const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+
+// What can fail, and what the user can look at.
+const OPEN: &str = "open it (check its path and permissions)";
+const OPEN_TO_WRITE: &str = "open it to write (check its permissions, or say readonly=on)";
+const EXAMINE: &str = "examine it (check the file system that it is on)";
+pub(super) const READ: &str = "read it (check the disk that it is on)";
+pub(super) const WRITE: &str = "write it (check the disk that it is on)";
+
+/// A file that is open, and is known to be of the kind that can hold an image.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) file: File,
+    pub(super) path: PathBuf,
+    pub(super) read_only: bool,
+    /// Bytes.
+    pub(super) len: u64,
+    /// Device and inode; of a block device, its own number.
+    pub(super) identity: (u64, u64),
+}
+
+impl Opened {
+    pub(super) fn new(path: &Path, read_only: bool) -> Result<Self, ImageProblem> {
+        let failed = |action| move |source| ImageProblem::Io { action, source };
+        // Without O_NONBLOCK, open(2) of a FIFO waits for its other end. It means nothing to files and block devices.
+        let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let open = |write| OpenOptions::new().read(true).write(write).custom_flags(flags.bits()).open(path);
+        let mut file = match open(!read_only) {
+            // What it is matters more than that it can't be written.
+            Err(error) if !read_only && error.kind() != io::ErrorKind::NotFound => match open(false) {
+                Ok(file) if !is_disk(&file) => file,
+                _ => return Err(failed(OPEN_TO_WRITE)(error)),
+            },
+            other => other.map_err(failed(OPEN))?,
+        };
+        let metadata = file.metadata().map_err(failed(EXAMINE))?;
+        let kind = metadata.file_type();
+        let identity = if kind.is_file() {
+            (metadata.dev(), metadata.ino())
+        } else if kind.is_block_device() {
+            (u64::MAX, metadata.rdev())
+        } else {
+            let kind = match () {
+                () if kind.is_dir() => "a directory",
+                () if kind.is_fifo() => "a FIFO",
+                () => "a character device",
+            };
+            return Err(ImageProblem::NotADisk { kind });
+        };
+        // A block device has its size there alone.
+        let len = file.seek(SeekFrom::End(0)).map_err(failed(EXAMINE))?;
+        if len == 0 {
+            return Err(ImageProblem::Empty);
+        }
+        Ok(Self { file, path: path.into(), read_only, len, identity })
+    }
+
+    /// Fills `buf` from `offset`; the bytes that there were.
+    pub(super) fn read_up_to(&self, buf: &mut [u8], offset: u64) -> Result<usize, ImageProblem> {
+        let mut count = 0;
+        while count < buf.len() {
+            match self.file.read_at(&mut buf[count..], offset.saturating_add(count as u64)) {
+                Ok(0) => break,
+                Ok(more) => count += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => return Err(ImageProblem::Io { action: READ, source }),
+            }
+        }
+        Ok(count)
+    }
+}
+
+fn is_disk(file: &File) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.is_file() || metadata.file_type().is_block_device())
+}
+
+/// The format of an image: the one given, or the one that its name tells. See [`super::open`].
+pub(super) fn format_of(opened: &Opened, given: Option<ImageFormat>) -> Result<ImageFormat, ImageProblem> {
+    if let Some(format) = given {
+        return Ok(format);
+    }
+    if opened.path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("qcow2")) {
+        return Ok(ImageFormat::Qcow2);
+    }
+    let mut magic = [0; 4];
+    opened.read_up_to(&mut magic, 0)?;
+    if magic == QCOW2_MAGIC { Err(ImageProblem::LooksLikeQcow2) } else { Ok(ImageFormat::Raw) }
+}

@@ -1,0 +1,84 @@
+//! Disk images: what a disk's or a CD-ROM's bytes are kept in.
+//!
+//! [`open`] takes an [`ImageSpec`] and gives a [`BlockBackend`]: a raw file or block device, or a qcow2 file with its backing files
+//! (read by the `imago` crate). Images are untrusted: a damaged one is a [`BlockError`] of one line.
+
+mod error;
+mod file;
+mod qcow2;
+mod raw;
+mod spec;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+pub use error::{BlockError, ImageProblem};
+pub use spec::{ImageFormat, ImageSpec};
+
+use file::Opened;
+
+/// A disk image or medium. Calls block, and come from the device's own threads.
+pub trait BlockBackend: Send + Sync {
+    /// Bytes: a multiple of 512.
+    fn size(&self) -> u64;
+
+    /// Whether writes, discards and zeroing are refused.
+    fn is_read_only(&self) -> bool;
+
+    /// Fills `buf` from `offset`.
+    ///
+    /// # Errors
+    /// Not all of it is within the disk, or the image can't be read; `buf` may hold anything then.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError>;
+
+    /// Writes `data` at `offset`. It is durable after the next [`BlockBackend::flush`].
+    ///
+    /// # Errors
+    /// Read-only, not all of it is within the disk, or the image can't be written; a part may be written then.
+    fn write_at(&self, data: &[u8], offset: u64) -> Result<(), BlockError>;
+
+    /// Makes every write that has returned durable.
+    ///
+    /// # Errors
+    /// The image can't be written.
+    fn flush(&self) -> Result<(), BlockError>;
+
+    /// Says that nobody needs these bytes any more: what is read there is unspecified until it is written. May do nothing.
+    ///
+    /// # Errors
+    /// Read-only, not all of it is within the disk, or the image can't be written.
+    fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError>;
+
+    /// Makes the bytes read as zeros; with `may_unmap` they need no room afterwards.
+    ///
+    /// # Errors
+    /// As [`BlockBackend::write_at`].
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), BlockError>;
+}
+
+/// Opens an image. It stays open, whatever happens to its name.
+///
+/// Without a format the image is raw, or qcow2 if its name ends in `.qcow2`: its content never decides, since the guest writes that
+/// (a raw disk whose first sector the guest makes a qcow2 header would name any file of this machine as its backing file). A raw
+/// image that begins like a qcow2 one is refused until its format is given.
+///
+/// # Errors
+/// What is wrong with which file, and what to do.
+pub fn open(spec: &ImageSpec) -> Result<Arc<dyn BlockBackend>, BlockError> {
+    let problem = |source| BlockError::Image { path: spec.path.clone(), source };
+    let opened = Opened::new(&spec.path, spec.read_only).map_err(problem)?;
+    match file::format_of(&opened, spec.format).map_err(problem)? {
+        ImageFormat::Raw => raw::Raw::new(opened).map(|image| Arc::new(image) as Arc<dyn BlockBackend>),
+        ImageFormat::Qcow2 => qcow2::Qcow2::new(opened).map(|image| Arc::new(image) as Arc<dyn BlockBackend>),
+    }
+    .map_err(problem)
+}
+
+/// `Ok` if the range is within a disk of `size` bytes.
+fn check_range(offset: u64, len: u64, size: u64) -> Result<(), BlockError> {
+    match offset.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(BlockError::OutOfRange { offset, len, size }),
+    }
+}

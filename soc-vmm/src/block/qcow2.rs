@@ -1,0 +1,172 @@
+//! qcow2 images, by the `imago` crate.
+//!
+//! The files are opened here, and the header is looked at here first: so that a FIFO blocks nothing, a backing file is opened by the
+//! same rules as any image, and what imago doesn't know (encryption) or names in its own words (features) is refused in ours.
+
+mod header;
+
+use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
+use imago::file::File;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions, qcow2, raw};
+
+use super::error::{BlockError, ImageProblem};
+use super::file::{self, Opened};
+use super::spec::ImageFormat;
+use super::{BlockBackend, check_range};
+use header::Header;
+
+/// Files of a chain: more than anyone has, few enough to open.
+const DEPTH: usize = 64;
+
+const OPEN: &str = "open it as qcow2 (look at it with qemu-img check)";
+const READ: &str = "read it (check the disk that it is on, and the image with qemu-img check)";
+const WRITE: &str = "write it (check the disk that it is on, and the image with qemu-img check)";
+
+/// A qcow2 image with its backing files.
+#[derive(Debug)]
+pub(super) struct Qcow2 {
+    /// Locked to write where clusters are taken away, since no other call may be using them then.
+    image: RwLock<FormatAccess<File>>,
+    path: PathBuf,
+    size: u64,
+    read_only: bool,
+}
+
+impl Qcow2 {
+    pub(super) fn new(opened: Opened) -> Result<Self, ImageProblem> {
+        let (path, read_only) = (opened.path.clone(), opened.read_only);
+        let image = open_qcow2(opened, &mut Vec::new())?;
+        let size = image.size();
+        Ok(Self { image: RwLock::new(image), path, size, read_only })
+    }
+
+    fn image(&self) -> RwLockReadGuard<'_, FormatAccess<File>> {
+        self.image.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_write(&self, offset: u64, len: u64) -> Result<(), BlockError> {
+        if self.read_only {
+            return Err(BlockError::ReadOnly);
+        }
+        check_range(offset, len, self.size)
+    }
+
+    fn failed(&self, action: &'static str) -> impl Fn(std::io::Error) -> BlockError {
+        move |source| BlockError::Image { path: self.path.clone(), source: ImageProblem::Io { action, source } }
+    }
+}
+
+impl BlockBackend for Qcow2 {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
+        check_range(offset, buf.len() as u64, self.size)?;
+        self.image().read(buf, offset).map_err(self.failed(READ))
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> Result<(), BlockError> {
+        self.check_write(offset, data.len() as u64)?;
+        self.image().write(data, offset).map_err(self.failed(WRITE))
+    }
+
+    fn flush(&self) -> Result<(), BlockError> {
+        if self.read_only {
+            return Ok(());
+        }
+        let image = self.image();
+        image.flush().and_then(|()| image.sync()).map_err(self.failed(WRITE))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError> {
+        self.check_write(offset, len)?;
+        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        match image.discard_to_any(offset, len) {
+            // Version 2 has no clusters that are known to be zeros.
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => Ok(()),
+            done => done.map_err(self.failed(WRITE)),
+        }
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), BlockError> {
+        self.check_write(offset, len)?;
+        if may_unmap {
+            let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+            match image.discard_to_zero(offset, len) {
+                Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {}
+                done => return done.map_err(self.failed(WRITE)),
+            }
+        }
+        self.image().write_zeroes(offset, len).map_err(self.failed(WRITE))
+    }
+}
+
+/// Opens the image and all that it stands on; `above` are the files that stand on it.
+fn open_qcow2(opened: Opened, above: &mut Vec<(u64, u64)>) -> Result<FormatAccess<File>, ImageProblem> {
+    let header = Header::read(&opened)?;
+    above.push(opened.identity);
+    let backing = match header.backing {
+        None => None,
+        Some(backing) => {
+            let path = backing_path(&opened.path, &backing.name)?;
+            let format = match backing.format.as_deref() {
+                None | Some("") => None,
+                Some("raw" | "file" | "host_device") => Some(ImageFormat::Raw),
+                Some("qcow2") => Some(ImageFormat::Qcow2),
+                Some(other) => return Err(ImageProblem::BackingFormat(other.into())),
+            };
+            let image = open_backing(&path, format, above);
+            Some(image.map_err(|source| ImageProblem::Backing { path, source: Box::new(source) })?)
+        }
+    };
+    let writable = !opened.read_only;
+    let image = storage(opened).and_then(|file| {
+        qcow2::Qcow2::<File>::builder(file).write(writable).backing(backing).open(DenyImplicitOpenGate::default())
+    });
+    image.map(FormatAccess::new).map_err(|source| ImageProblem::Io { action: OPEN, source })
+}
+
+/// Opens a backing file, which is only read.
+fn open_backing(
+    path: &Path,
+    format: Option<ImageFormat>,
+    above: &mut Vec<(u64, u64)>,
+) -> Result<FormatAccess<File>, ImageProblem> {
+    if above.len() == DEPTH {
+        return Err(ImageProblem::BackingDepth(DEPTH + 1));
+    }
+    let opened = Opened::new(path, true)?;
+    if above.contains(&opened.identity) {
+        return Err(ImageProblem::BackingLoop);
+    }
+    match file::format_of(&opened, format)? {
+        ImageFormat::Qcow2 => open_qcow2(opened, above),
+        ImageFormat::Raw => {
+            let image = storage(opened).and_then(|file| raw::Raw::builder(file).open(DenyImplicitOpenGate::default()));
+            image.map(FormatAccess::new).map_err(|source| ImageProblem::Io { action: file::READ, source })
+        }
+    }
+}
+
+fn storage(opened: Opened) -> std::io::Result<File> {
+    let options = StorageOpenOptions::new().write(!opened.read_only).filename(&opened.path);
+    File::from_open_file(opened.file, options)
+}
+
+/// Where a backing file lies: its name is meant from where the image lies that names it.
+fn backing_path(image: &Path, name: &str) -> Result<PathBuf, ImageProblem> {
+    let path = name.strip_prefix("file:").unwrap_or(name);
+    // QEMU takes what stands before a colon for a protocol, unless there is a slash first.
+    let protocol = path.split('/').next().is_some_and(|first| first.contains(':'));
+    if path.is_empty() || protocol || path.contains('\0') {
+        return Err(ImageProblem::BackingName(name.into()));
+    }
+    Ok(image.parent().unwrap_or(Path::new("")).join(path))
+}

@@ -1,0 +1,35 @@
+//! Which image, and how it is to be read.
+
+use std::path::PathBuf;
+
+/// How an image's bytes are arranged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// The disk's bytes, one after the other.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+/// An image to open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageSpec {
+    /// Where it lies: a file or a block device.
+    pub path: PathBuf,
+    /// Its format; none: see [`super::open`].
+    pub format: Option<ImageFormat>,
+    /// It is not written.
+    pub read_only: bool,
+}
+
+impl ImageSpec {
+    /// An image that is written, its format told by its name.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), format: None, read_only: false }
+    }
+
+    /// The same, only read: a CD-ROM.
+    pub fn read_only(path: impl Into<PathBuf>) -> Self {
+        Self { read_only: true, ..Self::new(path) }
+    }
+}

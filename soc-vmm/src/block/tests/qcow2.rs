@@ -1,0 +1,126 @@
+//! qcow2 files.
+
+use proptest::prelude::*;
+
+use super::raw::{SECTORS, calls, perform};
+use super::*;
+
+#[test]
+fn what_was_not_written_is_the_backing_files() {
+    let dir = Dir::new();
+    let base = dir.raw("base.img", &[7; 8192]);
+    dir.qcow2("middle.qcow2", 16384, Some(("base.img", "raw")));
+    opened(&dir.path("middle.qcow2")).write_at(&[8; 512], 4096).unwrap();
+    let top = dir.qcow2("top.qcow2", 32768, Some(("middle.qcow2", "qcow2")));
+    let look = |image: &dyn BlockBackend, first: u8| {
+        assert_eq!(bytes(image, 0, 512), [first; 512]);
+        assert_eq!(bytes(image, 3584, 512), [7; 512]);
+        assert_eq!(bytes(image, 4096, 1024), [[8; 512], [7; 512]].concat());
+        let rest = (image.size() - 8192) as usize;
+        assert_eq!(bytes(image, 8192, rest), vec![0; rest]);
+    };
+    {
+        let image = opened(&top);
+        assert_eq!((image.size(), image.is_read_only()), (32768, false));
+        look(&*image, 7);
+        image.write_at(&[9; 512], 0).unwrap();
+        image.flush().unwrap();
+        look(&*image, 9);
+        image.write_zeroes(0, 512, true).unwrap();
+        look(&*image, 0);
+        image.write_zeroes(4096, 4096, true).unwrap();
+        assert_eq!(bytes(&*image, 4096, 4096), [0; 4096]);
+    }
+    look(&*open(&ImageSpec::read_only(dir.path("middle.qcow2"))).unwrap(), 7);
+    assert_eq!(std::fs::read(base).unwrap(), [7; 8192]);
+}
+
+#[test]
+fn a_read_only_image_is_not_written() {
+    let dir = Dir::new();
+    let path = dir.qcow2("disk.qcow2", 8192, None);
+    let before = std::fs::read(&path).unwrap();
+    let image = open(&ImageSpec::read_only(&path)).unwrap();
+    assert!(matches!(image.write_at(&[1; 512], 0), Err(BlockError::ReadOnly)));
+    assert!(matches!(image.discard(0, 512), Err(BlockError::ReadOnly)));
+    assert!(matches!(image.write_zeroes(0, 512, false), Err(BlockError::ReadOnly)));
+    assert!(matches!(image.read_at(&mut [0; 512], 8192), Err(BlockError::OutOfRange { .. })));
+    image.flush().unwrap();
+    drop(image);
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+#[test]
+fn threads_share_an_image() {
+    let dir = Dir::new();
+    let path = dir.qcow2("disk.qcow2", 1 << 20, None);
+    let image = opened(&path);
+    std::thread::scope(|scope| {
+        for thread in 0..4u8 {
+            let image = &image;
+            scope.spawn(move || {
+                for n in 0..64u64 {
+                    let at = (n * 4 + u64::from(thread)) * 4096;
+                    image.write_at(&[thread + 1; 4096], at).unwrap();
+                    if n % 8 == 0 {
+                        image.discard(at, 4096).unwrap();
+                        image.write_at(&[thread + 1; 4096], at).unwrap();
+                        image.flush().unwrap();
+                    }
+                }
+            });
+        }
+    });
+    drop(image);
+    let image = opened(&path);
+    for cluster in 0..256u64 {
+        assert_eq!(bytes(&*image, cluster * 4096, 4096), [cluster as u8 % 4 + 1; 4096]);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+    #[test]
+    fn a_disk_holds_what_was_written(calls in calls()) {
+        let dir = Dir::new();
+        dir.raw("base.img", &[0x5a; (SECTORS * 512) as usize]);
+        let path = dir.qcow2("disk.qcow2", SECTORS * 512, Some(("base.img", "raw")));
+        let mut model = vec![0x5a; (SECTORS * 512) as usize];
+        let image = opened(&path);
+        perform(&*image, &calls, &mut model);
+        prop_assert_eq!(bytes(&*image, 0, model.len()), &model[..]);
+        image.flush().unwrap();
+        drop(image);
+        prop_assert_eq!(bytes(&*opened(&path), 0, model.len()), model);
+    }
+
+    /// Damage anywhere in the metadata: an error or some bytes, and an end.
+    #[test]
+    fn a_damaged_image_ends_nobody(
+        calls in calls(),
+        damage in proptest::collection::vec((0usize..6 * 4096, any::<u8>()), 1..8),
+    ) {
+        let dir = Dir::new();
+        let path = dir.qcow2("disk.qcow2", SECTORS * 512, None);
+        let mut model = vec![0; (SECTORS * 512) as usize];
+        {
+            let image = opened(&path);
+            perform(&*image, &calls, &mut model);
+            image.flush().unwrap();
+        }
+        let mut file = std::fs::read(&path).unwrap();
+        let len = file.len();
+        for (at, byte) in damage {
+            file[at % len] = byte;
+        }
+        std::fs::write(&path, file).unwrap();
+        if let Ok(image) = open(&ImageSpec::new(&path)) {
+            let len = image.size().min(model.len() as u64);
+            let _ = image.read_at(&mut model[..len as usize], 0);
+            for call in [image.write_at(&model[..512], 0), image.write_zeroes(0, len, true), image.discard(0, len)] {
+                let _ = call;
+            }
+            let _ = image.flush();
+        }
+    }
+}
