@@ -52,6 +52,8 @@ pub enum BootSource {
     Firmware {
         /// The image.
         code: PathBuf,
+        /// Its variable store: with one, both are flash.
+        nvram: Option<PathBuf>,
     },
 }
 
@@ -91,7 +93,7 @@ impl BootPlan {
                 })?;
                 Ok(Self { first: kernel, initrd, plan, rom: None })
             }
-            BootSource::Firmware { code } => {
+            BootSource::Firmware { code, .. } => {
                 let code = ImageFile::open(Role::Firmware, code)?;
                 let (plan, rom) = place_firmware(code.size()).map_err(|problem| code.blame(problem))?;
                 Ok(Self { first: code, initrd: None, plan, rom: Some(rom) })

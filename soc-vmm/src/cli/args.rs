@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, builder::PossibleValuesParser, builder::TypedValueParser};
 use tracing::level_filters::LevelFilter;
 
+use super::disk::{CdromSpec, DiskSpec};
+use super::net::NetSpec;
 use super::values::{CpuAffinity, CpuModel, DebugconSpec, FunctionSpec, MAX_CPUS, Memory, QmpSocket, SerialSpec};
 use crate::control::VmName;
 
@@ -98,6 +100,18 @@ pub(super) struct RunArgs {
     /// Firmware image
     #[arg(long, value_name = "CODE")]
     pub(super) firmware: Option<PathBuf>,
+    /// Variable store of the firmware, a file that it writes
+    #[arg(long, value_name = "VARS", requires = "firmware")]
+    pub(super) nvram: Option<PathBuf>,
+    /// A disk: file=F[,format=raw|qcow2][,readonly=on][,id=I]
+    #[arg(long, value_name = "SPEC")]
+    pub(super) disk: Vec<DiskSpec>,
+    /// The medium of a CD-ROM drive
+    #[arg(long, value_name = "FILE")]
+    pub(super) cdrom: Option<CdromSpec>,
+    /// A network interface: stream=SOCKET[,mac=M][,id=I]
+    #[arg(long, value_name = "SPEC")]
+    pub(super) net: Vec<NetSpec>,
     /// Serial port: stdio, null, pty, file:FILE, unix:SOCKET
     #[arg(long, value_name = "SPEC", default_value = "stdio")]
     pub(super) serial: SerialSpec,
@@ -127,15 +141,7 @@ pub(super) struct RunArgs {
 #[derive(Debug, Args)]
 pub(super) struct LaterArgs {
     #[arg(long, hide = true, allow_hyphen_values = true)]
-    disk: Vec<OsString>,
-    #[arg(long, hide = true, allow_hyphen_values = true)]
-    cdrom: Vec<OsString>,
-    #[arg(long, hide = true, allow_hyphen_values = true)]
-    net: Vec<OsString>,
-    #[arg(long, hide = true, allow_hyphen_values = true)]
     vfio: Vec<OsString>,
-    #[arg(long, hide = true, allow_hyphen_values = true)]
-    nvram: Vec<OsString>,
     #[arg(long, hide = true, allow_hyphen_values = true)]
     incoming: Vec<OsString>,
 }
@@ -143,14 +149,7 @@ pub(super) struct LaterArgs {
 impl LaterArgs {
     /// The first one that was given.
     pub(super) fn given(&self) -> Option<&'static str> {
-        let all = [
-            ("--disk", &self.disk),
-            ("--cdrom", &self.cdrom),
-            ("--net", &self.net),
-            ("--vfio", &self.vfio),
-            ("--nvram", &self.nvram),
-            ("--incoming", &self.incoming),
-        ];
+        let all = [("--vfio", &self.vfio), ("--incoming", &self.incoming)];
         all.into_iter().find(|(_, values)| !values.is_empty()).map(|(name, _)| name)
     }
 }

@@ -65,7 +65,7 @@ impl FromStr for CdromSpec {
 }
 
 /// The parts between single commas, a double one being one of a part.
-fn split(s: &str) -> Vec<String> {
+pub(super) fn split(s: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = s.chars().peekable();
     while let Some(c) = chars.next() {
@@ -78,7 +78,7 @@ fn split(s: &str) -> Vec<String> {
 }
 
 /// An id as QEMU and libvirt know them: a letter, then letters, digits and `-._`.
-fn parse_id(s: &str) -> Result<String, ValueError> {
+pub(super) fn parse_id(s: &str) -> Result<String, ValueError> {
     let tail = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
     if s.starts_with(|c: char| c.is_ascii_alphabetic()) && s.chars().all(tail) {
         Ok(s.into())

@@ -4,6 +4,7 @@ mod args;
 mod client;
 mod disk;
 mod exit;
+mod net;
 mod values;
 
 use std::ffi::OsString;
@@ -22,6 +23,7 @@ pub use client::{list, perform, print};
 pub use disk::{CdromSpec, DiskSpec};
 pub use exit::{ExitStatus, Failure};
 pub(crate) use exit::{one_line, with_causes};
+pub use net::{Mac, NetSpec};
 pub use values::{
     Bdf, CpuAffinity, CpuModel, DebugconSpec, FunctionSpec, HugePages, MAX_CPUS, Memory, SerialSpec, ValueError,
 };
@@ -93,6 +95,12 @@ pub struct RunConfig {
     pub memory: Memory,
     /// What to boot.
     pub boot: BootSource,
+    /// Disks.
+    pub disks: Vec<DiskSpec>,
+    /// The CD-ROM drive's medium.
+    pub cdrom: Option<CdromSpec>,
+    /// Network interfaces.
+    pub nets: Vec<NetSpec>,
     /// The other end of COM1.
     pub serial: SerialSpec,
     /// The debug console, if there is one.
@@ -167,6 +175,17 @@ impl RunConfig {
         if let Some((vcpu, _)) = cpu_affinity.0.iter().find(|(vcpu, _)| *vcpu >= args.cpus) {
             return usage(format!("--cpu-affinity names vCPU {vcpu}, but --cpus is {}: vCPUs count from 0", args.cpus));
         }
+        let ids: Vec<&str> = args
+            .disk
+            .iter()
+            .map(|disk| &disk.id)
+            .chain(args.net.iter().map(|net| &net.id))
+            .flatten()
+            .map(|id| &**id)
+            .collect();
+        if let Some(id) = ids.iter().enumerate().find_map(|(i, id)| ids[..i].contains(id).then_some(id)) {
+            return usage(format!("id={id} is there twice: give each device its own"));
+        }
         let boot = match (args.kernel, args.firmware) {
             (Some(kernel), _) => {
                 let given = args.cmdline.filter(|cmdline| !cmdline.is_empty());
@@ -176,7 +195,7 @@ impl RunConfig {
                     cmdline: given.unwrap_or_else(|| DEFAULT_CMDLINE.to_owned()),
                 }
             }
-            (None, Some(code)) => BootSource::Firmware { code },
+            (None, Some(code)) => BootSource::Firmware { code, nvram: args.nvram },
             (None, None) => return usage("nothing to boot: give --kernel FILE or --firmware CODE"),
         };
         Ok(Self {
@@ -186,6 +205,9 @@ impl RunConfig {
             cpu_affinity,
             memory: args.memory,
             boot,
+            disks: args.disk,
+            cdrom: args.cdrom,
+            nets: args.net,
             serial: args.serial,
             debugcon: args.debugcon,
             debug_exit: args.debug_exit,

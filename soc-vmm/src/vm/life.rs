@@ -131,7 +131,8 @@ impl<F: SocFunction> Vm<F> {
         let view = if prepared { MemoryView::SHADOWED } else { MemoryView::default() };
         let (host, arranger) = HostVm::create(link, channel.clone(), config, &layout, plan.rom(), view).await?;
         let supported = host.supported_cpuid().await?;
-        layout.check_address_width(cpuid::physical_address_bits(&supported))?;
+        let physical_bits = cpuid::physical_address_bits(&supported);
+        layout.check_address_width(physical_bits)?;
         let model = CpuidConfig {
             topology: Topology::flat(vcpus)?,
             tsc_khz: Some(host.created.tsc_khz),
@@ -157,6 +158,8 @@ impl<F: SocFunction> Vm<F> {
             prepared,
             platform: arranger.clone(),
             messages: &messages,
+            memory: host.ram.clone(),
+            physical_bits,
             layout,
             cpus: config.cpus,
             tsc_khz: host.created.tsc_khz,

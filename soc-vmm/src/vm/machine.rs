@@ -1,19 +1,22 @@
 //! The machine: which devices stand on its buses.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use api_channel::call::PostedRange;
 
+use super::chipset::{self, PciParts};
 use super::worker::Buses;
-use crate::acpi::AcpiConfig;
+use crate::acpi::{self, AcpiConfig, AcpiError};
 use crate::bus::{Bus, Claim, Device, MapError, Wake};
+use crate::devices::fw_cfg::{E820Entry, E820Kind, FwCfgError};
 use crate::devices::{
-    AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, I8042, InputQueue, OutputQueue, PcTestMemory,
-    PcTestPorts, PmTimerWidth, Port92, Ranges, ResetControl, Rtc, SCI_GSI, Serial, SystemClock,
+    AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, FwCfg, I8042, InputQueue, OutputQueue,
+    PcTestMemory, PcTestPorts, PmTimerWidth, Port92, Ranges, ResetControl, Rtc, SCI_GSI, Serial, SystemClock,
 };
 use crate::interrupt::{InterruptLine, LineSink, MessageSink};
-use crate::layout::MemoryLayout;
-use crate::pci::{Apertures, Fabric, FabricSide, LPC, LpcBridge, NoRoom, Pirqs, Platform, PlugError, RootPort};
+use crate::layout::{FOUR_GIB, MemoryLayout};
+use crate::memory::GuestMemory;
+use crate::pci::{Fabric, FabricSide, NoRoom, Platform, PlugError};
 use crate::power::PowerSink;
 
 /// What a machine is made of.
@@ -24,6 +27,10 @@ pub(super) struct Parts<'a> {
     pub(super) platform: Arc<dyn Platform>,
     /// Where messages go.
     pub(super) messages: &'a dyn MessageSink,
+    /// Guest memory, for devices that use DMA.
+    pub(super) memory: Arc<dyn GuestMemory>,
+    /// The guest's physical address bits.
+    pub(super) physical_bits: u8,
     /// RAM.
     pub(super) layout: MemoryLayout,
     /// vCPUs.
@@ -54,9 +61,16 @@ pub(super) struct Machine {
     pub(super) posted: Vec<PostedRange>,
 }
 
-/// What ACPI tells of the machine.
-pub(super) fn acpi_config(cpus: u16) -> AcpiConfig {
-    AcpiConfig { apic_ids: (0..u32::from(cpus)).collect(), serial_ports: 1, keyboard: true, ..AcpiConfig::default() }
+/// What ACPI tells of the machine; `physical_bits` are the guest's, where its firmware will ask for tables.
+pub(super) fn acpi_config(cpus: u16, layout: &MemoryLayout, physical_bits: Option<u8>) -> AcpiConfig {
+    AcpiConfig {
+        apic_ids: (0..u32::from(cpus)).collect(),
+        serial_ports: 1,
+        keyboard: true,
+        fw_cfg: true,
+        pci: Some(chipset::acpi(layout, physical_bits)),
+        ..AcpiConfig::default()
+    }
 }
 
 impl Machine {
@@ -69,6 +83,8 @@ impl Machine {
             prepared,
             platform,
             messages,
+            memory,
+            physical_bits,
             layout,
             cpus,
             tsc_khz,
@@ -90,14 +106,9 @@ impl Machine {
         builder.add(&DelayPort::RANGES, DelayPort)?;
         let (acpi_pm, acpi) =
             AcpiPm::new(tsc_khz.into(), PmTimerWidth::Bits32, clock, line(SCI_GSI), power.clone(), wake);
-        let apertures = prepared.then(|| Apertures::above(layout.high_end()));
-        let mut fabric = Fabric::new(apertures, platform);
-        let pirqs = Arc::new(Pirqs::new(lines.clone()));
-        fabric.plug(None, LPC, Box::new(LpcBridge::new(acpi_pm, pirqs.clone(), prepared)))?;
-        for (function, slot) in (1..=ROOT_PORTS).enumerate() {
-            let port = RootPort::new(slot, pirqs.wire(PORT_SLOT), messages);
-            fabric.plug(None, PORT_SLOT << 3 | function as u8, Box::new(port))?;
-        }
+        let fabric =
+            chipset::build(PciParts { prepared, layout, platform, messages, lines: lines.clone(), acpi: acpi_pm })?;
+        builder.add(&FwCfg::RANGES, fw_cfg(cpus, &layout, physical_bits, memory, &fabric)?)?;
         let (output, input) = serial;
         builder.add(&Com::Com1.ranges(), Serial::new(output, input, line(Com::Com1.gsi())))?;
         if let Some(output) = debugcon {
@@ -108,18 +119,33 @@ impl Machine {
             builder.add(&PcTestPorts::RANGES, PcTestPorts::new(&lines))?;
             builder.add(&PcTestMemory::RANGES, PcTestMemory::new())?;
         }
-        fabric.prepare()?;
-        let [ports, rest] = FabricSide::both(&Arc::new(Mutex::new(fabric)));
+        let [ports, rest] = FabricSide::both(&fabric);
         builder.buses.ports.insert_rest(Box::new(ports));
         builder.buses.memory.insert_rest(Box::new(rest));
         Ok(Self { buses: builder.buses, acpi, posted: builder.posted })
     }
 }
 
-/// Root ports, each with a slot for a device.
-const ROOT_PORTS: u16 = 8;
-/// Where they sit on the root bus: one slot, eight functions.
-const PORT_SLOT: u8 = 1;
+/// The device from which firmware learns what machine it is on.
+fn fw_cfg(
+    cpus: u16,
+    layout: &MemoryLayout,
+    physical_bits: u8,
+    memory: Arc<dyn GuestMemory>,
+    fabric: &Arc<Mutex<Fabric>>,
+) -> Result<FwCfg, BuildError> {
+    let ram = |start, len| E820Entry { start, len, kind: E820Kind::Ram };
+    let mut map = vec![ram(0, layout.low_end())];
+    if layout.high_bytes() != 0 {
+        map.push(ram(FOUR_GIB, layout.high_bytes()));
+    }
+    let config = acpi_config(cpus, layout, Some(physical_bits));
+    let limit = config.apic_ids.iter().max().map_or(0, |id| id + 1);
+    let builder = FwCfg::builder(memory).memory(layout.ram(), &map).cpus(cpus, limit as u16);
+    let fabric = fabric.clone();
+    let ecam = move || fabric.lock().unwrap_or_else(PoisonError::into_inner).host().ecam();
+    Ok(acpi::add_files(builder, &config, ecam)?.build()?)
+}
 
 /// Why a machine can't be built.
 #[derive(Debug, thiserror::Error)]
@@ -131,6 +157,10 @@ pub(super) enum BuildError {
     Plug(#[from] PlugError),
     #[error(transparent)]
     Place(#[from] NoRoom),
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    #[error(transparent)]
+    FwCfg(#[from] FwCfgError),
 }
 
 #[derive(Default)]

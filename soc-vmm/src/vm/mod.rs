@@ -1,6 +1,7 @@
 //! A VM: machine, memory, vCPUs on the host, and the loop that keeps them together.
 
 mod arranger;
+mod chipset;
 mod counters;
 mod guest;
 mod host;

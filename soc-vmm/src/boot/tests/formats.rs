@@ -217,7 +217,8 @@ fn firmware_lies_below_four_gib() {
         let bytes = pattern(len);
         std::fs::write(&code, &bytes).unwrap();
         let acpi = AcpiConfig { apic_ids: vec![0], serial_ports: 1, keyboard: true, ..AcpiConfig::default() };
-        let plan = BootPlan::new(&BootSource::Firmware { code }, &MemoryLayout::new(RAM).unwrap(), &acpi).unwrap();
+        let plan = BootPlan::new(&BootSource::Firmware { code, nvram: None }, &MemoryLayout::new(RAM).unwrap(), &acpi)
+            .unwrap();
         let rom = plan.rom().unwrap();
         assert_eq!((rom.start + rom.len, rom.len), (1 << 32, len as u64));
         let memory = TestMemory::with_rom(RAM, Some(rom));
@@ -321,7 +322,7 @@ fn firmware_of_a_wrong_size_is_refused() {
     let acpi = AcpiConfig { apic_ids: vec![0], serial_ports: 1, keyboard: true, ..AcpiConfig::default() };
     for len in [1, 4097, (16 << 20) + 4096] {
         std::fs::File::create(&code).unwrap().set_len(len).unwrap();
-        let source = BootSource::Firmware { code: code.clone() };
+        let source = BootSource::Firmware { code: code.clone(), nvram: None };
         let error = BootPlan::new(&source, &MemoryLayout::new(RAM).unwrap(), &acpi).unwrap_err();
         assert!(matches!(
             error,
