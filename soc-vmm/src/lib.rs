@@ -12,6 +12,7 @@ pub mod console;
 pub mod control;
 pub mod cpuid;
 pub mod devices;
+pub mod flash;
 mod function;
 pub mod interrupt;
 pub mod inventory;

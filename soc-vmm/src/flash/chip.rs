@@ -1,0 +1,194 @@
+//! One chip: the Intel command set (JEDEC command set 0x0001), with what QEMU's `pflash_cfi01` leaves out or does otherwise, since firmware
+//! was made for that one: a byte that is programmed takes its new value whether or not it was erased, 0x50 and 0x00 return to read-array
+//! mode, and the identification is zeros.
+//!
+//! An access is one bus cycle, however wide: of a command the low byte counts, of data every byte.
+
+use std::ops::Range;
+
+use super::SECTOR;
+use super::query::{self, BUFFER};
+
+// Commands. What is not here means: read the array.
+const PROGRAM: u8 = 0x40;
+const PROGRAM_OLD: u8 = 0x10;
+const ERASE: u8 = 0x20;
+const CLEAR_STATUS: u8 = 0x50;
+const LOCK: u8 = 0x60;
+const READ_STATUS: u8 = 0x70;
+const READ_ID: u8 = 0x90;
+const QUERY: u8 = 0x98;
+const BUFFERED: u8 = 0xe8;
+/// The second cycle of what is not to happen by mistake.
+const CONFIRM: u8 = 0xd0;
+const SET_LOCK: u8 = 0x01;
+
+/// Status register.
+mod status {
+    pub(super) const READY: u8 = 1 << 7;
+    pub(super) const ERASE_FAILED: u8 = 1 << 5;
+    pub(super) const PROGRAM_FAILED: u8 = 1 << 4;
+}
+
+/// What a read gives, and what the next write means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Mode {
+    #[default]
+    Array,
+    /// Reads give the status; the next write is this cycle of a command.
+    Status(Cycle),
+    Id,
+    Query,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cycle {
+    Command,
+    /// Data of a program command.
+    Data,
+    EraseConfirm,
+    LockConfirm,
+    /// One less than the bytes to come.
+    Count,
+    /// Data of a buffered write: so many cycles left.
+    Buffer(usize),
+    BufferConfirm,
+}
+
+/// A chip.
+pub(super) struct Chip {
+    bytes: Vec<u8>,
+    read_only: bool,
+    mode: Mode,
+    status: u8,
+    /// Data of a buffered write: offset and bytes of each cycle.
+    buffer: Vec<(usize, [u8; 8], usize)>,
+    /// What was changed since it was last asked for.
+    changed: Option<Range<usize>>,
+}
+
+impl Chip {
+    /// A chip after power on; `bytes` are whole sectors.
+    pub(super) fn new(bytes: Vec<u8>, read_only: bool) -> Self {
+        Self { bytes, read_only, mode: Mode::Array, status: status::READY, buffer: Vec::new(), changed: None }
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Whether reads give the array.
+    pub(super) fn in_array_mode(&self) -> bool {
+        self.mode == Mode::Array
+    }
+
+    /// What was changed since the last call.
+    pub(super) fn take_changed(&mut self) -> Option<Range<usize>> {
+        self.changed.take()
+    }
+
+    pub(super) fn reset(&mut self) {
+        (self.mode, self.status) = (Mode::Array, status::READY);
+        self.buffer.clear();
+    }
+
+    /// The byte that a read at `offset` gives.
+    pub(super) fn read(&self, offset: u64) -> u8 {
+        match self.mode {
+            Mode::Array => usize::try_from(offset).ok().and_then(|at| self.bytes.get(at)).copied().unwrap_or(0xff),
+            Mode::Status(_) => self.status,
+            Mode::Id => 0,
+            Mode::Query => query::byte(self.bytes.len(), offset),
+        }
+    }
+
+    /// A write cycle: `data`, 1 to 8 bytes, at `offset`, which is in the chip.
+    pub(super) fn write(&mut self, offset: u64, data: &[u8]) {
+        let at = offset as usize;
+        let command = data.first().copied().unwrap_or(0xff);
+        let Mode::Status(cycle) = self.mode else { return self.command(command) };
+        self.mode = match cycle {
+            Cycle::Command => return self.command(command),
+            Cycle::Data => {
+                self.program(at, data);
+                Mode::Status(Cycle::Command)
+            }
+            Cycle::EraseConfirm if command == CONFIRM => {
+                self.erase(at);
+                Mode::Status(Cycle::Command)
+            }
+            Cycle::LockConfirm if matches!(command, CONFIRM | SET_LOCK) => {
+                self.status |= status::READY;
+                Mode::Status(Cycle::Command)
+            }
+            Cycle::Count if usize::from(command) < BUFFER => Mode::Status(Cycle::Buffer(usize::from(command) + 1)),
+            Cycle::Buffer(left) => {
+                let mut bytes = [0; 8];
+                let len = data.len().min(bytes.len());
+                bytes[..len].copy_from_slice(&data[..len]);
+                self.buffer.push((at, bytes, len));
+                Mode::Status(if left > 1 { Cycle::Buffer(left - 1) } else { Cycle::BufferConfirm })
+            }
+            Cycle::BufferConfirm if command == CONFIRM => {
+                for (at, bytes, len) in std::mem::take(&mut self.buffer) {
+                    self.program(at, &bytes[..len]);
+                }
+                Mode::Status(Cycle::Command)
+            }
+            // Not confirmed.
+            Cycle::EraseConfirm | Cycle::LockConfirm | Cycle::Count | Cycle::BufferConfirm => Mode::Array,
+        };
+    }
+
+    fn command(&mut self, command: u8) {
+        self.mode = match command {
+            PROGRAM | PROGRAM_OLD => Mode::Status(Cycle::Data),
+            ERASE => Mode::Status(Cycle::EraseConfirm),
+            LOCK => Mode::Status(Cycle::LockConfirm),
+            READ_STATUS => Mode::Status(Cycle::Command),
+            READ_ID => Mode::Id,
+            QUERY => Mode::Query,
+            BUFFERED => {
+                self.buffer.clear();
+                self.status |= status::READY;
+                Mode::Status(Cycle::Count)
+            }
+            CLEAR_STATUS => {
+                self.status = 0;
+                Mode::Array
+            }
+            _ => Mode::Array,
+        };
+    }
+
+    fn program(&mut self, at: usize, data: &[u8]) {
+        self.status |= status::READY;
+        if self.read_only {
+            self.status |= status::PROGRAM_FAILED;
+            return;
+        }
+        // What lies behind the chip's end is another one's.
+        let len = data.len().min(self.bytes.len().saturating_sub(at));
+        if len > 0 {
+            self.bytes[at..at + len].copy_from_slice(&data[..len]);
+            self.change(at..at + len);
+        }
+    }
+
+    fn erase(&mut self, at: usize) {
+        self.status |= status::READY;
+        if self.read_only {
+            self.status |= status::ERASE_FAILED;
+            return;
+        }
+        let start = at & !(SECTOR as usize - 1);
+        let sector = start..(start + SECTOR as usize).min(self.bytes.len());
+        self.bytes[sector.clone()].fill(0xff);
+        self.change(sector);
+    }
+
+    fn change(&mut self, range: Range<usize>) {
+        let old = self.changed.take().unwrap_or(range.clone());
+        self.changed = Some(old.start.min(range.start)..old.end.max(range.end));
+    }
+}

@@ -1,0 +1,230 @@
+//! The variable store's file (`--nvram`): read once, then replaced whole whenever the guest has programmed something.
+//!
+//! A thread of its own writes, so that no vCPU waits for a disk: a new file beside the old one, synced, renamed over it. What is
+//! programmed meanwhile goes into the next one.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::SECTOR;
+use crate::layout::FIRMWARE_MAX;
+
+/// Between two writes: a guest that programs without end keeps no disk busy.
+const PAUSE: Duration = Duration::from_millis(200);
+/// So long the end waits for a disk.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A firmware volume's header (UEFI PI 1.7 volume 3 §3.2.1): where its length (8 bytes) and its signature are.
+const VOLUME_LENGTH: usize = 32;
+const VOLUME_SIGNATURE: usize = 40;
+const SIGNATURE: [u8; 4] = *b"_FVH";
+
+/// The store's file. Dropping it waits until everything is written.
+#[derive(Debug)]
+pub struct VariableStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Where the file is, symbolic links followed.
+    path: PathBuf,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    image: Vec<u8>,
+    /// The image is newer than the file.
+    dirty: bool,
+    ending: bool,
+    ended: bool,
+}
+
+/// Why a file is no variable store.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// It can't be read.
+    #[error("the variable store {} can't be read: {source}; copy the firmware's template (OVMF_VARS) there", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Empty, torn, or something else.
+    #[error("the variable store {} {what}: copy the firmware's template (OVMF_VARS) over it", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// No thread.
+    #[error("no thread for the variable store can be started: {0}")]
+    Thread(#[source] io::Error),
+}
+
+impl VariableStore {
+    /// Reads the store at `path`, and starts the thread that writes it.
+    ///
+    /// # Errors
+    /// There is no such file, or it is no variable store, or not all of one.
+    pub fn open(path: &Path) -> Result<(Self, Vec<u8>), StoreError> {
+        let (path, image) = read(path)?;
+        let state = State { image: image.clone(), dirty: false, ending: false, ended: false };
+        let shared = Arc::new(Shared { path, state: Mutex::new(state), changed: Condvar::new() });
+        let writer = shared.clone();
+        std::thread::Builder::new().name("nvram".into()).spawn(move || writer.run()).map_err(StoreError::Thread)?;
+        Ok((Self { shared }, image))
+    }
+
+    /// Has the file written with `bytes` at `offset`; returns at once. What lies behind the store's end vanishes.
+    pub fn save(&self, offset: usize, bytes: &[u8]) {
+        let mut state = self.shared.lock();
+        for (old, new) in state.image.iter_mut().skip(offset).zip(bytes) {
+            *old = *new;
+        }
+        state.dirty = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Drop for VariableStore {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.ending = true;
+        self.shared.changed.notify_all();
+        let end = Instant::now() + PATIENCE;
+        while !state.ended {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                tracing::warn!("the variable store {} was not written in time", self.shared.path.display());
+                return;
+            }
+            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The thread: writes what is new, until the end.
+    fn run(&self) {
+        let mut failing = false;
+        let mut state = self.lock();
+        loop {
+            if state.dirty {
+                state.dirty = false;
+                let image = state.image.clone();
+                drop(state);
+                match (replace(&self.path, &image), failing) {
+                    (Ok(()), true) => {
+                        tracing::info!("the variable store {} is written again", self.path.display());
+                        failing = false;
+                    }
+                    (Err(error), false) => {
+                        let path = self.path.display();
+                        tracing::warn!(
+                            "the variable store {path} can't be written: {error}; the guest goes on without"
+                        );
+                        failing = true;
+                    }
+                    _ => {}
+                }
+                state = self.pause();
+            } else if state.ending {
+                state.ended = true;
+                self.changed.notify_all();
+                return;
+            } else {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+
+    /// Lets time pass, unless the end has come.
+    fn pause(&self) -> MutexGuard<'_, State> {
+        let waiting = self.changed.wait_timeout_while(self.lock(), PAUSE, |state| !state.ending);
+        waiting.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// The file behind `path`, and its contents if they are a variable store's.
+fn read(path: &Path) -> Result<(PathBuf, Vec<u8>), StoreError> {
+    let unreadable = |source| StoreError::Unreadable { path: path.to_owned(), source };
+    let damaged = |what: String| StoreError::Damaged { path: path.to_owned(), what };
+    let real = path.canonicalize().map_err(unreadable)?;
+    // A pipe must not make anybody wait.
+    let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&real).map_err(unreadable)?;
+    let metadata = file.metadata().map_err(unreadable)?;
+    if !metadata.is_file() {
+        return Err(damaged("is no regular file".into()));
+    }
+    let mut image = Vec::new();
+    file.take(FIRMWARE_MAX + 1).read_to_end(&mut image).map_err(unreadable)?;
+    let len = image.len() as u64;
+    if len == 0 {
+        return Err(damaged("is empty".into()));
+    }
+    if len > FIRMWARE_MAX {
+        return Err(damaged(format!("has {} bytes, more than any flash chip here", metadata.len())));
+    }
+    let Some(told) = volume_len(&image) else {
+        return Err(damaged("is none: a firmware volume's header is missing".into()));
+    };
+    if told != len || !len.is_multiple_of(SECTOR) {
+        let how = if len < told { "is truncated" } else { "is too long" };
+        return Err(damaged(format!("{how}: it has {len} bytes, and its header tells of {told}")));
+    }
+    Ok((real, image))
+}
+
+/// How long a firmware volume says it is.
+fn volume_len(image: &[u8]) -> Option<u64> {
+    let signature = image.get(VOLUME_SIGNATURE..)?.get(..SIGNATURE.len())?;
+    let len = image.get(VOLUME_LENGTH..)?.first_chunk()?;
+    (signature == SIGNATURE).then(|| u64::from_le_bytes(*len))
+}
+
+/// Puts a file with `image` in the place of `path`, as a whole or not at all; its mode and its owner stay.
+fn replace(path: &Path, image: &[u8]) -> io::Result<()> {
+    let old = std::fs::metadata(path)?;
+    let mut name = std::ffi::OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".{}", std::process::id()));
+    let new = path.with_file_name(name);
+    let written = write_new(&new, image, &old).and_then(|()| std::fs::rename(&new, path));
+    if written.is_err() {
+        // It may not be there.
+        let _ = std::fs::remove_file(&new);
+    }
+    written?;
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(directory)?.sync_all()
+}
+
+fn write_new(path: &Path, image: &[u8], old: &std::fs::Metadata) -> io::Result<()> {
+    // What a process of this number left when it was killed.
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let new = file.metadata()?;
+    if (new.uid(), new.gid()) != (old.uid(), old.gid()) {
+        fchown(&file, Some(old.uid()), Some(old.gid()))?;
+    }
+    file.set_permissions(Permissions::from_mode(old.mode() & 0o7777))?;
+    file.write_all(image)?;
+    file.sync_all()
+}
