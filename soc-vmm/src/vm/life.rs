@@ -20,7 +20,7 @@ use crate::bus::MapError;
 use crate::cli::{ExitStatus, Failure, RunConfig, with_causes};
 use crate::console::Attached;
 use crate::control::{self, Action, Order, RunState, ShutdownCause, VmControl};
-use crate::cpuid::{self, CpuidConfig, CpuidError, Topology, TopologyError};
+use crate::cpuid::{CpuidConfig, CpuidError, Processor};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::layout::{LayoutError, MemoryLayout};
 use crate::link::{CallError, Channel, Link, LinkError, Notice};
@@ -73,11 +73,9 @@ pub(super) enum LifeError {
     Boot(#[from] BootError),
     #[error("the machine's devices overlap")]
     Machine(#[from] MapError),
-    #[error("--cpus")]
-    Topology(#[from] TopologyError),
     #[error("--memory")]
     Layout(#[from] LayoutError),
-    #[error("the host's CPUID can't be used")]
+    #[error(transparent)]
     Cpuid(#[from] CpuidError),
     #[error("the host's records of vCPU state can't be read")]
     Records,
@@ -96,7 +94,7 @@ impl LifeError {
         let status = match self {
             // The images are what they should be; the function is not.
             Self::Boot(BootError::Memory(_)) => ExitStatus::Unavailable,
-            Self::Boot(_) | Self::Topology(_) | Self::Layout(_) => ExitStatus::Usage,
+            Self::Boot(_) | Self::Layout(_) => ExitStatus::Usage,
             _ => ExitStatus::Unavailable,
         };
         Failure::of(status, "", self).by_loss(self.is_loss())
@@ -124,17 +122,18 @@ impl<F: SocFunction> Vm<F> {
         let vcpus = u32::from(config.cpus);
         let host = HostVm::create(link, channel.clone(), config, &layout, plan.rom()).await?;
         let supported = host.supported_cpuid().await?;
-        layout.check_address_width(cpuid::physical_address_bits(&supported))?;
-        let model = CpuidConfig {
-            topology: Topology::flat(vcpus)?,
+        let cpuid = CpuidConfig {
+            topology: config.topology,
             tsc_khz: Some(host.created.tsc_khz),
             // KVM's in-kernel LAPIC has it, whatever the host's own CPU does (KVM api.rst §4.46).
             tsc_deadline: true,
         };
+        let processor = Processor::new(&supported, &config.cpu, cpuid)?;
+        layout.check_address_width(processor.physical_address_bits())?;
         for vcpu in 0..vcpus {
-            host.set_cpuid(vcpu, cpuid::guest_table(&supported, &model, vcpu)?).await?;
+            host.set_cpuid(vcpu, processor.table(vcpu)).await?;
         }
-        let signature = cpuid::signature(&supported);
+        let signature = processor.signature();
         let mut cpus = Vec::new();
         for vcpu in 0..vcpus {
             cpus.push(host.state(vcpu).await?);
