@@ -7,6 +7,7 @@ use api_channel::call::PostedRange;
 use super::worker::Buses;
 use crate::acpi::AcpiConfig;
 use crate::bus::{Bus, Claim, Device, MapError, Wake};
+use crate::cpuid::Topology;
 use crate::devices::{
     AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, I8042, InputQueue, OutputQueue, PcTestMemory,
     PcTestPorts, PmTimerWidth, Port92, Ranges, ResetControl, Rtc, SCI_GSI, Serial, SystemClock,
@@ -48,8 +49,8 @@ pub(super) struct Machine {
 }
 
 /// What ACPI tells of the machine.
-pub(super) fn acpi_config(cpus: u16) -> AcpiConfig {
-    AcpiConfig { apic_ids: (0..u32::from(cpus)).collect(), serial_ports: 1, keyboard: true }
+pub(super) fn acpi_config(topology: Topology) -> AcpiConfig {
+    AcpiConfig { apic_ids: topology.apic_ids().collect(), serial_ports: 1, keyboard: true }
 }
 
 impl Machine {
