@@ -53,6 +53,7 @@ fn calls_of_the_vm() {
     let create =
         CreateVm { vcpus: 2, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 50_000, name: Name::new("web-1") };
     call("create-vm", &Call::CreateVm(create));
+    call("set-apic-ids", &Call::SetApicIds(vec![0, 1, 4, 5, 0x3ff]));
     call("add-ram", &Call::AddRam(RamRequest { id: 1, node: -1, len: 1 << 30, iova: 1 << 32, huge: 2 << 20 }));
     let slot = |base, flags| Memslot { base, len: 0xa0000, offset: 0x1000, ram: 2, flags };
     call("set-memslots", &Call::SetMemslots(vec![slot(0, 0), slot(0xfffc_0000, SlotFlags::READ_ONLY)]));

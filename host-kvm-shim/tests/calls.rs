@@ -7,6 +7,7 @@ use api_channel::call::{
     Call, CreateVm, DirtyFetch, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name, PostedRange, RamRequest, Route,
     StateRequest, VCPU_ALL, VM,
 };
+use api_channel::state::{Lapic, Type, records};
 use pcie_function::SocFunction;
 use soc::Soc;
 
@@ -30,6 +31,7 @@ fn state(target: u32) -> StateRequest {
 fn of_a_vm() -> Vec<Call> {
     vec![
         Call::DestroyVm,
+        Call::SetApicIds(vec![0]),
         Call::AddRam(ram(1, 4096)),
         Call::SetMemslots(vec![]),
         Call::SetCpuid { vcpu: 0, entries: vec![] },
@@ -72,7 +74,8 @@ fn before_the_first_memslots_there_are_no_vcpus() {
     let mut soc = Soc::start(&[]);
     soc.create_vm(1, Irqchip::Full);
     let works = |call: &Call| {
-        matches!(call, Call::AddRam(_) | Call::IoEvent(_) | Call::PostedRanges(_) | Call::Statistics | Call::DestroyVm)
+        matches!(call, Call::SetApicIds(_) | Call::AddRam(_) | Call::IoEvent(_) | Call::PostedRanges(_))
+            || matches!(call, Call::Statistics | Call::DestroyVm)
     };
     for call in of_a_vm().into_iter().filter(|c| !works(c)) {
         let (_, why) = soc.refused(&call);
@@ -80,6 +83,40 @@ fn before_the_first_memslots_there_are_no_vcpus() {
     }
     let (status, _) = soc.refused(&Call::CreateVm(create(1)));
     assert_eq!(status, Status::STATE, "there is one already");
+    assert!(soc.shut_down().success());
+}
+
+#[test]
+fn vcpus_have_the_apic_ids_that_were_set() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let mut soc = Soc::start(&[]);
+    soc.create_vm(3, Irqchip::Full);
+    for (bad, said) in [
+        (vec![], "0 APIC ids for 3"),
+        (vec![0, 1], "2 APIC ids for 3"),
+        (vec![0, 1, 2, 3], "4 APIC ids for 3"),
+        (vec![1, 0, 2], "boot processor"),
+        (vec![0, 7, 7], "two vCPUs with the APIC id 7"),
+        (vec![0, 1, u32::MAX], "APIC id 4294967295"),
+    ] {
+        let (status, why) = soc.refused(&Call::SetApicIds(bad));
+        assert_eq!(status, Status::ARGUMENT);
+        assert!(why.contains(said), "{why}");
+    }
+    // More than 8 bits, and in no order: KVM's ids are APIC ids, not numbers of vCPUs.
+    let ids = [0, 300, 6];
+    soc.ok(&Call::SetApicIds(ids.to_vec()));
+    soc.add_ram(1 << 20);
+    assert_eq!(soc.refused(&Call::SetApicIds(ids.to_vec())).0, Status::STATE);
+    for (vcpu, id) in (0..).zip(ids) {
+        let groups = Type::LAPIC.group();
+        let (_, bulk) = soc.ok(&Call::GetState(StateRequest { target: vcpu, reserved: 0, groups }));
+        let lapic: Lapic = records(&bulk).unwrap()[0].get().unwrap();
+        // The id register of an APIC in xAPIC mode has 8 bits (Intel SDM volume 3A §11.4.6).
+        assert_eq!(u32::from(lapic.registers[0x23]), id & 0xff, "vCPU {vcpu}");
+    }
     assert!(soc.shut_down().success());
 }
 

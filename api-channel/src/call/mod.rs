@@ -25,6 +25,8 @@ pub enum Call {
     SupportedCpuid,
     /// Creates the VM and its vCPUs, all paused: [`VmCreated`].
     CreateVm(CreateVm),
+    /// Gives the vCPUs their APIC ids, one each, vCPU 0 first; before the first memslots. Without it vCPU n has n.
+    SetApicIds(Vec<u32>),
     /// Ends the VM: vCPUs stopped, RAM unmapped from the device, everything freed.
     DestroyVm,
     /// Allocates guest RAM or ROM and maps it for the device: a list of [`Extent`].
@@ -95,6 +97,7 @@ impl Call {
             Self::SupportedCpuid => 0x011,
             Self::CreateVm(_) => 0x100,
             Self::DestroyVm => 0x101,
+            Self::SetApicIds(_) => 0x102,
             Self::AddRam(_) => 0x110,
             Self::SetMemslots(_) => 0x111,
             Self::SetCpuid { .. } => 0x200,
@@ -129,6 +132,7 @@ impl Call {
             | Self::Statistics
             | Self::Shutdown => w,
             Self::CreateVm(create) => w.put(create),
+            Self::SetApicIds(ids) => w.list(ids),
             Self::AddRam(ram) => w.put(ram),
             Self::SetMemslots(slots) => w.list(slots),
             Self::SetCpuid { vcpu, entries } => w.put(&u64::from(*vcpu)).list(entries),
@@ -160,6 +164,7 @@ impl Call {
             0x011 => Self::SupportedCpuid,
             0x100 => Self::CreateVm(r.take()?),
             0x101 => Self::DestroyVm,
+            0x102 => Self::SetApicIds(r.list(MOST)?),
             0x110 => Self::AddRam(r.take()?),
             0x111 => Self::SetMemslots(r.list(MOST)?),
             0x200 => Self::SetCpuid { vcpu: narrow(r.take()?)?, entries: r.list(MOST)? },

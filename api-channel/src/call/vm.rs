@@ -22,7 +22,7 @@ pub struct CreateVm {
     pub vcpus: u32,
     /// An [`Irqchip`].
     pub irqchip: u32,
-    /// APIC id of vCPU 0 is 0, of vCPU n is n; reserved, 0.
+    /// Reserved, 0.
     pub flags: u64,
     /// Nanoseconds that a vCPU polls for its completion before it sleeps, at most; 0 lets the host choose.
     pub spin_ns: u64,

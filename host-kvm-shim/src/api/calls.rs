@@ -60,6 +60,7 @@ impl<F: HostFunction + 'static> Session<'_, F> {
                     Call::SetMemslots(slots) => {
                         machine.set_memslots(session.host, session.offer, &slots).map(Into::into)
                     }
+                    Call::SetApicIds(ids) => machine.set_apic_ids(session.host, ids).map(Into::into),
                     Call::Irqfd(irqfd) => session.irqfd(&irqfd).map(Into::into),
                     Call::IoEvent(event) => machine.io_event(&session.offer.function, &event).map(Into::into),
                     Call::PostedRanges(ranges) => {

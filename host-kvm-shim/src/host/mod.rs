@@ -156,6 +156,11 @@ impl Host {
         self.kvm.get_max_vcpus() as u32
     }
 
+    /// vCPU ids, which are APIC ids, are below this.
+    pub(crate) fn most_vcpu_ids(&self) -> u32 {
+        self.kvm.get_max_vcpu_id() as u32
+    }
+
     pub(crate) fn most_memslots(&self) -> usize {
         self.kvm.get_nr_memslots()
     }

@@ -61,6 +61,8 @@ pub(crate) struct Machine<F: HostFunction> {
     pub(crate) irqchip: Irqchip,
     pub(crate) created: VmCreated,
     create: CreateVm,
+    /// APIC ids of the vCPUs by their numbers: KVM's vCPU ids.
+    apic_ids: Vec<u32>,
     name: String,
     slots: Slots,
     harvest: Harvest,
@@ -100,10 +102,6 @@ impl<F: HostFunction + 'static> Machine<F> {
         let log = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
         enable_cap(&*vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, [log.into(), 0, 0, 0])
             .map_err(Refusal::nix("make the dirty log exact"))?;
-        if vcpus > 255 {
-            let ids = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
-            enable_cap(&*vm, KVM_CAP_X2APIC_API, [ids.into(), 0, 0, 0]).map_err(Refusal::nix("use 32-bit APIC ids"))?;
-        }
         let lanes = Lanes::new(offer, vcpus)?;
         let created = lanes.created(host, irqchip);
         let environment = Environment {
@@ -120,6 +118,7 @@ impl<F: HostFunction + 'static> Machine<F> {
             irqchip,
             created,
             create: *create,
+            apic_ids: (0..vcpus).collect(),
             name,
             slots: Slots::new(host.most_memslots()),
             harvest: Harvest::default(),
@@ -127,6 +126,30 @@ impl<F: HostFunction + 'static> Machine<F> {
             rams: BTreeMap::new(),
             vm,
         })
+    }
+
+    /// Gives the vCPUs to come their APIC ids.
+    pub(crate) fn set_apic_ids(&mut self, host: &Host, ids: Vec<u32>) -> Result<(), Refusal> {
+        if !self.is_bare() {
+            return Err(Refusal::state("the vCPUs have their APIC ids already"));
+        }
+        if ids.len() != self.apic_ids.len() {
+            return Err(Refusal::argument(format!("{} APIC ids for {} vCPUs", ids.len(), self.apic_ids.len())));
+        }
+        if ids.first() != Some(&0) {
+            return Err(Refusal::argument("vCPU 0 is the boot processor, whose APIC id is 0".into()));
+        }
+        let most = host.most_vcpu_ids();
+        if let Some(id) = ids.iter().find(|id| **id >= most) {
+            return Err(Refusal::argument(format!("APIC id {id}: this KVM has those below {most}")));
+        }
+        let mut sorted = ids.clone();
+        sorted.sort_unstable();
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(Refusal::argument(format!("two vCPUs with the APIC id {}", pair[0])));
+        }
+        self.apic_ids = ids;
+        Ok(())
     }
 
     /// Ends the VM: threads joined, memory out of the device's reach, then freed.
@@ -187,6 +210,12 @@ impl<F: HostFunction + 'static> Machine<F> {
     }
 
     fn create_chips(&self) -> Result<(), Refusal> {
+        // 255 is every APIC's in 8 bits.
+        if self.apic_ids.iter().any(|id| *id >= 255) {
+            let ids = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+            let cap = enable_cap(&*self.vm, KVM_CAP_X2APIC_API, [ids.into(), 0, 0, 0]);
+            cap.map_err(Refusal::nix("use 32-bit APIC ids"))?;
+        }
         self.vm.set_identity_map_address(IDENTITY_MAP).map_err(Refusal::kvm("place the identity map"))?;
         self.vm.set_tss_address(TSS).map_err(Refusal::kvm("place the TSS"))?;
         match self.irqchip {
@@ -206,8 +235,8 @@ impl<F: HostFunction + 'static> Machine<F> {
     fn create_vcpus(&mut self, host: &Host, offer: &Offer<F>) -> Result<(), Refusal> {
         let spin_ns = if self.create.spin_ns == 0 { Spin::DEFAULT_NS } else { self.create.spin_ns };
         let spin = Spin::new(spin_ns, host.tsc_khz(), host.has_one_cpu());
-        for index in 0..self.create.vcpus {
-            let fd = self.vm.create_vcpu(index.into()).map_err(Refusal::kvm("create a vCPU"))?;
+        for (index, &apic_id) in (0u32..).zip(&self.apic_ids) {
+            let fd = self.vm.create_vcpu(apic_id.into()).map_err(Refusal::kvm("create a vCPU"))?;
             let page = RunPage::map(&fd, self.vm.run_size()).map_err(Refusal::nix("map a vCPU's run page"))?;
             let shared = Shared::new(index, page, self.environment.notices.clone());
             let shared = Arc::new(shared.map_err(Refusal::nix("create an eventfd"))?);

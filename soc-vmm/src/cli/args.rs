@@ -6,10 +6,12 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, builder::PossibleValuesParser, builder::TypedValueParser};
 use tracing::level_filters::LevelFilter;
 
+use super::cpu::Cpus;
 use super::disk::{CdromSpec, DiskSpec};
 use super::net::NetSpec;
-use super::values::{CpuAffinity, CpuModel, DebugconSpec, FunctionSpec, MAX_CPUS, Memory, QmpSocket, SerialSpec};
+use super::values::{CpuAffinity, DebugconSpec, FunctionSpec, Memory, QmpSocket, SerialSpec};
 use crate::control::VmName;
+use crate::cpuid::CpuSpec;
 
 /// Runs VMs whose vCPUs are on the host and whose devices are here, on the SoC.
 #[derive(Debug, Parser)]
@@ -76,12 +78,12 @@ pub(super) struct RunArgs {
     /// Name, for the other commands [default: vm-PID]
     #[arg(long, value_name = "N")]
     pub(super) name: Option<VmName>,
-    /// vCPUs
-    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_CPUS)))]
-    pub(super) cpus: u16,
-    /// CPU that the guest sees
-    #[arg(long, value_name = "host", default_value = "host")]
-    pub(super) cpu: CpuModel,
+    /// vCPUs, and how they are arranged: N[,sockets=S][,cores=C][,threads=T]
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub(super) cpus: Cpus,
+    /// CPU that the guest sees: host, x86-64-v2, -v3, -v4, or a model of QEMU's; [,+FEATURE][,-FEATURE]
+    #[arg(long, value_name = "host|MODEL", default_value = "host")]
+    pub(super) cpu: CpuSpec,
     /// Host CPU that each vCPU stays on, as 0=4,1=5
     #[arg(long, value_name = "VCPU=CPU,…")]
     pub(super) cpu_affinity: Option<CpuAffinity>,

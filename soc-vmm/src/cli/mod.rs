@@ -2,6 +2,7 @@
 
 mod args;
 mod client;
+mod cpu;
 mod disk;
 mod exit;
 mod net;
@@ -18,15 +19,14 @@ use args::{CommandLine, LATER_COMMANDS, RunArgs, TargetArgs};
 
 use crate::boot::BootSource;
 use crate::control::VmName;
+use crate::cpuid::{CpuSpec, Topology};
 
 pub use client::{list, perform, print};
 pub use disk::{CdromSpec, DiskSpec};
 pub use exit::{ExitStatus, Failure};
 pub(crate) use exit::{one_line, with_causes};
 pub use net::{Mac, NetSpec};
-pub use values::{
-    Bdf, CpuAffinity, CpuModel, DebugconSpec, FunctionSpec, HugePages, MAX_CPUS, Memory, SerialSpec, ValueError,
-};
+pub use values::{Bdf, CpuAffinity, DebugconSpec, FunctionSpec, HugePages, Memory, SerialSpec, ValueError};
 
 /// What a command line asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,10 +85,12 @@ pub enum Target {
 pub struct RunConfig {
     /// Its name among this user's VMs.
     pub name: VmName,
-    /// vCPUs, 1 to [`MAX_CPUS`].
+    /// vCPUs, 1 to [`MAX_CPUS`](crate::cpuid::MAX_CPUS).
     pub cpus: u16,
+    /// How they are arranged.
+    pub topology: Topology,
     /// The guest's CPU.
-    pub cpu: CpuModel,
+    pub cpu: CpuSpec,
     /// Host CPUs of vCPUs, each below `cpus`.
     pub cpu_affinity: CpuAffinity,
     /// RAM.
@@ -171,9 +173,10 @@ impl RunConfig {
         if let Some(option) = args.later.given() {
             return usage(format!("{option} is not there yet"));
         }
+        let cpus = args.cpus.count();
         let cpu_affinity = args.cpu_affinity.unwrap_or_default();
-        if let Some((vcpu, _)) = cpu_affinity.0.iter().find(|(vcpu, _)| *vcpu >= args.cpus) {
-            return usage(format!("--cpu-affinity names vCPU {vcpu}, but --cpus is {}: vCPUs count from 0", args.cpus));
+        if let Some((vcpu, _)) = cpu_affinity.0.iter().find(|(vcpu, _)| *vcpu >= cpus) {
+            return usage(format!("--cpu-affinity names vCPU {vcpu}, but --cpus is {cpus}: vCPUs count from 0"));
         }
         let ids: Vec<&str> = args
             .disk
@@ -200,7 +203,8 @@ impl RunConfig {
         };
         Ok(Self {
             name: args.name.unwrap_or_else(VmName::of_process),
-            cpus: args.cpus,
+            cpus,
+            topology: args.cpus.0,
             cpu: args.cpu,
             cpu_affinity,
             memory: args.memory,

@@ -3,9 +3,6 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Most vCPUs of a VM: APIC ids of 8 bits, less the broadcast.
-pub const MAX_CPUS: u16 = 255;
-
 /// A value that an option can't have: what is wrong, and what to write.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -88,24 +85,6 @@ fn parse_size(s: &str) -> Result<u64, ValueError> {
         None => wrong("no host has that much memory"),
         Some(0) => wrong("a VM needs memory"),
         Some(n) => Ok(n << shift),
-    }
-}
-
-/// `--cpu`: which CPU the guest sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CpuModel {
-    /// The host's own.
-    Host,
-}
-
-impl FromStr for CpuModel {
-    type Err = ValueError;
-
-    fn from_str(s: &str) -> Result<Self, ValueError> {
-        match s {
-            "host" => Ok(Self::Host),
-            _ => wrong("named CPU models are not there yet; use --cpu host"),
-        }
     }
 }
 

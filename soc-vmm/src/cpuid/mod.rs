@@ -1,14 +1,23 @@
 //! The CPUID table of each vCPU, from what the host's KVM supports (Intel SDM volume 2A "CPUID"; AMD APM volume 3 appendix E; KVM
 //! api.rst §4.46 and §4.20).
 //!
-//! The model is `host`: whatever the host's processor and KVM can do, less what we can't carry, with a topology and identity that
-//! are the guest's own.
+//! First a model makes a [`Processor`] of it: `host` is whatever the host's processor and KVM can do, less what we can't carry; a named
+//! one is the same on every host that can give it. Then each vCPU gets its topology and identity.
 
 use api_channel::call::CpuidEntry;
 
+mod feature;
+mod models;
+mod processor;
+mod spec;
 mod topology;
+mod words;
 
-pub use topology::{Topology, TopologyError};
+pub use feature::NameError;
+pub use models::model_names;
+pub use processor::Processor;
+pub use spec::{CpuSpec, CpuSpecError};
+pub use topology::{MAX_CPUS, Place, Topology, TopologyError};
 
 /// Frequency of the local APIC timer that KVM emulates: a nanosecond a tick.
 const APIC_KHZ: u32 = 1_000_000;
@@ -19,29 +28,19 @@ const KVM_SIGNATURE: u32 = 0x4000_0000;
 /// Frequencies of TSC and APIC timer; VMware's leaf, which guests of every hypervisor know.
 const HYPERVISOR_FREQUENCIES: u32 = 0x4000_0010;
 
-/// Feature bits that the guest is told about in its own way.
+/// Feature bits that follow what the guest does, or its topology.
 mod bits {
     /// Leaf 1 ECX.
-    pub(super) const VMX: u32 = 1 << 5;
-    pub(super) const X2APIC: u32 = 1 << 21;
-    pub(super) const TSC_DEADLINE: u32 = 1 << 24;
     pub(super) const OSXSAVE: u32 = 1 << 27;
-    pub(super) const HYPERVISOR: u32 = 1 << 31;
     /// Leaf 1 EDX: the package has more than one logical processor.
     pub(super) const HTT: u32 = 1 << 28;
-    /// Leaf 7 EBX.
-    pub(super) const SGX: u32 = 1 << 2;
-    pub(super) const INTEL_PT: u32 = 1 << 25;
     /// Leaf 7 ECX.
     pub(super) const OSPKE: u32 = 1 << 4;
-    pub(super) const SGX_LC: u32 = 1 << 30;
     /// Leaf 0x80000001 ECX.
     pub(super) const CMP_LEGACY: u32 = 1 << 1;
-    pub(super) const SVM: u32 = 1 << 2;
-    pub(super) const SKINIT: u32 = 1 << 12;
 }
 
-/// What beside the host's table decides about the guest's.
+/// What beside the model decides about the guest's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuidConfig {
     /// Sockets, cores, threads.
@@ -52,26 +51,23 @@ pub struct CpuidConfig {
     pub tsc_deadline: bool,
 }
 
-/// The table of the vCPU with `index`, which counts from 0. `host` is what KVM supports (`KVM_GET_SUPPORTED_CPUID`).
-///
-/// # Errors
-/// `host` lacks leaf 0 or 1.
-pub fn guest_table(host: &[CpuidEntry], config: &CpuidConfig, index: u32) -> Result<Vec<CpuidEntry>, CpuidError> {
-    let basic = find(host, 0, 0).ok_or(CpuidError::Incomplete { leaf: 0 })?;
-    find(host, 1, 0).ok_or(CpuidError::Incomplete { leaf: 1 })?;
-    let guest = Guest {
-        config,
-        apic_id: config.topology.apic_id(index),
-        // The topology leaf is needed for APIC IDs beyond 8 bits, however old the processor.
-        max_leaf: basic.eax.max(0xb),
-        amd: is_amd(&basic),
-    };
-    let mut table: Vec<_> = host.iter().filter(|entry| guest.keeps(entry.function)).copied().collect();
-    for entry in &mut table {
-        guest.adapt(entry);
+impl Processor {
+    /// The table of the vCPU with `index`, which counts from 0.
+    pub fn table(&self, index: u32) -> Vec<CpuidEntry> {
+        let guest = Guest {
+            config: &self.config,
+            apic_id: self.config.topology.apic_id(index),
+            // The topology leaf is needed for APIC IDs beyond 8 bits, however old the processor.
+            max_leaf: find(&self.base, 0, 0).map_or(0, |basic| basic.eax).max(0xb),
+            amd: self.amd,
+        };
+        let mut table: Vec<_> = self.base.iter().filter(|entry| guest.keeps(entry.function)).copied().collect();
+        for entry in &mut table {
+            guest.adapt(entry);
+        }
+        guest.add_own(&mut table);
+        table
     }
-    guest.add_own(&mut table, host);
-    Ok(table)
 }
 
 /// The entry of a leaf; `index` counts where the leaf has sub-leaves.
@@ -82,18 +78,8 @@ pub fn find(table: &[CpuidEntry], function: u32, index: u32) -> Option<CpuidEntr
         .copied()
 }
 
-/// Physical address bits (leaf 0x80000008; 36 where there is none, Intel SDM volume 3A §4.1.4).
-pub fn physical_address_bits(table: &[CpuidEntry]) -> u8 {
-    find(table, 0x8000_0008, 0).map_or(36, |entry| entry.eax as u8)
-}
-
-/// The processor signature, which is also in EDX after reset (leaf 1 EAX).
-pub fn signature(table: &[CpuidEntry]) -> u32 {
-    find(table, 1, 0).map_or(0, |entry| entry.eax)
-}
-
 /// Why there is no table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CpuidError {
     /// Not a table of an x86 processor.
     #[error("the host's CPUID table lacks leaf {leaf:#x}: its shim or its KVM is broken, restart or update the host")]
@@ -101,6 +87,12 @@ pub enum CpuidError {
         /// The leaf.
         leaf: u32,
     },
+    /// The host has not what was asked for: the sentence says what, and what to do.
+    #[error("{0}")]
+    Lacks(String),
+    /// Too many vCPUs for the first APIC.
+    #[error("--cpu: APIC ids beyond 254 need x2apic: leave it on, or give the guest fewer vCPUs")]
+    NeedsX2apic,
 }
 
 /// One vCPU's view.
@@ -135,11 +127,7 @@ impl Guest<'_> {
             0 => entry.eax = self.max_leaf,
             1 => {
                 entry.ebx = entry.ebx & 0xffff | capped(1 << topology.package_bits(), 0xff) << 16 | self.apic_id << 24;
-                entry.ecx =
-                    entry.ecx & !(bits::VMX | bits::OSXSAVE | bits::TSC_DEADLINE) | bits::X2APIC | bits::HYPERVISOR;
-                if self.config.tsc_deadline {
-                    entry.ecx |= bits::TSC_DEADLINE;
-                }
+                entry.ecx &= !bits::OSXSAVE;
                 set(&mut entry.edx, bits::HTT, per_package > 1);
             }
             4 => {
@@ -149,15 +137,9 @@ impl Guest<'_> {
                     entry.eax = entry.eax & !(0x3f << 26) | capped(cores - 1, 0x3f) << 26;
                 }
             }
-            7 if entry.index == 0 => {
-                entry.ebx &= !(bits::SGX | bits::INTEL_PT);
-                entry.ecx &= !(bits::OSPKE | bits::SGX_LC);
-            }
+            7 if entry.index == 0 => entry.ecx &= !bits::OSPKE,
             KVM_SIGNATURE if self.config.tsc_khz.is_some() => entry.eax = entry.eax.max(HYPERVISOR_FREQUENCIES),
-            0x8000_0001 => {
-                entry.ecx &= !(bits::SVM | bits::SKINIT);
-                set(&mut entry.ecx, bits::CMP_LEGACY, self.amd && per_package > 1);
-            }
+            0x8000_0001 => set(&mut entry.ecx, bits::CMP_LEGACY, self.amd && per_package > 1),
             0x8000_0008 if self.amd => {
                 let id_bits = capped(topology.package_bits(), 0xf);
                 entry.ecx = entry.ecx & !0xf0ff | capped(per_package - 1, 0xff) | id_bits << 12;
@@ -187,7 +169,7 @@ impl Guest<'_> {
     }
 
     /// Adds the leaves that are made anew.
-    fn add_own(&self, table: &mut Vec<CpuidEntry>, host: &[CpuidEntry]) {
+    fn add_own(&self, table: &mut Vec<CpuidEntry>) {
         let topology = &self.config.topology;
         let levels = [
             // Level types: 1 threads of a core, 2 cores of a package, 0 the end.
@@ -213,7 +195,7 @@ impl Guest<'_> {
         }
 
         let Some(tsc_khz) = self.config.tsc_khz else { return };
-        if find(host, KVM_SIGNATURE, 0).is_some() {
+        if find(table, KVM_SIGNATURE, 0).is_some() {
             table.push(CpuidEntry { eax: tsc_khz, ebx: APIC_KHZ, ..empty(HYPERVISOR_FREQUENCIES) });
         }
         if !self.amd

@@ -1,6 +1,7 @@
 //! Sockets, cores and threads, and the APIC IDs that follow from them.
 
-use crate::acpi::MAX_CPUS;
+/// Most vCPUs of a VM: as many as a function's lanes can be (docs/wire.md §7). A host's KVM may have fewer.
+pub const MAX_CPUS: u32 = 1024;
 
 /// How a guest's vCPUs are arranged. Each level takes whole bits of the APIC ID (Intel SDM volume 3A §9.9.1), so that the IDs have
 /// gaps where a count is no power of two.
@@ -32,7 +33,7 @@ impl Topology {
         if cpus == 0 {
             return Err(TopologyError::Zero);
         }
-        if cpus > MAX_CPUS as u64 {
+        if cpus > MAX_CPUS.into() {
             return Err(TopologyError::TooMany { cpus });
         }
         Ok(Self { sockets, cores, threads })
@@ -75,8 +76,18 @@ impl Topology {
         }
     }
 
+    /// Sockets.
+    pub fn sockets(&self) -> u32 {
+        self.sockets
+    }
+
+    /// Cores of a socket.
+    pub fn cores(&self) -> u32 {
+        self.cores
+    }
+
     /// Threads of a core.
-    pub(super) fn threads(&self) -> u32 {
+    pub fn threads(&self) -> u32 {
         self.threads
     }
 

@@ -84,6 +84,7 @@ impl<F: SocFunction> HostVm<F> {
         if !is_sound(&created, vcpus) {
             return Err(CallError::Malformed.into());
         }
+        channel.call(&Call::SetApicIds(config.topology.apic_ids().collect())).await?;
         let ram = Arc::new(GuestRam::new(link.function.clone()));
         let vm = Self { channel, created, ram, vcpus };
         let (memory, extents) = vm.fill(layout, &config.memory, rom).await?;

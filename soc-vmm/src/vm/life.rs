@@ -22,7 +22,7 @@ use crate::boot::{BootError, BootPlan, Entry};
 use crate::cli::{ExitStatus, Failure, RunConfig, with_causes};
 use crate::console::Attached;
 use crate::control::{self, Action, Order, RunState, ShutdownCause, VmControl};
-use crate::cpuid::{self, CpuidConfig, CpuidError, Topology, TopologyError};
+use crate::cpuid::{CpuidConfig, CpuidError, Processor};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::layout::{LayoutError, MemoryLayout};
 use crate::link::{CallError, Channel, Link, LinkError, Notice};
@@ -77,11 +77,9 @@ pub(super) enum LifeError {
     Boot(#[from] BootError),
     #[error("the machine can't be built")]
     Machine(#[from] BuildError),
-    #[error("--cpus")]
-    Topology(#[from] TopologyError),
     #[error("--memory")]
     Layout(#[from] LayoutError),
-    #[error("the host's CPUID can't be used")]
+    #[error(transparent)]
     Cpuid(#[from] CpuidError),
     #[error("the host's records of vCPU state can't be read")]
     Records,
@@ -100,7 +98,7 @@ impl LifeError {
         let status = match self {
             // The images are what they should be; the function is not.
             Self::Boot(BootError::Memory(_)) => ExitStatus::Unavailable,
-            Self::Boot(_) | Self::Topology(_) | Self::Layout(_) => ExitStatus::Usage,
+            Self::Boot(_) | Self::Layout(_) => ExitStatus::Usage,
             _ => ExitStatus::Unavailable,
         };
         Failure::of(status, "", self).by_loss(self.is_loss())
@@ -131,18 +129,19 @@ impl<F: SocFunction> Vm<F> {
         let view = if prepared { MemoryView::SHADOWED } else { MemoryView::default() };
         let (host, arranger) = HostVm::create(link, channel.clone(), config, &layout, plan.rom(), view).await?;
         let supported = host.supported_cpuid().await?;
-        let physical_bits = cpuid::physical_address_bits(&supported);
-        layout.check_address_width(physical_bits)?;
-        let model = CpuidConfig {
-            topology: Topology::flat(vcpus)?,
+        let cpuid = CpuidConfig {
+            topology: config.topology,
             tsc_khz: Some(host.created.tsc_khz),
             // KVM's in-kernel LAPIC has it, whatever the host's own CPU does (KVM api.rst §4.46).
             tsc_deadline: true,
         };
+        let processor = Processor::new(&supported, &config.cpu, cpuid)?;
+        let physical_bits = processor.physical_address_bits();
+        layout.check_address_width(physical_bits)?;
         for vcpu in 0..vcpus {
-            host.set_cpuid(vcpu, cpuid::guest_table(&supported, &model, vcpu)?).await?;
+            host.set_cpuid(vcpu, processor.table(vcpu)).await?;
         }
-        let signature = cpuid::signature(&supported);
+        let signature = processor.signature();
         let mut cpus = Vec::new();
         for vcpu in 0..vcpus {
             cpus.push(host.state(vcpu).await?);
@@ -161,7 +160,7 @@ impl<F: SocFunction> Vm<F> {
             memory: host.ram.clone(),
             physical_bits,
             layout,
-            cpus: config.cpus,
+            topology: config.topology,
             tsc_khz: host.created.tsc_khz,
             serial: streams.serial,
             debugcon: streams.debugcon,

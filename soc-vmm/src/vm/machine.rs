@@ -8,6 +8,7 @@ use super::chipset::{self, PciParts};
 use super::worker::Buses;
 use crate::acpi::{self, AcpiConfig, AcpiError};
 use crate::bus::{Bus, Claim, Device, MapError, Wake};
+use crate::cpuid::Topology;
 use crate::devices::fw_cfg::{E820Entry, E820Kind, FwCfgError};
 use crate::devices::{
     AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, FwCfg, I8042, InputQueue, OutputQueue,
@@ -34,7 +35,7 @@ pub(super) struct Parts<'a> {
     /// RAM.
     pub(super) layout: MemoryLayout,
     /// vCPUs.
-    pub(super) cpus: u16,
+    pub(super) topology: Topology,
     /// The host's TSC frequency, which the PM timer divides.
     pub(super) tsc_khz: u32,
     /// COM1's far end.
@@ -62,9 +63,9 @@ pub(super) struct Machine {
 }
 
 /// What ACPI tells of the machine; `physical_bits` are the guest's, where its firmware will ask for tables.
-pub(super) fn acpi_config(cpus: u16, layout: &MemoryLayout, physical_bits: Option<u8>) -> AcpiConfig {
+pub(super) fn acpi_config(topology: Topology, layout: &MemoryLayout, physical_bits: Option<u8>) -> AcpiConfig {
     AcpiConfig {
-        apic_ids: (0..u32::from(cpus)).collect(),
+        apic_ids: topology.apic_ids().collect(),
         serial_ports: 1,
         keyboard: true,
         fw_cfg: true,
@@ -86,7 +87,7 @@ impl Machine {
             memory,
             physical_bits,
             layout,
-            cpus,
+            topology,
             tsc_khz,
             serial,
             debugcon,
@@ -97,6 +98,7 @@ impl Machine {
         } = parts;
         let line = |gsi| InterruptLine::new(gsi, lines.clone());
         let mut builder = Builder::default();
+        let cpus = topology.cpus() as u16;
         let cmos = Cmos { ram_below_4g: layout.low_end(), ram_above_4g: layout.high_bytes(), cpus, boot: [None; 3] };
         let clock = Arc::new(SystemClock);
         builder.add(&Rtc::RANGES, Rtc::new(&cmos, clock.clone(), line(8)))?;
@@ -108,7 +110,7 @@ impl Machine {
             AcpiPm::new(tsc_khz.into(), PmTimerWidth::Bits32, clock, line(SCI_GSI), power.clone(), wake);
         let fabric =
             chipset::build(PciParts { prepared, layout, platform, messages, lines: lines.clone(), acpi: acpi_pm })?;
-        builder.add(&FwCfg::RANGES, fw_cfg(cpus, &layout, physical_bits, memory, &fabric)?)?;
+        builder.add(&FwCfg::RANGES, fw_cfg(topology, &layout, physical_bits, memory, &fabric)?)?;
         let (output, input) = serial;
         builder.add(&Com::Com1.ranges(), Serial::new(output, input, line(Com::Com1.gsi())))?;
         if let Some(output) = debugcon {
@@ -128,7 +130,7 @@ impl Machine {
 
 /// The device from which firmware learns what machine it is on.
 fn fw_cfg(
-    cpus: u16,
+    topology: Topology,
     layout: &MemoryLayout,
     physical_bits: u8,
     memory: Arc<dyn GuestMemory>,
@@ -139,9 +141,9 @@ fn fw_cfg(
     if layout.high_bytes() != 0 {
         map.push(ram(FOUR_GIB, layout.high_bytes()));
     }
-    let config = acpi_config(cpus, layout, Some(physical_bits));
+    let config = acpi_config(topology, layout, Some(physical_bits));
     let limit = config.apic_ids.iter().max().map_or(0, |id| id + 1);
-    let builder = FwCfg::builder(memory).memory(layout.ram(), &map).cpus(cpus, limit as u16);
+    let builder = FwCfg::builder(memory).memory(layout.ram(), &map).cpus(topology.cpus() as u16, limit as u16);
     let fabric = fabric.clone();
     let ecam = move || fabric.lock().unwrap_or_else(PoisonError::into_inner).host().ecam();
     Ok(acpi::add_files(builder, &config, ecam)?.build()?)

@@ -36,7 +36,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
     let unavailable = |doing: &str, e: &dyn std::error::Error| Failure::of(ExitStatus::Unavailable, doing, e);
     // Files first: a wrong one is refused before anything is touched.
     let layout = MemoryLayout::new(config.memory.size).map_err(|e| Failure::of(ExitStatus::Usage, "--memory", &e))?;
-    let plan = BootPlan::new(&config.boot, &layout, &acpi_config(config.cpus, &layout, None))
+    let plan = BootPlan::new(&config.boot, &layout, &acpi_config(config.topology, &layout, None))
         .map_err(|e| Failure::of(ExitStatus::Usage, "", &e))?;
     runtime(2)?.block_on(async {
         let info = VmInfo {

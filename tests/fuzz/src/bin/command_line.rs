@@ -3,13 +3,15 @@
 
 use fuzz::{is_one_line, words};
 use libfuzzer_sys::fuzz_target;
-use soc_vmm::cli::{ExitStatus, Invocation, MAX_CPUS};
+use soc_vmm::cli::{ExitStatus, Invocation};
+use soc_vmm::cpuid::MAX_CPUS;
 
 fuzz_target!(|data: &[u8]| {
     let args = std::iter::once("soc-vmm".into()).chain(words(data));
     match Invocation::parse(args) {
         Ok(Invocation::Run(config)) => {
-            assert!((1..=MAX_CPUS).contains(&config.cpus));
+            assert!((1..=MAX_CPUS).contains(&config.cpus.into()));
+            assert_eq!(config.topology.cpus(), config.cpus.into());
             assert!(config.memory.size != 0 && config.memory.size.is_multiple_of(4096));
             assert!(config.cpu_affinity.0.iter().all(|(vcpu, _)| *vcpu < config.cpus));
         }

@@ -326,7 +326,7 @@ fn real_mode() -> Vec<u8> {
 
 /// Opcodes of every call but the one that ends the shim.
 const OPCODES: &[u16] = &[
-    0x001, 0x010, 0x011, 0x100, 0x101, 0x110, 0x111, 0x200, 0x201, 0x210, 0x211, 0x300, 0x301, 0x302, 0x400, 0x401,
+    0x001, 0x010, 0x011, 0x100, 0x101, 0x102, 0x110, 0x111, 0x200, 0x201, 0x210, 0x211, 0x300, 0x301, 0x302, 0x400, 0x401,
     0x402, 0x403, 0x500, 0x501, 0x600, 0x601, 0x700, 0x8001,
 ];
 
@@ -358,6 +358,7 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
             name: Name(*dice.one(&[[0; 64], [b'n'; 64], [0x1b; 64], [0xff; 64]])),
         }),
         0x101 => Call::DestroyVm,
+        0x102 => Call::SetApicIds((0..count).map(|_| *dice.one(&[0, 1, 1, 2, 254, 255, 4095, u32::MAX])).collect()),
         0x110 => Call::AddRam(RamRequest {
             id: *dice.one(&[0, 1, 2, 63, 64, u32::MAX]),
             node: *dice.one(&[-1, -1, 0, 1, -2, i32::MAX]),
