@@ -5,6 +5,7 @@ use std::{fmt, io, path::PathBuf};
 use super::elf::ElfError;
 use super::multiboot::MultibootError;
 use crate::acpi::AcpiError;
+use crate::flash::FlashError;
 use crate::memory::MemoryError;
 
 /// What the user meant a file to be.
@@ -44,6 +45,9 @@ pub enum BootError {
     /// The guest's ACPI tables can't be made.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    /// Firmware and its variable store can't be flash chips.
+    #[error(transparent)]
+    Flash(#[from] FlashError),
     /// Guest memory was not reached.
     #[error("can't write the boot images to guest memory")]
     Memory(#[from] MemoryError),

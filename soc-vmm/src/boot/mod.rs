@@ -6,9 +6,10 @@
 //! firmware.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::acpi::{AcpiConfig, AcpiTables};
+use crate::flash;
 use crate::layout::{FIRMWARE_MAX, FOUR_GIB, MemoryLayout, PAGE_SIZE};
 use crate::memory::GuestMemory;
 
@@ -63,7 +64,7 @@ pub struct BootPlan {
     first: ImageFile,
     initrd: Option<ImageFile>,
     plan: Plan,
-    rom: Option<Rom>,
+    roms: Vec<Rom>,
 }
 
 /// Guest-physical addresses that are read-only memory.
@@ -91,14 +92,37 @@ impl BootPlan {
                 let plan = Plan::for_kernel(&kernel, initrd_len, cmdline, layout, &tables).map_err(|fault| {
                     initrd.as_ref().filter(|_| fault.role == Role::Initrd).unwrap_or(&kernel).blame(fault.problem)
                 })?;
-                Ok(Self { first: kernel, initrd, plan, rom: None })
+                Ok(Self { first: kernel, initrd, plan, roms: Vec::new() })
             }
             BootSource::Firmware { code, .. } => {
                 let code = ImageFile::open(Role::Firmware, code)?;
                 let (plan, rom) = place_firmware(code.size()).map_err(|problem| code.blame(problem))?;
-                Ok(Self { first: code, initrd: None, plan, rom: Some(rom) })
+                Ok(Self { first: code, initrd: None, plan, roms: vec![rom] })
             }
         }
+    }
+
+    /// Opens firmware that lies in flash above its variable store of `variables` bytes. The flash's device brings the contents.
+    ///
+    /// # Errors
+    /// The file is missing, unreadable or wrong, or the chips don't fit.
+    pub fn in_flash(code: &Path, variables: u64) -> Result<Self, BootError> {
+        let code = ImageFile::open(Role::Firmware, code)?;
+        let (low, high) = flash::place(variables, code.size())?;
+        let roms = vec![Rom { start: high, len: code.size() }, Rom { start: low, len: variables }];
+        let plan = Plan { loads: Vec::new(), blobs: Vec::new(), entry: Entry::reset(0) };
+        Ok(Self { first: code, initrd: None, plan, roms })
+    }
+
+    /// All bytes of the kernel or the firmware.
+    ///
+    /// # Errors
+    /// It can't be read any more, or became shorter.
+    pub fn first_image(&self) -> Result<Vec<u8>, BootError> {
+        // Flash is never larger than what there is below 4 GiB.
+        let mut bytes = vec![0; usize::try_from(self.first.size()).unwrap_or(usize::MAX)];
+        self.first.read_exact_at(&mut bytes, 0, "content").map_err(|problem| self.first.blame(problem))?;
+        Ok(bytes)
     }
 
     /// The state in which the boot processor starts. The others start as [`Entry::application_processor`].
@@ -106,9 +130,9 @@ impl BootPlan {
         &self.plan.entry
     }
 
-    /// Read-only memory that the images need beside RAM.
-    pub fn rom(&self) -> Option<Rom> {
-        self.rom
+    /// Read-only memory that the images need beside RAM: first what ends at 4 GiB. None: no firmware starts.
+    pub fn roms(&self) -> &[Rom] {
+        &self.roms
     }
 
     /// Whether the files are still as long as they were: a reset looks before it touches the guest.

@@ -11,6 +11,7 @@ use super::guest::{GuestEvent, Relay};
 use super::ram::GuestRam;
 use super::view::Memory;
 use crate::bus::Ticket;
+use crate::flash::FlashMemory;
 use crate::link::{CallError, Channel};
 use crate::pci::{MemoryView, Platform, Window};
 
@@ -180,6 +181,28 @@ impl<F: SocFunction> Platform for Arranger<F> {
         wanted.posted_changed = true;
         drop(wanted);
         self.changed.notify_one();
+    }
+}
+
+impl<F: SocFunction> FlashMemory for Arranger<F> {
+    fn show_array(&self, bank: usize, on: bool, done: Option<Ticket>) {
+        let mut wanted = self.wanted();
+        if let Some(shown) = wanted.shown.get_mut(bank) {
+            *shown = on;
+        }
+        wanted.memory_changed = true;
+        if !wanted.over {
+            wanted.tickets.extend(done);
+        }
+        drop(wanted);
+        self.changed.notify_one();
+    }
+
+    fn program(&self, bank: usize, offset: u64, bytes: &[u8]) {
+        let Some(rom) = self.memory.roms.get(bank) else { return };
+        let extents = self.extents.iter().find(|(ram, _)| *ram == rom.ram);
+        // Lost: said by who watches the function.
+        let _ = extents.map(|(_, extents)| self.ram.fill(extents, rom.offset + offset, bytes));
     }
 }
 

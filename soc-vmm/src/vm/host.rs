@@ -32,8 +32,8 @@ use crate::pci::MemoryView;
 const LOW: u32 = 0;
 /// Allocation of RAM above.
 const HIGH: u32 = 1;
-/// Allocation of ROM.
-const ROM: u32 = 2;
+/// Allocation of the first ROM; others follow.
+const ROM: u32 = 62;
 
 /// What there is to show to a guest, and where DMA finds each allocation.
 type Allocated = (Memory, Vec<(u32, Vec<Extent>)>);
@@ -73,7 +73,7 @@ impl<F: SocFunction> HostVm<F> {
         channel: Channel<F>,
         config: &RunConfig,
         layout: &MemoryLayout,
-        rom: Option<Rom>,
+        roms: &[Rom],
         view: MemoryView,
     ) -> Result<(Self, Arc<Arranger<F>>), HostError> {
         let vcpus = u32::from(config.cpus);
@@ -87,7 +87,7 @@ impl<F: SocFunction> HostVm<F> {
         channel.call(&Call::SetApicIds(config.topology.apic_ids().collect())).await?;
         let ram = Arc::new(GuestRam::new(link.function.clone()));
         let vm = Self { channel, created, ram, vcpus };
-        let (memory, extents) = vm.fill(layout, &config.memory, rom).await?;
+        let (memory, extents) = vm.fill(layout, &config.memory, roms).await?;
         let arranger = Arranger::new(vm.channel.clone(), vm.ram.clone(), memory, extents, view);
         arranger.begin().await?;
         for &(vcpu, cpu) in &config.cpu_affinity.0 {
@@ -98,20 +98,15 @@ impl<F: SocFunction> HostVm<F> {
     }
 
     /// Allocates RAM and ROM.
-    async fn fill(
-        &self,
-        layout: &MemoryLayout,
-        memory: &cli::Memory,
-        rom: Option<Rom>,
-    ) -> Result<Allocated, HostError> {
+    async fn fill(&self, layout: &MemoryLayout, memory: &cli::Memory, roms: &[Rom]) -> Result<Allocated, HostError> {
         let node = memory.node.map_or(-1, i32::from);
         let huge = memory.hugepages.map_or(0, |pages| pages.size());
         let mut requests = vec![RamRequest { id: LOW, node, len: layout.low_end(), iova: 0, huge }];
         if layout.high_bytes() != 0 {
             requests.push(RamRequest { id: HIGH, node, len: layout.high_bytes(), iova: FOUR_GIB, huge });
         }
-        if let Some(rom) = rom {
-            requests.push(RamRequest { id: ROM, node, len: rom.len, iova: rom.start, huge: 0 });
+        for (id, rom) in (ROM..).zip(roms) {
+            requests.push(RamRequest { id, node, len: rom.len, iova: rom.start, huge: 0 });
         }
         let mut extents = Vec::new();
         for request in requests {
@@ -130,8 +125,8 @@ impl<F: SocFunction> HostVm<F> {
         if layout.high_bytes() != 0 {
             ram.push(Backing { base: FOUR_GIB, len: layout.high_bytes(), ram: HIGH, offset: 0 });
         }
-        let roms = rom.map(|rom| Backing { base: rom.start, len: rom.len, ram: ROM, offset: 0 });
-        Ok((Memory { ram, low_end: layout.low_end(), roms: roms.into_iter().collect() }, extents))
+        let roms = (ROM..).zip(roms).map(|(ram, rom)| Backing { base: rom.start, len: rom.len, ram, offset: 0 });
+        Ok((Memory { ram, low_end: layout.low_end(), roms: roms.collect() }, extents))
     }
 
     /// The SoC's ends of the lanes, and all their words that outlive the process, which lie in `state_dir`.

@@ -15,6 +15,7 @@ use super::guest::{GuestEvent, Relay};
 use super::host::{HostError, HostVm};
 use super::lines::Lines;
 use super::machine::{BuildError, Machine, Parts};
+use super::media::Media;
 use super::messages::Messages;
 use super::state;
 use super::worker::{Command, Serving, Waker, Worker};
@@ -43,6 +44,7 @@ pub(super) struct Blueprint<'a> {
     pub(super) config: &'a RunConfig,
     pub(super) layout: MemoryLayout,
     pub(super) plan: BootPlan,
+    pub(super) media: Media,
     pub(super) streams: Streams,
     pub(super) waker: Arc<Waker>,
     /// Where what must outlive the process is kept.
@@ -122,12 +124,12 @@ impl<F: SocFunction> Vm<F> {
         crossings: Arc<Crossings>,
         blueprint: Blueprint<'_>,
     ) -> Result<Self, LifeError> {
-        let Blueprint { config, layout, plan, streams, waker, state_dir } = blueprint;
+        let Blueprint { config, layout, plan, media, streams, waker, state_dir } = blueprint;
         let vcpus = u32::from(config.cpus);
         // Without firmware the chipset is as firmware would leave it.
-        let prepared = plan.rom().is_none();
+        let prepared = plan.roms().is_empty();
         let view = if prepared { MemoryView::SHADOWED } else { MemoryView::default() };
-        let (host, arranger) = HostVm::create(link, channel.clone(), config, &layout, plan.rom(), view).await?;
+        let (host, arranger) = HostVm::create(link, channel.clone(), config, &layout, plan.roms(), view).await?;
         let supported = host.supported_cpuid().await?;
         let cpuid = CpuidConfig {
             topology: config.topology,
@@ -153,7 +155,7 @@ impl<F: SocFunction> Vm<F> {
         let messages = Messages::new(link.function.clone(), channel.clone(), &host.created);
         let lines = Lines::new(channel);
         let counters = Arc::new(Counters::default());
-        let machine = Machine::new(Parts {
+        let parts = Parts {
             prepared,
             platform: arranger.clone(),
             messages: &messages,
@@ -168,7 +170,11 @@ impl<F: SocFunction> Vm<F> {
             lines: lines.clone(),
             power: relay.clone(),
             wake: waker.clone(),
-        })?;
+            media,
+            flash: arranger.clone(),
+        };
+        // Flash goes to its memory by DMA.
+        let machine = tokio::task::block_in_place(|| Machine::new(parts))?;
         if host.created.features & VmCreated::POSTING != 0 {
             arranger.post_always(machine.posted);
         }
@@ -218,7 +224,7 @@ impl<F: SocFunction> Vm<F> {
     /// Where the boot processor starts; firmware finds the processor's signature in EDX, as after power on.
     fn first_entry(&self) -> Entry {
         let mut entry = *self.plan.entry();
-        if self.plan.rom().is_some() {
+        if !self.plan.roms().is_empty() {
             entry.regs.rdx = self.signature.into();
         }
         entry

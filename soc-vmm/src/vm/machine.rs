@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use api_channel::call::PostedRange;
 
 use super::chipset::{self, PciParts};
+use super::media::Media;
 use super::worker::Buses;
 use crate::acpi::{self, AcpiConfig, AcpiError};
 use crate::bus::{Bus, Claim, Device, MapError, Wake};
@@ -14,6 +15,7 @@ use crate::devices::{
     AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, FwCfg, I8042, InputQueue, OutputQueue,
     PcTestMemory, PcTestPorts, PmTimerWidth, Port92, Ranges, ResetControl, Rtc, SCI_GSI, Serial, SystemClock,
 };
+use crate::flash::{Flash, FlashMemory};
 use crate::interrupt::{InterruptLine, LineSink, MessageSink};
 use crate::layout::{FOUR_GIB, MemoryLayout};
 use crate::memory::GuestMemory;
@@ -50,6 +52,10 @@ pub(super) struct Parts<'a> {
     pub(super) power: Arc<dyn PowerSink>,
     /// Wakes the thread that serves the buses.
     pub(super) wake: Arc<dyn Wake>,
+    /// What disks, media and flash hold.
+    pub(super) media: Media,
+    /// Where the guest reads flash.
+    pub(super) flash: Arc<dyn FlashMemory>,
 }
 
 /// A built machine.
@@ -95,6 +101,8 @@ impl Machine {
             lines,
             power,
             wake,
+            media,
+            flash,
         } = parts;
         let line = |gsi| InterruptLine::new(gsi, lines.clone());
         let mut builder = Builder::default();
@@ -120,6 +128,11 @@ impl Machine {
             builder.add(&DebugExit::RANGES, DebugExit::new(power))?;
             builder.add(&PcTestPorts::RANGES, PcTestPorts::new(&lines))?;
             builder.add(&PcTestMemory::RANGES, PcTestMemory::new())?;
+        }
+        if let Some(banks) = media.flash {
+            let chips = Flash::new(banks, flash);
+            chips.load();
+            builder.buses.memory.insert(&chips.claims(), Box::new(chips))?;
         }
         let [ports, rest] = FabricSide::both(&fabric);
         builder.buses.ports.insert_rest(Box::new(ports));

@@ -8,6 +8,7 @@ mod host;
 mod life;
 mod lines;
 mod machine;
+mod media;
 mod messages;
 mod ram;
 mod run;

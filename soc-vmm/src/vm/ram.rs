@@ -52,6 +52,22 @@ impl<F: SocFunction> GuestRam<F> {
         *self.pieces.write().unwrap_or_else(PoisonError::into_inner) = pieces;
     }
 
+    /// Copies `data` to the bytes from `offset` of an allocation that DMA reaches by `extents`, whether or not the guest sees them.
+    ///
+    /// # Errors
+    /// The function is lost.
+    pub(super) fn fill(&self, extents: &[Extent], offset: u64, data: &[u8]) -> Result<(), BusError> {
+        let end = offset + data.len() as u64;
+        for extent in extents {
+            let (first, last) = (extent.offset.max(offset), (extent.offset + extent.len).min(end));
+            if first < last {
+                let bytes = &data[(first - offset) as usize..(last - offset) as usize];
+                self.function.write(extent.iova + (first - extent.offset), bytes)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The loader's view of the same memory: ROM can be written.
     pub fn loader(&self) -> Loader<'_, F> {
         Loader(self)

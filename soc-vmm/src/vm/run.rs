@@ -9,9 +9,8 @@ use pcie_function::modelled::{Crossings, ModelledSoc};
 
 use super::host;
 use super::life::{Blueprint, LifeError, Streams, Vm};
-use super::machine::acpi_config;
+use super::media;
 use super::worker::Waker;
-use crate::boot::BootPlan;
 use crate::cli::{ExitStatus, Failure, RunConfig};
 use crate::console::{Attached, ConsoleError, DebugconBackend, SerialBackend};
 use crate::control::{self, RunDir, VmControl, VmInfo};
@@ -36,8 +35,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
     let unavailable = |doing: &str, e: &dyn std::error::Error| Failure::of(ExitStatus::Unavailable, doing, e);
     // Files first: a wrong one is refused before anything is touched.
     let layout = MemoryLayout::new(config.memory.size).map_err(|e| Failure::of(ExitStatus::Usage, "--memory", &e))?;
-    let plan = BootPlan::new(&config.boot, &layout, &acpi_config(config.topology, &layout, None))
-        .map_err(|e| Failure::of(ExitStatus::Usage, "", &e))?;
+    let (plan, media) = media::open(config, &layout)?;
     runtime(2)?.block_on(async {
         let info = VmInfo {
             name: config.name.to_string(),
@@ -85,7 +83,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
             debugcon = Some(output);
         }
         let streams = Streams { serial: (output, input), debugcon };
-        let blueprint = Blueprint { config, layout, plan, streams, waker, state_dir: claim.state_dir() };
+        let blueprint = Blueprint { config, layout, plan, media, streams, waker, state_dir: claim.state_dir() };
         let setup = Setup { blueprint, control, consoles: &consoles };
         let ended = function::open(&config.function, Role::Vm, setup).await;
         for console in consoles {

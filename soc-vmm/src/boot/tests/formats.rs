@@ -52,7 +52,7 @@ fn boot(kernel: &[u8], initrd: Option<&[u8]>) -> Booted {
     let plan = plan(dir.path(), kernel, initrd, CMDLINE).unwrap();
     let memory = TestMemory::new(RAM);
     memory.load(&plan).unwrap();
-    assert_eq!(plan.rom(), None);
+    assert!(plan.roms().is_empty());
     assert_eq!(memory.bytes(0xe_0000, 8), b"RSD PTR ");
     Booted { plan, memory }
 }
@@ -219,7 +219,7 @@ fn firmware_lies_below_four_gib() {
         let acpi = AcpiConfig { apic_ids: vec![0], serial_ports: 1, keyboard: true, ..AcpiConfig::default() };
         let plan = BootPlan::new(&BootSource::Firmware { code, nvram: None }, &MemoryLayout::new(RAM).unwrap(), &acpi)
             .unwrap();
-        let rom = plan.rom().unwrap();
+        let [rom] = *plan.roms() else { panic!("{:?}", plan.roms()) };
         assert_eq!((rom.start + rom.len, rom.len), (1 << 32, len as u64));
         let memory = TestMemory::with_rom(RAM, Some(rom));
         memory.load(&plan).unwrap();

@@ -1,0 +1,60 @@
+//! The files that a VM is made from, opened and examined before anything is touched: images to boot, disks, media, flash.
+
+use std::sync::Arc;
+
+use super::machine::acpi_config;
+use crate::block::{self, BlockBackend};
+use crate::boot::{BootPlan, BootSource};
+use crate::cli::{ExitStatus, Failure, RunConfig};
+use crate::flash::{Bank, VariableStore};
+use crate::layout::MemoryLayout;
+
+/// What the machine's devices hold.
+pub(super) struct Media {
+    /// Firmware's flash; none: its firmware is ROM, or there is none.
+    pub(super) flash: Option<Vec<Bank>>,
+    /// Disks, in their order on the command line.
+    pub(super) disks: Vec<Disk>,
+    /// What is in the CD-ROM drive.
+    pub(super) cdrom: Option<Arc<dyn BlockBackend>>,
+}
+
+/// A disk.
+pub(super) struct Disk {
+    pub(super) image: Arc<dyn BlockBackend>,
+    /// Its name, which the guest sees as its serial number.
+    pub(super) id: String,
+}
+
+/// Opens all that `config` names.
+///
+/// # Errors
+/// A file is missing, unreadable, wrong or damaged: which option, which file.
+pub(super) fn open(config: &RunConfig, layout: &MemoryLayout) -> Result<(BootPlan, Media), Failure> {
+    let wrong = |option: &str, e: &dyn std::error::Error| Failure::of(ExitStatus::Usage, option, e);
+    let (plan, flash) = match &config.boot {
+        BootSource::Firmware { code, nvram: Some(nvram) } => {
+            let (store, variables) = VariableStore::open(nvram).map_err(|e| wrong("--nvram", &e))?;
+            let plan = BootPlan::in_flash(code, variables.len() as u64).map_err(|e| wrong("", &e))?;
+            let code = plan.first_image().map_err(|e| wrong("", &e))?;
+            let [top, below] = [0, 1].map(|bank: usize| plan.roms()[bank].start);
+            let banks = vec![
+                Bank { base: top, bytes: code, read_only: true, store: None },
+                Bank { base: below, bytes: variables, read_only: false, store: Some(store) },
+            ];
+            (plan, Some(banks))
+        }
+        source => {
+            let acpi = acpi_config(config.topology, layout, None);
+            (BootPlan::new(source, layout, &acpi).map_err(|e| wrong("", &e))?, None)
+        }
+    };
+    let disks = config.disks.iter().enumerate().map(|(index, disk)| {
+        let image = block::open(&disk.image).map_err(|e| wrong("--disk", &e))?;
+        Ok(Disk { image, id: disk.id.clone().unwrap_or_else(|| format!("disk{index}")) })
+    });
+    let disks = disks.collect::<Result<_, Failure>>()?;
+    let cdrom = config.cdrom.as_ref().map(|cdrom| block::open(&cdrom.image)).transpose();
+    let cdrom = cdrom.map_err(|e| wrong("--cdrom", &e))?;
+    Ok((plan, Media { flash, disks, cdrom }))
+}
