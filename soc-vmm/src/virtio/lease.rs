@@ -1,0 +1,65 @@
+//! Guest memory as a device has it: from DRIVER_OK until the guest takes it back.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use super::QueueError;
+use crate::memory::GuestMemory;
+
+/// Guest memory, lent to a device. After [`Lease::revoke`] nothing of it is read or written through this lease: what the device
+/// still does then reaches the guest no more.
+pub struct Lease {
+    memory: Arc<dyn GuestMemory>,
+    /// Held to read while a transfer is under way, so that revoking waits for it, and for no more than it.
+    open: RwLock<bool>,
+}
+
+impl Lease {
+    /// Lends `memory`.
+    pub fn new(memory: Arc<dyn GuestMemory>) -> Self {
+        Self { memory, open: RwLock::new(true) }
+    }
+
+    /// Copies from guest-physical `addr`.
+    ///
+    /// # Errors
+    /// Not all of it is RAM, the function is lost, or the lease is over.
+    pub fn read(&self, addr: u64, data: &mut [u8]) -> Result<(), QueueError> {
+        self.transfer(|memory| memory.read(addr, data))
+    }
+
+    /// Copies to guest-physical `addr`.
+    ///
+    /// # Errors
+    /// As [`Lease::read`].
+    pub fn write(&self, addr: u64, data: &[u8]) -> Result<(), QueueError> {
+        self.transfer(|memory| memory.write(addr, data))
+    }
+
+    /// Reads 2 bytes that another side writes at any time, in one load: the aligned word of 8 around them is what a transfer never
+    /// tears. `addr` is even.
+    pub(super) fn read_u16(&self, addr: u64) -> Result<u16, QueueError> {
+        let mut word = [0; 8];
+        self.read(addr & !7, &mut word)?;
+        let at = (addr & 6) as usize;
+        Ok(u16::from_le_bytes([word[at], word[at + 1]]))
+    }
+
+    /// Ends the lease, after the transfer that is under way.
+    pub fn revoke(&self) {
+        *self.open.write().unwrap_or_else(PoisonError::into_inner) = false;
+    }
+
+    fn transfer(
+        &self,
+        copy: impl FnOnce(&dyn GuestMemory) -> Result<(), crate::memory::MemoryError>,
+    ) -> Result<(), QueueError> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        if *open { copy(&*self.memory).map_err(QueueError::Memory) } else { Err(QueueError::Revoked) }
+    }
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lease").field("open", &self.open).finish_non_exhaustive()
+    }
+}

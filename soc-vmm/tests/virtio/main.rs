@@ -1,0 +1,7 @@
+//! virtio devices as a guest's driver meets them.
+
+mod block;
+mod net;
+mod pci;
+mod rig;
+mod ring;
