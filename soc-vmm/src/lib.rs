@@ -25,4 +25,5 @@ pub mod qmp;
 mod runtime;
 pub mod say;
 mod shim;
+pub mod smbios;
 pub mod vm;
