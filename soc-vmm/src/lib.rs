@@ -26,5 +26,6 @@ pub mod qmp;
 mod runtime;
 pub mod say;
 mod shim;
+pub mod smbios;
 pub mod virtio;
 pub mod vm;

@@ -11,6 +11,7 @@
 //! | [`DebugConsole`] | 0x402 | | all |
 //! | [`DebugExit`] | 0xf4–0xf7 | | none |
 //! | [`DelayPort`] | 0x80 | | all |
+//! | [`PciHotplug`] | 0xcc0–0xccf | (9, by [`AcpiPm`]) | none |
 //! | [`Pvpanic`] | 0x505 | | none |
 //! | [`FwCfg`] | 0x510–0x511, 0x514–0x51b | | none |
 //! | [`PcTestPorts`] | 0xe0–0xeb, 0x2000–0x2017 | 0–23 | none |
@@ -32,6 +33,7 @@ mod delay_port;
 pub mod fw_cfg;
 mod i8042;
 mod pc_testdev;
+mod pci_hotplug;
 mod pipe;
 mod port92;
 mod pvpanic;
@@ -53,6 +55,10 @@ pub use delay_port::DelayPort;
 pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgState};
 pub use i8042::{I8042, I8042State};
 pub use pc_testdev::{PcTestMemory, PcTestMemoryState, PcTestPorts, PcTestPortsState};
+pub use pci_hotplug::{
+    BANK as PCI_HOTPLUG_BANK, EjectSink, PCI_HOTPLUG_GPE, PCI_HOTPLUG_LEN, PCI_HOTPLUG_PORT, PCI_HOTPLUG_SLOTS,
+    PciHotplug, PciHotplugHandle, PciHotplugState,
+};
 pub use pipe::{Closed, InputQueue, InputWriter, OutputQueue, OutputReader, input_pipe, output_pipe};
 pub use port92::{Port92, Port92State};
 pub use pvpanic::{PVPANIC_PORT, Pvpanic};

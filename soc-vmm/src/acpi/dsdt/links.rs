@@ -2,7 +2,7 @@
 //! PNP0C0F); in APIC mode their GSIs.
 
 use acpi_tables::aml::{
-    And, Arg, CreateDWordField, Equal, FieldAccessType, MethodCall, NotEqual, OpRegionSpace, Or, Path, ZERO,
+    And, Arg, CreateDWordField, FieldAccessType, MethodCall, NotEqual, OpRegionSpace, Or, Path, ZERO,
 };
 
 use crate::acpi::aml::{
@@ -42,13 +42,14 @@ pub(super) fn devices() -> Vec<Term> {
     const ON_STATUS: u8 = 0xb;
     let (template, number) = (path("PRR0"), path("PRRI"));
     let status = method("IQST", 1, &[when(&And::new(&ZERO, &Arg(0), &OFF), &[give(&OFF_STATUS)]), give(&ON_STATUS)]);
+    let template_of_one = resources("PRR0", &[shared_interrupts(&[0])]);
     let current = method(
         "IQCR",
         1,
         &[
-            resources("PRR0", &[shared_interrupts(&[0])]),
             Term::of(&CreateDWordField::new(&number, &template, &NUMBER)),
-            when(&Equal::new(&And::new(&ZERO, &Arg(0), &OFF), &ZERO), &[store(&number, &Arg(0))]),
+            store(&number, &Arg(0)),
+            when(&And::new(&ZERO, &Arg(0), &OFF), &[store(&number, &ZERO)]),
             give(&template),
         ],
     );
@@ -71,7 +72,7 @@ pub(super) fn devices() -> Vec<Term> {
             ],
         )
     };
-    [status, current].into_iter().chain(LETTERS.into_iter().enumerate().map(link)).collect()
+    [status, template_of_one, current].into_iter().chain(LETTERS.into_iter().enumerate().map(link)).collect()
 }
 
 /// `_PRT` of bus 0 (§6.2.13) and its tables.

@@ -1,11 +1,12 @@
 //! DSDT (ACPI 6.5 §5.2.11.1): the devices that can't be found by probing, PCI, the processors, and S5.
 
+mod hotplug;
 mod isa;
 mod links;
 mod root;
 
 use super::aml::{Term, device, eisa, name, package, resources, scope};
-use super::{AcpiConfig, table};
+use super::{AcpiConfig, Hotplug, table};
 use crate::devices::SLEEP_TYPE_S5;
 use crate::layout::{ECAM, ECAM_SIZE};
 use acpi_tables::aml::Memory32Fixed;
@@ -19,7 +20,7 @@ pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
     match &config.pci {
         Some(pci) => {
             system.extend(links::devices());
-            system.push(root::bridge(pci, &isa));
+            system.push(root::bridge(pci, &isa, !config.numa.is_empty()));
             system.extend(pci.ecam().map(|ecam| reserved(ecam.base, ecam.len)));
         }
         None => {
@@ -34,6 +35,9 @@ pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
         body.extend(links::interrupt_model());
     }
     body.push(scope("\\_SB_", &system));
+    if config.pci.as_ref().is_some_and(|pci| pci.hotplug == Hotplug::Acpi) {
+        body.push(hotplug::event());
+    }
     table(*b"DSDT", REVISION, &body.into_iter().flat_map(Term::into_bytes).collect::<Vec<_>>())
 }
 

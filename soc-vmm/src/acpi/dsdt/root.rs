@@ -4,7 +4,7 @@ use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Equal, IO, Local, NotEqual, ONE, Or, Uuid, ZERO,
 };
 
-use super::links;
+use super::{hotplug, links};
 use crate::acpi::aml::{Term, device, eisa, give, method, name, path, resources, store, when};
 use crate::acpi::pci::{Hotplug, PciConfig};
 use crate::layout::{VGA_WINDOW, VGA_WINDOW_END};
@@ -26,8 +26,8 @@ mod status {
     pub(super) const MASKED: u8 = 1 << 4;
 }
 
-/// The bridge; `isa` stands behind its LPC bridge.
-pub(super) fn bridge(pci: &PciConfig, isa: &[Term]) -> Term {
+/// The bridge; `isa` stands behind its LPC bridge. `numa`: there are nodes, of which it belongs to the first.
+pub(super) fn bridge(pci: &PciConfig, isa: &[Term], numa: bool) -> Term {
     let mut lpc = vec![links::lpc_address()];
     lpc.extend(links::registers());
     lpc.extend_from_slice(isa);
@@ -39,8 +39,14 @@ pub(super) fn bridge(pci: &PciConfig, isa: &[Term]) -> Term {
         windows(pci),
         capabilities(pci.hotplug),
     ];
+    if numa {
+        children.push(name("_PXM", &ZERO));
+    }
     children.extend(links::routing());
     children.push(device("LPC_", &lpc));
+    if pci.hotplug == Hotplug::Acpi {
+        children.extend(hotplug::slots(pci));
+    }
     device("PCI0", &children)
 }
 
