@@ -4,7 +4,7 @@ use api_channel::call::Irqchip;
 use integration::soc::{Answer, Shape, Soc};
 use integration::{Vm, kvm, test_name};
 use ioreq_ring::{Completion, Kind};
-use payloads::{EXIT_PASS, Payload, smp};
+use payloads::{EXIT_PASS, Payload, Privilege, pio, smp};
 
 /// Runs a payload in which each vCPU says its APIC id; they must be `ids`.
 fn brings_up(payload: &Payload, more: &[&str], ids: impl IntoIterator<Item = u32>) {
@@ -38,6 +38,16 @@ fn a_topology_decides_the_apic_ids() {
     brings_up(&payload(6), &["--cpus", "6,sockets=3,cores=1,threads=2"], 0..6);
     brings_up(&payload(12), &["--cpus", "12,cores=3,threads=2"], [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]);
     brings_up(&payload(64), &["--cpus", "64,sockets=2,threads=2"], 0..64);
+}
+
+/// As many as the wire has room for (docs/wire.md §7), each with its lane, thread and descriptors.
+#[test]
+fn a_thousand_and_twenty_four_vcpus_fit() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let ended = Vm::payload(&pio::pio(Privilege::Cpl0).unwrap(), &["--cpus", "1024"]).wait();
+    assert_eq!(ended.status.code(), Some(i32::from(EXIT_PASS) << 1 | 1), "{}{}", ended.debugcon, ended.stderr);
 }
 
 /// Ports of [`CODE`].
