@@ -56,6 +56,9 @@ pub(crate) fn confine() -> Result<VcpuFilter, ServeError> {
     let (_, most) = getrlimit(Resource::RLIMIT_MEMLOCK).map_err(os("read a resource limit"))?;
     let unlimited = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     unlimited.or_else(|_| setrlimit(Resource::RLIMIT_MEMLOCK, most, most)).map_err(os("raise a resource limit"))?;
+    // A vCPU takes four descriptors or five, and the usual soft limit is for programs that use select(2).
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).map_err(os("read a resource limit"))?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).map_err(os("raise a resource limit"))?;
     nix::sys::prctl::set_no_new_privs().map_err(os("give up new privileges"))?;
     drop_capabilities().map_err(os("drop capabilities"))?;
     let seccomp = |error: &dyn std::fmt::Display| {

@@ -34,7 +34,7 @@ pub struct Ended {
 }
 
 impl Vm {
-    /// Runs a payload on `vcpus` vCPUs with the test devices.
+    /// Runs a payload with the test devices, on as many vCPUs as it wants unless `more` has `--cpus`.
     pub fn payload(payload: &Payload, more: &[&str]) -> Self {
         let directory = TempDir::new().expect("a temporary directory");
         let (option, bytes) = payload.file();
@@ -42,7 +42,10 @@ impl Vm {
         std::fs::write(&image, bytes).expect("the payload is written");
         let cpus = payload.vcpus.to_string();
         let image = image.to_str().expect("a UTF-8 path").to_owned();
-        let mut args = vec![option, &image, "--cpus", &cpus, "--memory", "64M", "--debug-exit"];
+        let mut args = vec![option, &image, "--memory", "64M", "--debug-exit"];
+        if !more.contains(&"--cpus") {
+            args.extend(["--cpus", &cpus]);
+        }
         args.extend(more);
         Self::run_in(directory, &args)
     }

@@ -4,21 +4,50 @@ use api_channel::call::Irqchip;
 use integration::soc::{Answer, Shape, Soc};
 use integration::{Vm, kvm, test_name};
 use ioreq_ring::{Completion, Kind};
-use payloads::{EXIT_PASS, smp};
+use payloads::{EXIT_PASS, Payload, Privilege, pio, smp};
 
-#[test]
-fn as_many_processors_as_a_payload_can_start_come_up_through_soc_vmm() {
-    if !kvm(&test_name()) {
-        return;
-    }
-    let vcpus = payloads::MAX_VCPUS;
-    let ended = Vm::payload(&smp::bring_up(vcpus).unwrap(), &[]).wait();
+/// Runs a payload in which each vCPU says its APIC id; they must be `ids`.
+fn brings_up(payload: &Payload, more: &[&str], ids: impl IntoIterator<Item = u32>) {
+    let ended = Vm::payload(payload, more).wait();
     assert_eq!(ended.status.code(), Some(i32::from(EXIT_PASS) << 1 | 1), "{}{}", ended.debugcon, ended.stderr);
     let mut lines: Vec<_> = ended.debugcon.lines().collect();
     assert_eq!(lines.pop(), Some("pass"));
     lines.sort_unstable();
-    let expected: Vec<_> = (0..vcpus).map(|vcpu| format!("vcpu {vcpu:016x}")).collect();
+    let expected: Vec<_> = ids.into_iter().map(|id| format!("vcpu {id:016x}")).collect();
     assert_eq!(lines, expected);
+}
+
+#[test]
+fn sixty_four_processors_come_up_through_soc_vmm() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    assert_eq!(payloads::MAX_VCPUS, 64);
+    for vcpus in [2, 4, 8, 64] {
+        brings_up(&smp::bring_up(vcpus).unwrap(), &[], 0..vcpus.into());
+    }
+}
+
+#[test]
+fn a_topology_decides_the_apic_ids() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let payload = |vcpus| smp::identify(vcpus).unwrap();
+    brings_up(&payload(6), &["--cpus", "6,sockets=2"], [0, 1, 2, 4, 5, 6]);
+    brings_up(&payload(6), &["--cpus", "6,sockets=3,cores=1,threads=2"], 0..6);
+    brings_up(&payload(12), &["--cpus", "12,cores=3,threads=2"], [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]);
+    brings_up(&payload(64), &["--cpus", "64,sockets=2,threads=2"], 0..64);
+}
+
+/// As many as the wire has room for (docs/wire.md §7), each with its lane, thread and descriptors.
+#[test]
+fn a_thousand_and_twenty_four_vcpus_fit() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let ended = Vm::payload(&pio::pio(Privilege::Cpl0).unwrap(), &["--cpus", "1024"]).wait();
+    assert_eq!(ended.status.code(), Some(i32::from(EXIT_PASS) << 1 | 1), "{}{}", ended.debugcon, ended.stderr);
 }
 
 /// Ports of [`CODE`].

@@ -12,6 +12,10 @@ use crate::{EXIT_FAIL, EXIT_PASS, Privilege};
 /// Which instruction the other vCPUs begin with.
 const OTHERS_ENTRY: usize = 2;
 
+/// Interprocessor interrupts that start a vCPU (Intel SDM volume 3A §11.6.1).
+const INIT: u32 = 0x4500;
+const STARTUP: u32 = 0x4600 | layout::AP_START >> 12;
+
 /// One 64-bit payload while it is written. Code goes to `asm`, in this order: the first vCPU's, which begins right
 /// after [`LongMode::new`], then whatever else.
 ///
@@ -223,8 +227,6 @@ impl LongMode {
     /// They count themselves by [`LongMode::online`]. Enables the local APIC: one that is disabled sends nothing.
     /// Uses rax, rcx, rsi, rdi.
     pub(crate) fn start_other_vcpus(&mut self, vcpus: u8) -> Result<(), IcedError> {
-        const INIT: u32 = 0x4500;
-        const STARTUP: u32 = 0x4600 | layout::AP_START >> 12;
         self.asm.call(self.runtime.copy_ap_start)?;
         self.enable_apic()?;
         let mut next = self.asm.create_label();
@@ -238,6 +240,19 @@ impl LongMode {
         self.asm.cmp(ecx, u32::from(vcpus))?;
         self.asm.jb(next)?;
         self.spin_until(layout::ONLINE, u32::from(vcpus) - 1)
+    }
+
+    /// Brings up all vCPUs but this one, whatever their APIC ids, and waits until `others` have come to their code. As
+    /// [`LongMode::start_other_vcpus`] otherwise.
+    pub(crate) fn start_all_other_vcpus(&mut self, others: u32) -> Result<(), IcedError> {
+        const ALL_BUT_SELF: u32 = 3 << 18;
+        self.asm.call(self.runtime.copy_ap_start)?;
+        self.enable_apic()?;
+        for command in [INIT, STARTUP] {
+            self.asm.xor(esi, esi)?;
+            self.send_ipi(esi, ALL_BUT_SELF | command)?;
+        }
+        self.spin_until(layout::ONLINE, others)
     }
 
     /// Counts this vCPU among those that came up.

@@ -20,6 +20,38 @@ pub fn bring_up(vcpus: u8) -> Result<Payload, IcedError> {
     Ok(Payload::kernel("smp", vcpus, p.finish()?))
 }
 
+/// Brings up all vCPUs, whatever their APIC ids; each finds its id in CPUID, in leaf 1 and as the topology leaf's x2APIC id, and says
+/// it as in [`bring_up`]. Ids are below [`crate::MAX_VCPUS`].
+pub fn identify(vcpus: u8) -> Result<Payload, IcedError> {
+    let mut p = LongMode::new()?;
+    p.start_all_other_vcpus(u32::from(vcpus) - 1)?;
+    say_identity(&mut p)?;
+    p.pass()?;
+
+    p.other_vcpus()?;
+    say_identity(&mut p)?;
+    p.online()?;
+    p.halt()?;
+    Ok(Payload::kernel("identify", vcpus, p.finish()?))
+}
+
+/// Intel SDM volume 2A, "CPUID", leaves 1 and 0xb.
+fn say_identity(p: &mut LongMode) -> Result<(), IcedError> {
+    p.lock(layout::CONSOLE_LOCK)?;
+    p.asm.mov(eax, 1)?;
+    p.asm.xor(ecx, ecx)?;
+    p.asm.cpuid()?;
+    p.asm.shr(ebx, 24)?;
+    p.expect(rbx, r15, "the initial APIC id")?;
+    p.asm.mov(eax, 0xb)?;
+    p.asm.xor(ecx, ecx)?;
+    p.asm.cpuid()?;
+    p.asm.mov(edx, edx)?;
+    p.expect(rdx, r15, "the x2APIC id")?;
+    p.unlock(layout::CONSOLE_LOCK)?;
+    say_vcpu(p)
+}
+
 fn say_vcpu(p: &mut LongMode) -> Result<(), IcedError> {
     p.lock(layout::CONSOLE_LOCK)?;
     p.print("vcpu ")?;
