@@ -5,12 +5,13 @@
 //! | [`qemu`] | Debian 13 and its backports | QEMU 11.1, SeaBIOS, busybox-static, xz |
 //! | [`kernel`] | Debian 13's cloud kernels | the server, its guests, the Arm SoC |
 //! | [`cross`] | Debian 12 | rustc and the standard library for aarch64, a cross linker, qemu-user |
+//! | [`debian::image`] | Debian 12 | a disk with a Debian on it, and what boots it |
 //!
 //! Packages come through apt with its state in a directory of its own (its mirror, proxy and keys are the machine's) and are
 //! only unpacked: nothing is installed and no root is needed. Programs of another Debian release run by that release's own
 //! loader. Each function returns at once when its part is there; several processes may call them at once.
 
-mod apt;
+pub(crate) mod apt;
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -20,8 +21,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use crate::paths;
 use crate::process::CommandError;
+use crate::{debian, paths};
 use apt::Apt;
 
 /// Why a part of the testbed isn't there.
@@ -51,7 +52,7 @@ impl Error {
         Self::Unreachable(source)
     }
 
-    fn file(path: &Path, source: io::Error) -> Self {
+    pub(crate) fn file(path: &Path, source: io::Error) -> Self {
         Self::File { path: path.to_path_buf(), source }
     }
 }
@@ -85,7 +86,21 @@ pub fn everything() -> Result<(), Error> {
     kernel(Arch::Amd64)?;
     kernel(Arch::Arm64)?;
     cross()?;
+    debian::image()?;
     Ok(())
+}
+
+const BOOKWORM: [&str; 2] = ["bookworm", "bookworm-security"];
+const TRIXIE: [&str; 2] = ["trixie", "trixie-backports"];
+
+/// Packages of Debian 12.
+pub(crate) fn bookworm() -> Result<Apt, Error> {
+    Apt::open(&paths::cache().join("apt/bookworm"), &BOOKWORM)
+}
+
+/// Packages of Debian 13 and its backports.
+pub(crate) fn trixie() -> Result<Apt, Error> {
+    Apt::open(&paths::cache().join("apt/trixie"), &TRIXIE)
 }
 
 /// Programs and firmware of a newer Debian than the machine's.
@@ -99,12 +114,10 @@ pub struct QemuRoot {
 /// # Errors
 /// [`Error`].
 pub fn qemu() -> Result<QemuRoot, Error> {
-    const SUITES: [&str; 2] = ["trixie", "trixie-backports"];
     const PACKAGES: [&str; 4] = ["qemu-system-x86", "qemu-system-arm", "busybox-static", "xz-utils"];
-    let recipe = format!("1 {SUITES:?} {PACKAGES:?}");
+    let recipe = format!("1 {TRIXIE:?} {PACKAGES:?}");
     let dir = part("root", &recipe, "QEMU 11.1 of Debian 13 (50 MB)", |into| {
-        let apt = Apt::open(&paths::cache().join("apt/trixie"), &SUITES)?;
-        apt.unpack_closure(Some("trixie-backports"), &PACKAGES, &[], into)?;
+        trixie()?.unpack_closure(Some("trixie-backports"), &PACKAGES, &[], into)?;
         // Debian's merged /usr, which no package but base-files brings: by it the root can be entered by chroot too.
         for name in ["bin", "lib", "lib64", "sbin"] {
             let link = into.join(name);
@@ -202,14 +215,13 @@ pub struct Cross {
 /// # Errors
 /// [`Error`].
 pub fn cross() -> Result<Cross, Error> {
-    const SUITES: [&str; 2] = ["bookworm", "bookworm-security"];
     const TOOLS: [&str; 4] = ["rustc-web", "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross", "qemu-user-static"];
     const TARGET: &str = "libstd-rust-web-dev:arm64";
     // The tools run on the machine's own C library, which is never older than theirs. The rest is not used for cross builds.
     const UNWANTED: [&str; 4] = ["libc6", "libc6-dev", "libc-dev-bin", "cpp-12"];
-    let recipe = format!("2 {SUITES:?} {TOOLS:?} {TARGET}");
+    let recipe = format!("2 {BOOKWORM:?} {TOOLS:?} {TARGET}");
     let dir = part("cross", &recipe, "the aarch64 toolchain of Debian 12 (300 MB)", |into| {
-        let apt = Apt::open(&paths::cache().join("apt/bookworm"), &SUITES)?;
+        let apt = bookworm()?;
         apt.unpack_closure(None, &TOOLS, &UNWANTED, into)?;
         apt.unpack_only(&[TARGET], into)?;
         keep_one_emulator(&into.join("usr/bin"))?;
@@ -254,7 +266,12 @@ fn wrap_tools(root: &Path) -> Result<(), Error> {
 
 /// Makes sure that the directory `name` of the cache was made by `recipe`, by running `make` on an empty directory
 /// where it wasn't. Whole or absent: it gets its name when complete.
-fn part(name: &str, recipe: &str, what: &str, make: impl FnOnce(&Path) -> Result<(), Error>) -> Result<PathBuf, Error> {
+pub(crate) fn part(
+    name: &str,
+    recipe: &str,
+    what: &str,
+    make: impl FnOnce(&Path) -> Result<(), Error>,
+) -> Result<PathBuf, Error> {
     let dir = paths::cache().join(name);
     let stamp = paths::cache().join(format!("{name}.stamp"));
     let made = || dir.is_dir() && fs::read_to_string(&stamp).is_ok_and(|text| text == recipe);
@@ -289,7 +306,7 @@ fn part(name: &str, recipe: &str, what: &str, make: impl FnOnce(&Path) -> Result
     Ok(dir)
 }
 
-fn remove_tree(dir: &Path) -> Result<(), Error> {
+pub(crate) fn remove_tree(dir: &Path) -> Result<(), Error> {
     match fs::remove_dir_all(dir) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::file(dir, e)),
         _ => Ok(()),

@@ -7,6 +7,7 @@ pub mod build;
 pub mod card;
 pub mod console;
 pub mod control;
+pub mod debian;
 pub mod fetch;
 pub mod guest;
 pub mod initramfs;

@@ -23,6 +23,16 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(90);
 /// How long to look at a screen before looking whether there is still somebody who prints.
 const SLICE: Duration = Duration::from_millis(500);
 
+/// What a VM boots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Boot {
+    /// The guest's image ([`guest::image`]).
+    #[default]
+    Guest,
+    /// What its further arguments say.
+    AsTold,
+}
+
 /// A VM to be run.
 #[derive(Clone, Debug)]
 pub struct VmConfig {
@@ -34,6 +44,8 @@ pub struct VmConfig {
     pub memory: String,
     /// The function of the card that carries it.
     pub function: u32,
+    /// What it boots.
+    pub boot: Boot,
     /// Further arguments of `soc-vmm run`.
     pub args: Vec<String>,
 }
@@ -42,7 +54,14 @@ impl VmConfig {
     /// 2 vCPUs and 512 MiB of huge pages.
     #[must_use]
     pub fn new(name: &str, function: u32) -> Self {
-        Self { name: name.to_owned(), cpus: 2, memory: "512M,hugepages=2M".to_owned(), function, args: Vec::new() }
+        Self {
+            name: name.to_owned(),
+            cpus: 2,
+            memory: "512M,hugepages=2M".to_owned(),
+            function,
+            boot: Boot::Guest,
+            args: Vec::new(),
+        }
     }
 }
 
@@ -75,7 +94,7 @@ struct Screen {
 }
 
 impl<'a> Vmm<'a> {
-    /// Runs the guest's image ([`guest::image`]) on a function of `bed`.
+    /// Runs a VM on a function of `bed`.
     ///
     /// # Errors
     /// soc-vmm can't be built or started. That it can't use the function shows at its end.
@@ -103,14 +122,23 @@ impl<'a> Vmm<'a> {
     /// # Errors
     /// [`Error::Dead`] if it hasn't by then, or can't any more since soc-vmm has ended.
     pub fn expect(&mut self, text: &str, limit: Duration) -> Result<(), Error> {
+        self.read_until(text, limit).map(drop)
+    }
+
+    /// [`Self::expect`], and what the guest printed before `text` since what was expected last.
+    ///
+    /// # Errors
+    /// As it has.
+    pub fn read_until(&mut self, text: &str, limit: Duration) -> Result<String, Error> {
         let end = Instant::now() + limit;
         loop {
             // Looked at before the screen is: what it printed last is there then.
             let ended = self.ended(Duration::ZERO)?;
             let slice = end.saturating_duration_since(Instant::now()).min(SLICE);
             if let Some(at) = self.screen.find(text, self.seen, slice) {
-                self.seen = at;
-                return Ok(());
+                let from = std::mem::replace(&mut self.seen, at);
+                let bytes = self.screen.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+                return Ok(String::from_utf8_lossy(&bytes[from..at - text.len()]).into_owned());
             }
             if let Some(status) = ended {
                 return Err(self.dead(&format!("ended ({status:?}) and didn't print {text:?}")));
@@ -280,25 +308,11 @@ fn native<'a>(bed: &Bed, config: &VmConfig) -> Result<Started<'a>, Error> {
 
 fn arguments(config: &VmConfig, spec: &str, kernel: &str, initrd: &str) -> Vec<String> {
     let cpus = config.cpus.to_string();
-    let mut args: Vec<String> = [
-        "run",
-        "--name",
-        &config.name,
-        "--cpus",
-        &cpus,
-        "--memory",
-        &config.memory,
-        "--function",
-        spec,
-        "--kernel",
-        kernel,
-        "--initrd",
-        initrd,
-        "--cmdline",
-        "console=ttyS0 quiet",
-    ]
-    .map(str::to_owned)
-    .to_vec();
+    let mut args = vec!["run", "--name", &config.name, "--cpus", &cpus, "--memory", &config.memory, "--function", spec];
+    if config.boot == Boot::Guest {
+        args.extend(["--kernel", kernel, "--initrd", initrd, "--cmdline", "console=ttyS0 quiet"]);
+    }
+    let mut args: Vec<String> = args.into_iter().map(str::to_owned).collect();
     args.extend(config.args.iter().cloned());
     args
 }

@@ -17,7 +17,7 @@ const SECURITY: &str = "http://deb.debian.org/debian-security/";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// One private apt: a set of suites, its package lists and what was downloaded.
-pub(super) struct Apt {
+pub(crate) struct Apt {
     dir: PathBuf,
 }
 
@@ -26,7 +26,7 @@ impl Apt {
     ///
     /// # Errors
     /// No apt here, or the archive can't be reached.
-    pub(super) fn open(dir: &Path, suites: &[&str]) -> Result<Self, Error> {
+    pub(crate) fn open(dir: &Path, suites: &[&str]) -> Result<Self, Error> {
         for sub in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(dir.join(sub)).map_err(|e| Error::file(dir, e))?;
         }
@@ -46,7 +46,7 @@ impl Apt {
     /// Unpacks `packages` and all they depend on into `into`, preferring suite `release` to newer or
     /// older ones if given, leaving out packages whose
     /// name `unwanted` names.
-    pub(super) fn unpack_closure(
+    pub(crate) fn unpack_closure(
         &self,
         release: Option<&str>,
         packages: &[&str],
@@ -65,7 +65,7 @@ impl Apt {
     }
 
     /// Unpacks exactly `packages` into `into`, without what they depend on.
-    pub(super) fn unpack_only(&self, packages: &[&str], into: &Path) -> Result<(), Error> {
+    pub(crate) fn unpack_only(&self, packages: &[&str], into: &Path) -> Result<(), Error> {
         let downloads = self.dir.join("downloads");
         fs::create_dir_all(&downloads).map_err(|e| Error::file(&downloads, e))?;
         run(self.get().args(["download", "-qq"]).args(packages).current_dir(&downloads)).map_err(Error::unreachable)?;
@@ -73,7 +73,7 @@ impl Apt {
     }
 
     /// The package that the metapackage `name` stands for: its first dependency whose name begins with `prefix`.
-    pub(super) fn behind_metapackage(&self, name: &str, prefix: &str) -> Result<String, Error> {
+    pub(crate) fn behind_metapackage(&self, name: &str, prefix: &str) -> Result<String, Error> {
         let listing = run(Command::new("apt-cache")
             .arg("-c")
             .arg(self.dir.join("apt.conf"))

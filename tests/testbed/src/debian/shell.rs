@@ -1,0 +1,97 @@
+//! A person at the disk's serial console, who logs in and types commands.
+
+use std::time::Duration;
+
+use crate::machine::Error;
+use crate::vmm::Vmm;
+
+use super::{PASSWORD, USER};
+
+/// How long what needs no booting may take.
+const PROMPT_LIMIT: Duration = Duration::from_secs(60);
+
+/// A command's end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Its exit status.
+    pub status: u32,
+    /// What it printed to both of its streams, with lines that end in `\n`.
+    pub output: String,
+}
+
+/// A serial line with a machine at its other end.
+pub trait Line {
+    /// Waits, at most for `limit`, until the machine has printed `text`; what it printed before that since the last call.
+    ///
+    /// # Errors
+    /// It hasn't by then, or never will.
+    fn read_until(&mut self, text: &str, limit: Duration) -> Result<String, Error>;
+
+    /// Types `text`.
+    ///
+    /// # Errors
+    /// Nobody is there.
+    fn type_text(&mut self, text: &str) -> Result<(), Error>;
+}
+
+impl Line for Vmm<'_> {
+    fn read_until(&mut self, text: &str, limit: Duration) -> Result<String, Error> {
+        Vmm::read_until(self, text, limit)
+    }
+
+    fn type_text(&mut self, text: &str) -> Result<(), Error> {
+        Vmm::type_text(self, text)
+    }
+}
+
+/// A shell on a serial console.
+#[derive(Debug)]
+pub struct Shell<'a, L> {
+    line: &'a mut L,
+    commands: u32,
+}
+
+impl<'a, L: Line> Shell<'a, L> {
+    /// Waits for the login prompt, at most for `boot_limit`, and logs in.
+    ///
+    /// # Errors
+    /// No prompt, or no shell behind it.
+    pub fn log_in(line: &'a mut L, boot_limit: Duration) -> Result<Self, Error> {
+        line.read_until("login: ", boot_limit)?;
+        line.type_text(&format!("{USER}\n"))?;
+        line.read_until("Password: ", PROMPT_LIMIT)?;
+        line.type_text(&format!("{PASSWORD}\n"))?;
+        line.read_until("# ", PROMPT_LIMIT)?;
+        // A shell that neither edits lines nor prompts, on a terminal that neither echoes nor changes what is printed.
+        line.type_text("exec sh\n")?;
+        line.read_until("# ", PROMPT_LIMIT)?;
+        line.type_text("stty -echo -onlcr; PS1= PS2=\n")?;
+        let mut shell = Self { line, commands: 0 };
+        // What the terminal still echoed ends with this.
+        shell.run("true", PROMPT_LIMIT)?;
+        Ok(shell)
+    }
+
+    /// Runs `command`, one line, to its end.
+    ///
+    /// # Errors
+    /// It doesn't end within `limit`, or the VM does.
+    pub fn run(&mut self, command: &str, limit: Duration) -> Result<Answer, Error> {
+        self.commands += 1;
+        let number = self.commands;
+        // The line as it is typed doesn't hold the mark that it prints.
+        self.line.type_text(&format!("{{ {command}\n}} 2>&1 </dev/null; printf 'ended%s{number} %d\\n' - $?\n"))?;
+        let output = self.line.read_until(&format!("ended-{number} "), limit)?;
+        let status = self.line.read_until("\n", PROMPT_LIMIT)?;
+        // 256 is no status: whoever compares it with one sees what is wrong.
+        Ok(Answer { status: status.trim().parse().unwrap_or(256), output })
+    }
+
+    /// Types a line after which the shell won't answer, like one that switches the machine off.
+    ///
+    /// # Errors
+    /// Nobody is there.
+    pub fn last(self, line: &str) -> Result<(), Error> {
+        self.line.type_text(&format!("{line}\n"))
+    }
+}
