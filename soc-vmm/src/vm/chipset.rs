@@ -1,18 +1,26 @@
 //! The machine's PCI side: chipset functions, root ports, and the devices behind them, each in the place that QEMU's q35 gives it.
 
+use std::io;
 use std::sync::{Arc, Mutex};
 
 use super::machine::BuildError;
+use super::media::{Disk, Net};
 use crate::acpi::{Hotplug, PciConfig, PortConfig};
 use crate::devices::AcpiPm;
 use crate::interrupt::{LineSink, MessageSink};
 use crate::layout::{ECAM, ECAM_SIZE, MemoryLayout};
-use crate::pci::{Apertures, Fabric, LPC, LpcBridge, Pirqs, Platform, RootPort};
+use crate::memory::GuestMemory;
+use crate::pci::{Apertures, Fabric, LPC, LpcBridge, PciFunction, Pirqs, Platform, RootPort};
+use crate::virtio::block::BlockConfig;
+use crate::virtio::net::NetConfig;
+use crate::virtio::{self, Plumbing};
 
-/// Root ports, each with a slot for a device.
-pub(super) const ROOT_PORTS: u8 = 8;
-/// Where they sit on the root bus: one slot, eight functions.
-const PORT_SLOT: u8 = 1;
+/// The first slot of root ports on the root bus: eight in each.
+const FIRST_PORT_SLOT: u8 = 1;
+/// The last: the chipset's own follow.
+const LAST_PORT_SLOT: u8 = 24;
+/// Ports without a device, for what is plugged in later.
+const SPARE_PORTS: usize = 2;
 
 /// What the PCI side is made of.
 pub(super) struct PciParts<'a> {
@@ -21,36 +29,72 @@ pub(super) struct PciParts<'a> {
     pub(super) platform: Arc<dyn Platform>,
     pub(super) messages: &'a dyn MessageSink,
     pub(super) lines: Arc<dyn LineSink>,
+    pub(super) memory: Arc<dyn GuestMemory>,
     pub(super) acpi: AcpiPm,
+    pub(super) disks: Vec<Disk>,
+    pub(super) nets: Vec<Net>,
 }
+
+/// Makes a device behind a root port.
+type Make = Box<dyn FnOnce(Plumbing<'_>) -> io::Result<Box<dyn PciFunction>>>;
 
 /// Puts it together.
 pub(super) fn build(parts: PciParts<'_>) -> Result<Arc<Mutex<Fabric>>, BuildError> {
-    let PciParts { prepared, layout, platform, messages, lines, acpi } = parts;
+    let PciParts { prepared, layout, platform, messages, lines, memory, acpi, disks, nets } = parts;
     let mut fabric = Fabric::new(prepared.then(|| Apertures::above(layout.high_end())), platform);
     let pirqs = Arc::new(Pirqs::new(lines));
     fabric.plug(None, LPC, Box::new(LpcBridge::new(acpi, pirqs.clone(), prepared)))?;
-    for port in ports() {
-        let function = RootPort::new(port.slot, pirqs.wire(PORT_SLOT), messages);
-        fabric.plug(None, port.devfn, Box::new(function))?;
+    let disks = disks.into_iter().map(disk);
+    let devices: Vec<Make> = disks.chain(nets.into_iter().map(net)).collect();
+    let ports = ports(devices.len());
+    if devices.len() > ports.len() {
+        return Err(BuildError::TooMany { devices: devices.len(), ports: ports.len() });
+    }
+    let mut devices = devices.into_iter();
+    for PortConfig { devfn, slot } in ports {
+        // The device in the port's one slot has the port's own wire.
+        let wire = || pirqs.wire(devfn >> 3);
+        let mut port = RootPort::new(slot, wire(), messages);
+        let device = devices.next().map(|make| make(Plumbing { memory: memory.clone(), messages, line: wire() }));
+        let device = device.transpose().map_err(BuildError::Thread)?;
+        if device.is_some() {
+            port.occupy();
+        }
+        let port = fabric.plug(None, devfn, Box::new(port))?;
+        if let Some(device) = device {
+            fabric.plug(Some(port), 0, device)?;
+        }
     }
     fabric.prepare()?;
     Ok(Arc::new(Mutex::new(fabric)))
 }
 
-fn ports() -> impl Iterator<Item = PortConfig> {
-    (0..ROOT_PORTS).map(|function| PortConfig { devfn: PORT_SLOT << 3 | function, slot: u16::from(function) + 1 })
+fn disk(Disk { image, id }: Disk) -> Make {
+    let config = BlockConfig { name: id.clone(), backend: image, serial: id };
+    Box::new(|plumbing| virtio::block::new(config, plumbing))
+}
+
+fn net(Net { backend, mac, id }: Net) -> Make {
+    let config = NetConfig { name: id, backend, mac: mac.0, mtu: None, counters: Arc::default() };
+    Box::new(|plumbing| virtio::net::new(config, plumbing))
+}
+
+/// The root ports of a machine with so many devices.
+fn ports(devices: usize) -> Vec<PortConfig> {
+    let slots = FIRST_PORT_SLOT..=LAST_PORT_SLOT;
+    let places = slots.flat_map(|slot| (0..8).map(move |function| slot << 3 | function));
+    places.zip(1..).map(|(devfn, slot)| PortConfig { devfn, slot }).take(devices + SPARE_PORTS).collect()
 }
 
 /// What ACPI tells of it. Without firmware (`physical_bits` unknown) the window above 4 GiB is where the loader placed windows.
-pub(super) fn acpi(layout: &MemoryLayout, physical_bits: Option<u8>) -> PciConfig {
+pub(super) fn acpi(layout: &MemoryLayout, devices: usize, physical_bits: Option<u8>) -> PciConfig {
     let placed = Apertures::above(layout.high_end()).high.1;
     PciConfig {
         low_end: layout.low_end(),
         high_end: layout.high_end(),
         ecam: physical_bits.is_none().then_some((ECAM, ECAM_SIZE)),
         physical_bits: physical_bits.unwrap_or(placed.next_power_of_two().trailing_zeros() as u8),
-        ports: ports().collect(),
+        ports: ports(devices),
         hotplug: Hotplug::Native,
     }
 }

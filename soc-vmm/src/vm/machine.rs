@@ -69,13 +69,18 @@ pub(super) struct Machine {
 }
 
 /// What ACPI tells of the machine; `physical_bits` are the guest's, where its firmware will ask for tables.
-pub(super) fn acpi_config(topology: Topology, layout: &MemoryLayout, physical_bits: Option<u8>) -> AcpiConfig {
+pub(super) fn acpi_config(
+    topology: Topology,
+    layout: &MemoryLayout,
+    devices: usize,
+    physical_bits: Option<u8>,
+) -> AcpiConfig {
     AcpiConfig {
         apic_ids: topology.apic_ids().collect(),
         serial_ports: 1,
         keyboard: true,
         fw_cfg: true,
-        pci: Some(chipset::acpi(layout, physical_bits)),
+        pci: Some(chipset::acpi(layout, devices, physical_bits)),
         ..AcpiConfig::default()
     }
 }
@@ -116,9 +121,20 @@ impl Machine {
         builder.add(&DelayPort::RANGES, DelayPort)?;
         let (acpi_pm, acpi) =
             AcpiPm::new(tsc_khz.into(), PmTimerWidth::Bits32, clock, line(SCI_GSI), power.clone(), wake);
-        let fabric =
-            chipset::build(PciParts { prepared, layout, platform, messages, lines: lines.clone(), acpi: acpi_pm })?;
-        builder.add(&FwCfg::RANGES, fw_cfg(topology, &layout, physical_bits, memory, &fabric)?)?;
+        let devices = media.disks.len() + media.nets.len();
+        let acpi_tables = acpi_config(topology, &layout, devices, Some(physical_bits));
+        let fabric = chipset::build(PciParts {
+            prepared,
+            layout,
+            platform,
+            messages,
+            lines: lines.clone(),
+            memory: memory.clone(),
+            acpi: acpi_pm,
+            disks: media.disks,
+            nets: media.nets,
+        })?;
+        builder.add(&FwCfg::RANGES, fw_cfg(&acpi_tables, &layout, memory, &fabric)?)?;
         let (output, input) = serial;
         builder.add(&Com::Com1.ranges(), Serial::new(output, input, line(Com::Com1.gsi())))?;
         if let Some(output) = debugcon {
@@ -143,9 +159,8 @@ impl Machine {
 
 /// The device from which firmware learns what machine it is on.
 fn fw_cfg(
-    topology: Topology,
+    config: &AcpiConfig,
     layout: &MemoryLayout,
-    physical_bits: u8,
     memory: Arc<dyn GuestMemory>,
     fabric: &Arc<Mutex<Fabric>>,
 ) -> Result<FwCfg, BuildError> {
@@ -154,12 +169,12 @@ fn fw_cfg(
     if layout.high_bytes() != 0 {
         map.push(ram(FOUR_GIB, layout.high_bytes()));
     }
-    let config = acpi_config(topology, layout, Some(physical_bits));
     let limit = config.apic_ids.iter().max().map_or(0, |id| id + 1);
-    let builder = FwCfg::builder(memory).memory(layout.ram(), &map).cpus(topology.cpus() as u16, limit as u16);
+    let cpus = config.apic_ids.len() as u16;
+    let builder = FwCfg::builder(memory).memory(layout.ram(), &map).cpus(cpus, limit as u16);
     let fabric = fabric.clone();
     let ecam = move || fabric.lock().unwrap_or_else(PoisonError::into_inner).host().ecam();
-    Ok(acpi::add_files(builder, &config, ecam)?.build()?)
+    Ok(acpi::add_files(builder, config, ecam)?.build()?)
 }
 
 /// Why a machine can't be built.
@@ -168,6 +183,15 @@ pub(super) enum BuildError {
     /// A mistake in the devices' tables.
     #[error("its devices overlap")]
     Overlap(#[from] MapError),
+    #[error("{devices} disks and network interfaces are more than the {ports} slots: give the VM fewer")]
+    TooMany {
+        /// Devices asked for.
+        devices: usize,
+        /// Slots.
+        ports: usize,
+    },
+    #[error("no thread or descriptor is left for a device")]
+    Thread(#[source] std::io::Error),
     #[error(transparent)]
     Plug(#[from] PlugError),
     #[error(transparent)]

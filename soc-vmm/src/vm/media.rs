@@ -5,9 +5,10 @@ use std::sync::Arc;
 use super::machine::acpi_config;
 use crate::block::{self, BlockBackend};
 use crate::boot::{BootPlan, BootSource};
-use crate::cli::{ExitStatus, Failure, RunConfig};
+use crate::cli::{ExitStatus, Failure, Mac, RunConfig};
 use crate::flash::{Bank, VariableStore};
 use crate::layout::MemoryLayout;
+use crate::net::{NetBackend, StreamBackend};
 
 /// What the machine's devices hold.
 pub(super) struct Media {
@@ -17,12 +18,28 @@ pub(super) struct Media {
     pub(super) disks: Vec<Disk>,
     /// What is in the CD-ROM drive.
     pub(super) cdrom: Option<Arc<dyn BlockBackend>>,
+    /// Network interfaces, likewise.
+    pub(super) nets: Vec<Net>,
+}
+
+impl Media {
+    /// How many devices it makes behind root ports.
+    pub(super) fn devices(config: &RunConfig) -> usize {
+        config.disks.len() + config.nets.len()
+    }
 }
 
 /// A disk.
 pub(super) struct Disk {
     pub(super) image: Arc<dyn BlockBackend>,
     /// Its name, which the guest sees as its serial number.
+    pub(super) id: String,
+}
+
+/// A network interface.
+pub(super) struct Net {
+    pub(super) backend: Box<dyn NetBackend>,
+    pub(super) mac: Mac,
     pub(super) id: String,
 }
 
@@ -45,7 +62,7 @@ pub(super) fn open(config: &RunConfig, layout: &MemoryLayout) -> Result<(BootPla
             (plan, Some(banks))
         }
         source => {
-            let acpi = acpi_config(config.topology, layout, None);
+            let acpi = acpi_config(config.topology, layout, Media::devices(config), None);
             (BootPlan::new(source, layout, &acpi).map_err(|e| wrong("", &e))?, None)
         }
     };
@@ -56,5 +73,16 @@ pub(super) fn open(config: &RunConfig, layout: &MemoryLayout) -> Result<(BootPla
     let disks = disks.collect::<Result<_, Failure>>()?;
     let cdrom = config.cdrom.as_ref().map(|cdrom| block::open(&cdrom.image)).transpose();
     let cdrom = cdrom.map_err(|e| wrong("--cdrom", &e))?;
-    Ok((plan, Media { flash, disks, cdrom }))
+    let nets = config.nets.iter().enumerate().map(|(index, net)| {
+        let path = &net.stream;
+        let connected = StreamBackend::connect(path).map_err(|e| {
+            let why = format!("--net: can't connect to {}: {e}; start its peer (passt, say) first", path.display());
+            Failure::new(ExitStatus::Usage, why)
+        })?;
+        let mac = net.mac.unwrap_or_else(|| Mac::of(config.name.as_str(), index));
+        let id = net.id.clone().unwrap_or_else(|| format!("net{index}"));
+        Ok(Net { backend: Box::new(connected), mac, id })
+    });
+    let nets = nets.collect::<Result<_, Failure>>()?;
+    Ok((plan, Media { flash, disks, cdrom, nets }))
 }
