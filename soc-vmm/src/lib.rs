@@ -4,6 +4,7 @@
 #![deny(clippy::print_stderr, clippy::print_stdout)]
 
 pub mod acpi;
+pub mod ahci;
 pub mod block;
 pub mod boot;
 pub mod bus;

@@ -1,0 +1,6 @@
+//! The AHCI controller and its CD-ROM drives, as a driver sees them.
+
+mod controller;
+mod drive;
+mod properties;
+mod rig;
