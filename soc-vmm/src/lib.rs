@@ -19,6 +19,7 @@ pub mod inventory;
 pub mod layout;
 pub mod link;
 pub mod memory;
+pub mod numa;
 pub mod pci;
 pub mod power;
 pub mod qmp;

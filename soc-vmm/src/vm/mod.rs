@@ -8,6 +8,7 @@ mod host;
 mod life;
 mod lines;
 mod machine;
+mod memory_plan;
 mod messages;
 mod ram;
 mod run;
