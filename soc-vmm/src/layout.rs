@@ -120,6 +120,16 @@ impl MemoryLayout {
         [below_vga, low, high].into_iter().filter(|range| range.len != 0)
     }
 
+    /// Where `len` bytes of RAM lie whose first is `first` bytes into it: one range or two, below and above 4 GiB. What the VGA window
+    /// covers counts, as in [`MemoryLayout::ram`].
+    pub fn ranges_of(&self, first: u64, len: u64) -> Vec<AddressRange> {
+        let last = first.saturating_add(len).min(self.ram());
+        let low = AddressRange { start: first, len: last.min(self.low_end).saturating_sub(first) };
+        let high = first.max(self.low_end);
+        let high = AddressRange { start: FOUR_GIB + (high - self.low_end), len: last.saturating_sub(high) };
+        [low, high].into_iter().filter(|range| range.len != 0).collect()
+    }
+
     /// Whether `[start, start + len)` is all RAM below 4 GiB.
     pub fn is_low_ram(&self, start: u64, len: u64) -> bool {
         let Some(end) = start.checked_add(len) else { return false };
@@ -136,6 +146,15 @@ impl MemoryLayout {
         }
         Ok(())
     }
+}
+
+/// A range of guest-physical addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressRange {
+    /// The first.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
 }
 
 /// One contiguous piece of RAM: a memslot.
@@ -205,6 +224,18 @@ mod tests {
             assert!(ranges.windows(2).all(|pair| pair[0].offset + pair[0].len <= pair[1].offset));
             assert!(ranges.iter().all(|range| range.offset + range.len <= ram));
         }
+    }
+
+    #[test]
+    fn a_stretch_of_ram_straddles_the_hole_in_two_ranges() {
+        let layout = MemoryLayout::new(4 * GIB).unwrap();
+        let ranges =
+            |first, len| layout.ranges_of(first, len).iter().map(|range| (range.start, range.len)).collect::<Vec<_>>();
+        assert_eq!(ranges(0, GIB), [(0, GIB)]);
+        assert_eq!(ranges(GIB, 2 * GIB), [(GIB, GIB), (FOUR_GIB, GIB)]);
+        assert_eq!(ranges(2 * GIB, GIB), [(FOUR_GIB, GIB)]);
+        assert_eq!(ranges(3 * GIB, 5 * GIB), [(FOUR_GIB + GIB, GIB)], "no more than there is");
+        assert!(ranges(4 * GIB, u64::MAX).is_empty());
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub mod layout;
 pub mod link;
 pub mod memory;
 pub mod net;
+pub mod numa;
 pub mod pci;
 pub mod power;
 pub mod qmp;

@@ -9,6 +9,7 @@ use tracing::level_filters::LevelFilter;
 use super::cpu::Cpus;
 use super::disk::{CdromSpec, DiskSpec};
 use super::net::NetSpec;
+use super::numa::NumaNode;
 use super::values::{CpuAffinity, DebugconSpec, FunctionSpec, Memory, QmpSocket, SerialSpec};
 use crate::control::VmName;
 use crate::cpuid::CpuSpec;
@@ -87,9 +88,12 @@ pub(super) struct RunArgs {
     /// Host CPU that each vCPU stays on, as 0=4,1=5
     #[arg(long, value_name = "VCPU=CPU,…")]
     pub(super) cpu_affinity: Option<CpuAffinity>,
-    /// RAM: MiB, or with K, M, G; [,hugepages=2M|1G][,node=N]
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    pub(super) memory: Memory,
+    /// RAM: MiB, or with K, M, G; [,hugepages=2M|1G][,node=N] [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    pub(super) memory: Option<Memory>,
+    /// A NUMA node: [node=N,]memory=SIZE[,cpus=A-B]…[,host=H[,pin=on]]
+    #[arg(long, value_name = "NODE")]
+    pub(super) numa: Vec<NumaNode>,
     /// bzImage, ELF with a PVH note, or multiboot-1 image
     #[arg(long, value_name = "FILE", conflicts_with = "firmware")]
     pub(super) kernel: Option<PathBuf>,

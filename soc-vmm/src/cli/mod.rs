@@ -6,6 +6,7 @@ mod cpu;
 mod disk;
 mod exit;
 mod net;
+mod numa;
 mod values;
 
 use std::ffi::OsString;
@@ -20,6 +21,7 @@ use args::{CommandLine, LATER_COMMANDS, RunArgs, TargetArgs};
 use crate::boot::BootSource;
 use crate::control::VmName;
 use crate::cpuid::{CpuSpec, Topology};
+use crate::numa::NodeSpec;
 
 pub use client::{list, perform, print};
 pub use disk::{CdromSpec, DiskSpec};
@@ -95,6 +97,8 @@ pub struct RunConfig {
     pub cpu_affinity: CpuAffinity,
     /// RAM.
     pub memory: Memory,
+    /// NUMA nodes, which are all of RAM and hold each vCPU once; none: the guest is told of none.
+    pub numa: Vec<NodeSpec>,
     /// What to boot.
     pub boot: BootSource,
     /// Disks.
@@ -178,6 +182,10 @@ impl RunConfig {
         if let Some((vcpu, _)) = cpu_affinity.0.iter().find(|(vcpu, _)| *vcpu >= cpus) {
             return usage(format!("--cpu-affinity names vCPU {vcpu}, but --cpus is {cpus}: vCPUs count from 0"));
         }
+        let (memory, numa) = match numa::check(args.numa, args.memory, cpus) {
+            Ok(checked) => checked,
+            Err(why) => return usage(why),
+        };
         let ids: Vec<&str> = args
             .disk
             .iter()
@@ -207,7 +215,8 @@ impl RunConfig {
             topology: args.cpus.0,
             cpu: args.cpu,
             cpu_affinity,
-            memory: args.memory,
+            memory,
+            numa,
             boot,
             disks: args.disk,
             cdrom: args.cdrom,

@@ -23,6 +23,13 @@ pub struct Memory {
     pub node: Option<u16>,
 }
 
+impl Default for Memory {
+    /// 512 MiB.
+    fn default() -> Self {
+        Self { size: 512 << 20, hugepages: None, node: None }
+    }
+}
+
 /// Sizes of huge pages on x86 hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HugePages {
@@ -71,7 +78,7 @@ impl FromStr for Memory {
 }
 
 /// `512`, `512M`: MiB; `K`, `G` likewise.
-fn parse_size(s: &str) -> Result<u64, ValueError> {
+pub(super) fn parse_size(s: &str) -> Result<u64, ValueError> {
     let (digits, shift) = match s.as_bytes().last().map(u8::to_ascii_uppercase) {
         Some(b'K') => (&s[..s.len() - 1], 10),
         Some(b'M') => (&s[..s.len() - 1], 20),

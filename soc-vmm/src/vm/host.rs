@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, Extent, Groups, Irqchip, Name, RamRequest, StateRequest, Statistic, VCPU_ALL, VM,
-    VmCreated,
+    Call, CpuidEntry, CreateVm, Extent, Groups, HostInfo, Irqchip, Name, RamRequest, StateRequest, Statistic, VCPU_ALL,
+    VM, VmCreated,
 };
 use api_channel::codec::Reader;
 use ioreq_ring::wire::{LINE, POSTED_RING, STRING_PAGE};
@@ -19,21 +19,16 @@ use pcie_function::regions::Type;
 use pcie_function::{Mapping, Reach, SocFunction, Window, Windowed};
 
 use super::arranger::Arranger;
+use super::memory_plan::{MemoryPlan, Request};
 use super::ram::GuestRam;
 use super::view::{Backing, Memory};
 use super::worker::Lane;
 use crate::boot::Rom;
-use crate::cli::{self, RunConfig};
-use crate::layout::{FOUR_GIB, MemoryLayout};
+use crate::cli::RunConfig;
+use crate::layout::MemoryLayout;
 use crate::link::{CallError, Channel, Link, LinkError};
+use crate::numa::{Numa, NumaError};
 use crate::pci::MemoryView;
-
-/// Allocation of RAM below 4 GiB.
-const LOW: u32 = 0;
-/// Allocation of RAM above.
-const HIGH: u32 = 1;
-/// Allocation of the first ROM; others follow.
-const ROM: u32 = 62;
 
 /// What there is to show to a guest, and where DMA finds each allocation.
 type Allocated = (Memory, Vec<(u32, Vec<Extent>)>);
@@ -46,10 +41,16 @@ const LAST_CALL: Duration = Duration::from_secs(10);
 pub(super) enum HostError {
     #[error("can't make the VM on the host")]
     Call(#[from] CallError),
-    #[error("--memory: the host can't give it")]
-    Memory(#[source] CallError),
-    #[error("--cpu-affinity: the host can't keep to it")]
-    Affinity(#[source] CallError),
+    #[error("{option}: the host can't give it")]
+    Memory {
+        option: String,
+        #[source]
+        source: CallError,
+    },
+    #[error("{0}: the host can't keep to it")]
+    Affinity(&'static str, #[source] CallError),
+    #[error(transparent)]
+    Numa(#[from] NumaError),
 }
 
 /// The VM on the host.
@@ -87,31 +88,36 @@ impl<F: SocFunction> HostVm<F> {
         channel.call(&Call::SetApicIds(config.topology.apic_ids().collect())).await?;
         let ram = Arc::new(GuestRam::new(link.function.clone()));
         let vm = Self { channel, created, ram, vcpus };
-        let (memory, extents) = vm.fill(layout, &config.memory, roms).await?;
+        let numa = Numa::new(&config.numa, layout);
+        let (memory, extents) = vm.fill(MemoryPlan::new(layout, &config.memory, &numa), layout, roms).await?;
         let arranger = Arranger::new(vm.channel.clone(), vm.ram.clone(), memory, extents, view);
         arranger.begin().await?;
+        if numa.nodes.iter().any(|node| node.pinned) {
+            let reply = vm.channel.call(&Call::HostInfo).await?;
+            let host = HostInfo::decode(&reply.bulk).map_err(CallError::from)?;
+            for (vcpu, cpus) in numa.affinity(&host)? {
+                vm.keep_on(vcpu, cpus).await.map_err(|e| HostError::Affinity("--numa", e))?;
+            }
+        }
+        // What is said of one vCPU counts more than what is said of its node.
         for &(vcpu, cpu) in &config.cpu_affinity.0 {
-            let call = Call::SetAffinity { vcpu: vcpu.into(), cpus: vec![cpu.into()] };
-            vm.channel.call(&call).await.map_err(HostError::Affinity)?;
+            vm.keep_on(vcpu, vec![cpu.into()]).await.map_err(|e| HostError::Affinity("--cpu-affinity", e))?;
         }
         Ok((vm, Arc::new(arranger)))
     }
 
     /// Allocates RAM and ROM.
-    async fn fill(&self, layout: &MemoryLayout, memory: &cli::Memory, roms: &[Rom]) -> Result<Allocated, HostError> {
-        let node = memory.node.map_or(-1, i32::from);
-        let huge = memory.hugepages.map_or(0, |pages| pages.size());
-        let mut requests = vec![RamRequest { id: LOW, node, len: layout.low_end(), iova: 0, huge }];
-        if layout.high_bytes() != 0 {
-            requests.push(RamRequest { id: HIGH, node, len: layout.high_bytes(), iova: FOUR_GIB, huge });
-        }
-        for (id, rom) in (ROM..).zip(roms) {
-            requests.push(RamRequest { id, node, len: rom.len, iova: rom.start, huge: 0 });
+    async fn fill(&self, plan: MemoryPlan, layout: &MemoryLayout, roms: &[Rom]) -> Result<Allocated, HostError> {
+        let first_rom = plan.next_id();
+        let MemoryPlan { mut requests, ram } = plan;
+        for (id, rom) in (first_rom..).zip(roms) {
+            let ram = RamRequest { id, node: -1, len: rom.len, iova: rom.start, huge: 0 };
+            requests.push(Request { ram, option: "--firmware".to_owned() });
         }
         let mut extents = Vec::new();
-        for request in requests {
+        for Request { ram: request, option } in requests {
             let reply = self.channel.call(&Call::AddRam(request)).await.map_err(|e| match e {
-                CallError::Refused { .. } => HostError::Memory(e),
+                CallError::Refused { .. } => HostError::Memory { option, source: e },
                 e => HostError::Call(e),
             })?;
             let mut list = Reader::new(&reply.payload).list::<Extent>(1024).map_err(CallError::from)?;
@@ -121,12 +127,14 @@ impl<F: SocFunction> HostVm<F> {
             }
             extents.push((request.id, list));
         }
-        let mut ram = vec![Backing { base: 0, len: layout.low_end(), ram: LOW, offset: 0 }];
-        if layout.high_bytes() != 0 {
-            ram.push(Backing { base: FOUR_GIB, len: layout.high_bytes(), ram: HIGH, offset: 0 });
-        }
-        let roms = (ROM..).zip(roms).map(|(ram, rom)| Backing { base: rom.start, len: rom.len, ram, offset: 0 });
-        Ok((Memory { ram, low_end: layout.low_end(), roms: roms.collect() }, extents))
+        let rom = |(ram, rom): (u32, &Rom)| Backing { base: rom.start, len: rom.len, ram, offset: 0 };
+        let roms = (first_rom..).zip(roms).map(rom).collect();
+        Ok((Memory { ram, low_end: layout.low_end(), roms }, extents))
+    }
+
+    /// Keeps a vCPU on these CPUs of the host.
+    async fn keep_on(&self, vcpu: u16, cpus: Vec<u32>) -> Result<(), CallError> {
+        self.channel.call(&Call::SetAffinity { vcpu: vcpu.into(), cpus }).await.map(drop)
     }
 
     /// The SoC's ends of the lanes, and all their words that outlive the process, which lie in `state_dir`.

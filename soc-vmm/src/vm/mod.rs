@@ -9,6 +9,7 @@ mod life;
 mod lines;
 mod machine;
 mod media;
+mod memory_plan;
 mod messages;
 mod ram;
 mod run;
