@@ -13,11 +13,12 @@ use crate::process::run;
 use super::command_as;
 
 /// What a person at the prompt and the tests use, and what brings them there.
-const PACKAGES: [&str; 28] = [
+const PACKAGES: [&str; 29] = [
     "acpica-tools",
     "base-files",
     "base-passwd",
     "bash",
+    "bsdutils",
     "busybox-static",
     "coreutils",
     "dash",
@@ -214,7 +215,10 @@ fn configure(tree: &Path) -> Result<(), Error> {
         let link = tree.join(link);
         symlink(target, &link).map_err(|e| Error::file(&link, e))?;
     }
-    fs::create_dir_all(tree.join("etc/inittab.d")).map_err(|e| Error::file(tree, e))
+    for dir in ["etc/inittab.d", "mnt"] {
+        fs::create_dir_all(tree.join(dir)).map_err(|e| Error::file(tree, e))?;
+    }
+    Ok(())
 }
 
 fn initramfs(tree: &Path, kernel: &Kernel, qemu: &QemuRoot) -> Result<Vec<u8>, Error> {

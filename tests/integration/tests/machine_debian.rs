@@ -1,0 +1,204 @@
+//! A Debian on a disk of its own, unchanged, on an emulated server: through SeaBIOS and GRUB, through OVMF and GRUB, and by its
+//! kernel alone. It is logged into on its serial line, mounts a CD-ROM, fetches a page through passt, and finds nothing to
+//! complain about in the machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use integration::machines::{PageServer, complaints};
+use integration::test_name;
+use testbed::bed::{Bed, BedConfig};
+use testbed::debian::{self, Answer, COMMAND_LINE, Image, Passt, Shell, Tools};
+use testbed::protocol::Status;
+use testbed::vmm::{Boot, VmConfig, Vmm};
+
+/// How long firmware, GRUB and Debian may take together. Well under a minute on an idle machine.
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+/// How long a command may take.
+const LIMIT: Duration = Duration::from_secs(120);
+
+#[test]
+fn debian_boots_through_seabios_and_grub() {
+    let Some(place) = Place::new("debian-bios") else { return };
+    let firmware = place.tools.seabios();
+    let mut vm = place.run(&["--firmware", path(&firmware)]);
+    let mut guest = vm.log_in();
+    assert_eq!(guest.run("test -d /sys/firmware/efi").status, 1, "no UEFI");
+    guest.reads_the_cd();
+    guest.fetches_a_page();
+    guest.has_no_complaint();
+    guest.powers_off();
+    vm.ends();
+}
+
+#[test]
+fn debian_boots_through_ovmf_and_grub_and_what_it_tells_the_firmware_stays() {
+    const NAME: &str = "Outboard";
+    let Some(place) = Place::new("debian-uefi") else { return };
+    let (code, vars) = (place.tools.ovmf_code(), place.file("vars"));
+    fs::copy(place.tools.ovmf_vars(), &vars).unwrap();
+    let firmware = ["--firmware", path(&code), "--nvram", path(&vars)];
+
+    let mut vm = place.run(&firmware);
+    let mut guest = vm.log_in();
+    let before = guest.succeeds("efibootmgr");
+    assert!(!before.contains(NAME), "{before}");
+    let (partition, loader) = (debian::EFI_PARTITION, debian::EFI_LOADER);
+    let create = format!("efibootmgr --create --disk /dev/vda --part {partition} --label {NAME} --loader '{loader}'");
+    let number = boot_entry(&guest.succeeds(&create), NAME);
+    guest.has_no_complaint();
+    guest.powers_off();
+    vm.ends();
+
+    // Another soc-vmm; nothing is left of the first one but the variable store's file.
+    let mut vm = place.run(&firmware);
+    let mut guest = vm.log_in();
+    let listed = guest.succeeds("efibootmgr");
+    assert_eq!(boot_entry(&listed, NAME), number, "{listed}");
+    assert!(listed.contains(&format!("BootCurrent: {number}\n")), "it was booted by the entry: {listed}");
+    guest.powers_off();
+    vm.ends();
+}
+
+#[test]
+fn debian_boots_by_its_kernel() {
+    let Some(place) = Place::new("debian-direct") else { return };
+    let (kernel, initrd) = (path(&place.image.kernel), path(&place.image.initrd));
+    let mut vm = place.run(&["--kernel", kernel, "--initrd", initrd, "--cmdline", COMMAND_LINE]);
+    let mut guest = vm.log_in();
+    guest.reads_the_cd();
+    guest.fetches_a_page();
+    guest.has_no_complaint();
+    guest.powers_off();
+    vm.ends();
+}
+
+/// An emulated server, and what a VM on it is started with.
+struct Place {
+    bed: Bed,
+    page: PageServer,
+    image: Image,
+    tools: Tools,
+    dir: tempfile::TempDir,
+}
+
+/// What the CD and the page hold.
+const TEXT: &str = "an unlikely text, 6d1f0c52";
+
+impl Place {
+    fn new(name: &str) -> Option<Self> {
+        if !testbed::machines_or_skip(&test_name()) {
+            return None;
+        }
+        let (image, tools) = (debian::image().unwrap(), debian::tools().unwrap());
+        let dir = testbed::scratch::dir().unwrap();
+        image.copy_disk(&dir.path().join("disk")).unwrap();
+        let content = dir.path().join("content");
+        fs::create_dir(&content).unwrap();
+        fs::write(content.join("text"), TEXT).unwrap();
+        tools.iso("OUTBOARD", &content, &dir.path().join("cd")).unwrap();
+        let bed = BedConfig::new(name, 1).start().unwrap();
+        Some(Self { bed, page: PageServer::start(TEXT).unwrap(), image, tools, dir })
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs a VM that boots as `boot` says.
+    fn run(&self, boot: &[&str]) -> Vm<'_> {
+        let (disk, cd, socket) = (self.file("disk"), self.file("cd"), self.file("passt"));
+        let passt = Passt::start(&self.tools, socket).unwrap();
+        let disk = format!("file={}", disk.display());
+        let net = format!("stream={}", passt.socket().display());
+        let mut args = boot.to_vec();
+        args.extend(["--disk", &disk, "--cdrom", path(&cd), "--net", &net]);
+        let args = args.into_iter().map(str::to_owned).collect();
+        let config = VmConfig { boot: Boot::AsTold, args, ..VmConfig::new("debian", 0) };
+        Vm { vmm: Vmm::run(&self.bed, &config).unwrap(), page: self.page.port(), _passt: passt }
+    }
+}
+
+/// A running VM and its network.
+struct Vm<'a> {
+    // Dropped first: passt ends with its connection.
+    vmm: Vmm<'a>,
+    _passt: Passt,
+    /// The port of the page's server.
+    page: u16,
+}
+
+impl<'a> Vm<'a> {
+    fn log_in(&mut self) -> Guest<'_, 'a> {
+        Guest { shell: Shell::log_in(&mut self.vmm, BOOT_LIMIT).unwrap(), page: self.page }
+    }
+
+    /// It has been told to switch itself off.
+    fn ends(mut self) {
+        let status = self.vmm.wait_for_exit(LIMIT).unwrap();
+        assert_eq!((status, self.vmm.errors().as_str()), (Status::Code(0), ""), "{}", self.vmm.text());
+    }
+}
+
+/// A Debian that somebody is logged into.
+struct Guest<'v, 'a> {
+    shell: Shell<'v, Vmm<'a>>,
+    page: u16,
+}
+
+impl Guest<'_, '_> {
+    fn run(&mut self, command: &str) -> Answer {
+        self.shell.run(command, LIMIT).unwrap()
+    }
+
+    /// Runs a command that succeeds; what it printed.
+    fn succeeds(&mut self, command: &str) -> String {
+        let Answer { status, output } = self.run(command);
+        assert_eq!(status, 0, "{command}: {output}");
+        output
+    }
+
+    fn reads_the_cd(&mut self) {
+        self.succeeds("mount -o ro /dev/disk/by-label/OUTBOARD /mnt");
+        assert_eq!(self.succeeds("cat /mnt/text; umount /mnt"), TEXT);
+    }
+
+    /// Through passt, from a server on this side of it.
+    fn fetches_a_page(&mut self) {
+        let interface = self.succeeds("ls /sys/class/net | grep -v '^lo$'");
+        self.succeeds(&format!("udhcpc -n -q -t 10 -i {}", interface.trim()));
+        let url = format!("http://{}:{}/", Passt::HOST, self.page);
+        assert_eq!(self.succeeds(&format!("wget -q -T 60 -O - {url}")), TEXT);
+    }
+
+    /// Neither the kernel, nor lspci, nor iasl finds anything wrong with a device or a table.
+    fn has_no_complaint(&mut self) {
+        let said = self.succeeds("dmesg --notime --level emerg,alert,crit,err,warn");
+        assert_eq!(complaints::of_the_kernel(&said), [""; 0], "dmesg");
+        let functions = self.succeeds("lspci -vv");
+        assert_eq!(complaints::of_lspci(&functions), [""; 0], "{functions}");
+        let tables = self.succeeds("mkdir /tmp/tables && cd /tmp/tables && acpidump -b && ls && iasl -d *.dat");
+        assert_eq!(complaints::of_iasl(&tables), [""; 0], "{tables}");
+        for table in ["apic", "dsdt", "facp", "mcfg"] {
+            assert!(tables.contains(&format!("{table}.dat")), "no {table} in {tables}");
+        }
+    }
+
+    /// Returns when it has been told to.
+    fn powers_off(self) {
+        self.shell.last("poweroff").unwrap();
+    }
+}
+
+/// The number of the boot entry `name` in what efibootmgr printed, as `0003`.
+fn boot_entry(listed: &str, name: &str) -> String {
+    let entry = listed
+        .lines()
+        .find_map(|line| line.strip_prefix("Boot")?.split_once("* ").filter(|(_, rest)| rest.starts_with(name)));
+    entry.unwrap_or_else(|| panic!("no entry {name:?}: {listed}")).0.to_owned()
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().expect("a path of the testbed is text")
+}
