@@ -125,6 +125,11 @@ impl BootPlan {
         Ok(bytes)
     }
 
+    /// Has `bytes` written at guest-physical `to` too, at every load.
+    pub fn place(&mut self, to: u64, bytes: Vec<u8>) {
+        self.plan.blobs.push((to, bytes));
+    }
+
     /// The state in which the boot processor starts. The others start as [`Entry::application_processor`].
     pub fn entry(&self) -> &Entry {
         &self.plan.entry

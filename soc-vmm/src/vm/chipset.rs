@@ -6,6 +6,9 @@ use std::sync::{Arc, Mutex};
 use super::machine::BuildError;
 use super::media::{Disk, Net};
 use crate::acpi::{Hotplug, PciConfig, PortConfig};
+use crate::ahci::{self, Ahci, CdDrive};
+use crate::block::BlockBackend;
+use crate::bus::Wake;
 use crate::devices::AcpiPm;
 use crate::interrupt::{LineSink, MessageSink};
 use crate::layout::{ECAM, ECAM_SIZE, MemoryLayout};
@@ -19,6 +22,10 @@ use crate::virtio::{self, Plumbing};
 const FIRST_PORT_SLOT: u8 = 1;
 /// The last: the chipset's own follow.
 const LAST_PORT_SLOT: u8 = 24;
+/// Where the AHCI controller sits: slot × 8 + function.
+const AHCI: u8 = 0x1f << 3 | 2;
+/// The controller's port with the CD-ROM drive, as QEMU's `-cdrom` has it.
+const CDROM_PORT: usize = 2;
 /// Ports without a device, for what is plugged in later.
 const SPARE_PORTS: usize = 2;
 
@@ -33,6 +40,9 @@ pub(super) struct PciParts<'a> {
     pub(super) acpi: AcpiPm,
     pub(super) disks: Vec<Disk>,
     pub(super) nets: Vec<Net>,
+    /// What is in the CD-ROM drive; there is none without it.
+    pub(super) cdrom: Option<Arc<dyn BlockBackend>>,
+    pub(super) wake: Arc<dyn Wake>,
 }
 
 /// Makes a device behind a root port.
@@ -40,7 +50,7 @@ type Make = Box<dyn FnOnce(Plumbing<'_>) -> io::Result<Box<dyn PciFunction>>>;
 
 /// Puts it together.
 pub(super) fn build(parts: PciParts<'_>) -> Result<Arc<Mutex<Fabric>>, BuildError> {
-    let PciParts { prepared, layout, platform, messages, lines, memory, acpi, disks, nets } = parts;
+    let PciParts { prepared, layout, platform, messages, lines, memory, acpi, disks, nets, cdrom, wake } = parts;
     let mut fabric = Fabric::new(prepared.then(|| Apertures::above(layout.high_end())), platform);
     let pirqs = Arc::new(Pirqs::new(lines));
     fabric.plug(None, LPC, Box::new(LpcBridge::new(acpi, pirqs.clone(), prepared)))?;
@@ -65,6 +75,11 @@ pub(super) fn build(parts: PciParts<'_>) -> Result<Arc<Mutex<Fabric>>, BuildErro
             fabric.plug(Some(port), 0, device)?;
         }
     }
+    let mut drives: [Option<CdDrive>; ahci::PORTS] = Default::default();
+    drives[CDROM_PORT] = cdrom.map(|medium| CdDrive { medium: Some(medium), listener: None });
+    let plumbing = ahci::Plumbing { memory, messages, line: pirqs.wire(AHCI >> 3), wake };
+    let (controller, _) = Ahci::new(drives, plumbing).map_err(BuildError::Thread)?;
+    fabric.plug(None, AHCI, Box::new(controller))?;
     fabric.prepare()?;
     Ok(Arc::new(Mutex::new(fabric)))
 }

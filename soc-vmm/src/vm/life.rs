@@ -17,6 +17,7 @@ use super::lines::Lines;
 use super::machine::{BuildError, Machine, Parts};
 use super::media::Media;
 use super::messages::Messages;
+use super::shape::Shape;
 use super::state;
 use super::worker::{Command, Serving, Waker, Worker};
 use crate::boot::{BootError, BootPlan, Entry};
@@ -30,6 +31,7 @@ use crate::link::{CallError, Channel, Link, LinkError, Notice};
 use crate::memory::MemoryError;
 use crate::pci::MemoryView;
 use crate::power::PowerEvent;
+use crate::smbios::{SMBIOS_START, Smbios};
 
 /// The far ends of a machine's byte streams.
 pub(super) struct Streams {
@@ -124,7 +126,7 @@ impl<F: SocFunction> Vm<F> {
         crossings: Arc<Crossings>,
         blueprint: Blueprint<'_>,
     ) -> Result<Self, LifeError> {
-        let Blueprint { config, layout, plan, media, streams, waker, state_dir } = blueprint;
+        let Blueprint { config, layout, mut plan, media, streams, waker, state_dir } = blueprint;
         let vcpus = u32::from(config.cpus);
         // Without firmware the chipset is as firmware would leave it.
         let prepared = plan.roms().is_empty();
@@ -155,14 +157,18 @@ impl<F: SocFunction> Vm<F> {
         let messages = Messages::new(link.function.clone(), channel.clone(), &host.created);
         let lines = Lines::new(channel);
         let counters = Arc::new(Counters::default());
+        let (shape, cpuid) = (Shape::new(config, &layout), processor.table(0));
+        if prepared {
+            plan.place(SMBIOS_START, Smbios::for_kernel(&shape.smbios(&cpuid)).map_err(BuildError::from)?.placed());
+        }
         let parts = Parts {
             prepared,
             platform: arranger.clone(),
             messages: &messages,
             memory: host.ram.clone(),
             physical_bits,
-            layout,
-            topology: config.topology,
+            shape,
+            cpuid: &cpuid,
             tsc_khz: host.created.tsc_khz,
             serial: streams.serial,
             debugcon: streams.debugcon,

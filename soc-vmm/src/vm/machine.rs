@@ -2,25 +2,25 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use api_channel::call::PostedRange;
+use api_channel::call::{CpuidEntry, PostedRange};
 
 use super::chipset::{self, PciParts};
 use super::media::Media;
+use super::shape::Shape;
 use super::worker::Buses;
-use crate::acpi::{self, AcpiConfig, AcpiError};
+use crate::acpi::{self, AcpiError};
 use crate::bus::{Bus, Claim, Device, MapError, Wake};
-use crate::cpuid::Topology;
-use crate::devices::fw_cfg::{E820Entry, E820Kind, FwCfgError};
+use crate::devices::fw_cfg::FwCfgError;
 use crate::devices::{
     AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, FwCfg, I8042, InputQueue, OutputQueue,
     PcTestMemory, PcTestPorts, PmTimerWidth, Port92, Ranges, ResetControl, Rtc, SCI_GSI, Serial, SystemClock,
 };
 use crate::flash::{Flash, FlashMemory};
 use crate::interrupt::{InterruptLine, LineSink, MessageSink};
-use crate::layout::{FOUR_GIB, MemoryLayout};
 use crate::memory::GuestMemory;
 use crate::pci::{Fabric, FabricSide, NoRoom, Platform, PlugError};
 use crate::power::PowerSink;
+use crate::smbios::{Smbios, SmbiosError};
 
 /// What a machine is made of.
 pub(super) struct Parts<'a> {
@@ -34,10 +34,10 @@ pub(super) struct Parts<'a> {
     pub(super) memory: Arc<dyn GuestMemory>,
     /// The guest's physical address bits.
     pub(super) physical_bits: u8,
-    /// RAM.
-    pub(super) layout: MemoryLayout,
-    /// vCPUs.
-    pub(super) topology: Topology,
+    /// What the guest is told of it.
+    pub(super) shape: Shape,
+    /// A vCPU's CPUID.
+    pub(super) cpuid: &'a [CpuidEntry],
     /// The host's TSC frequency, which the PM timer divides.
     pub(super) tsc_khz: u32,
     /// COM1's far end.
@@ -68,23 +68,6 @@ pub(super) struct Machine {
     pub(super) posted: Vec<PostedRange>,
 }
 
-/// What ACPI tells of the machine; `physical_bits` are the guest's, where its firmware will ask for tables.
-pub(super) fn acpi_config(
-    topology: Topology,
-    layout: &MemoryLayout,
-    devices: usize,
-    physical_bits: Option<u8>,
-) -> AcpiConfig {
-    AcpiConfig {
-        apic_ids: topology.apic_ids().collect(),
-        serial_ports: 1,
-        keyboard: true,
-        fw_cfg: true,
-        pci: Some(chipset::acpi(layout, devices, physical_bits)),
-        ..AcpiConfig::default()
-    }
-}
-
 impl Machine {
     /// Builds the machine.
     ///
@@ -97,8 +80,8 @@ impl Machine {
             messages,
             memory,
             physical_bits,
-            layout,
-            topology,
+            shape,
+            cpuid,
             tsc_khz,
             serial,
             debugcon,
@@ -111,7 +94,7 @@ impl Machine {
         } = parts;
         let line = |gsi| InterruptLine::new(gsi, lines.clone());
         let mut builder = Builder::default();
-        let cpus = topology.cpus() as u16;
+        let (layout, cpus) = (shape.layout, shape.topology.cpus() as u16);
         let cmos = Cmos { ram_below_4g: layout.low_end(), ram_above_4g: layout.high_bytes(), cpus, boot: [None; 3] };
         let clock = Arc::new(SystemClock);
         builder.add(&Rtc::RANGES, Rtc::new(&cmos, clock.clone(), line(8)))?;
@@ -120,9 +103,7 @@ impl Machine {
         builder.add(&ResetControl::RANGES, ResetControl::new(power.clone()))?;
         builder.add(&DelayPort::RANGES, DelayPort)?;
         let (acpi_pm, acpi) =
-            AcpiPm::new(tsc_khz.into(), PmTimerWidth::Bits32, clock, line(SCI_GSI), power.clone(), wake);
-        let devices = media.disks.len() + media.nets.len();
-        let acpi_tables = acpi_config(topology, &layout, devices, Some(physical_bits));
+            AcpiPm::new(tsc_khz.into(), PmTimerWidth::Bits32, clock, line(SCI_GSI), power.clone(), wake.clone());
         let fabric = chipset::build(PciParts {
             prepared,
             layout,
@@ -131,10 +112,12 @@ impl Machine {
             lines: lines.clone(),
             memory: memory.clone(),
             acpi: acpi_pm,
+            wake,
             disks: media.disks,
             nets: media.nets,
+            cdrom: media.cdrom,
         })?;
-        builder.add(&FwCfg::RANGES, fw_cfg(&acpi_tables, &layout, memory, &fabric)?)?;
+        builder.add(&FwCfg::RANGES, fw_cfg(&shape, physical_bits, cpuid, memory, &fabric)?)?;
         let (output, input) = serial;
         builder.add(&Com::Com1.ranges(), Serial::new(output, input, line(Com::Com1.gsi())))?;
         if let Some(output) = debugcon {
@@ -159,22 +142,17 @@ impl Machine {
 
 /// The device from which firmware learns what machine it is on.
 fn fw_cfg(
-    config: &AcpiConfig,
-    layout: &MemoryLayout,
+    shape: &Shape,
+    physical_bits: u8,
+    cpuid: &[CpuidEntry],
     memory: Arc<dyn GuestMemory>,
     fabric: &Arc<Mutex<Fabric>>,
 ) -> Result<FwCfg, BuildError> {
-    let ram = |start, len| E820Entry { start, len, kind: E820Kind::Ram };
-    let mut map = vec![ram(0, layout.low_end())];
-    if layout.high_bytes() != 0 {
-        map.push(ram(FOUR_GIB, layout.high_bytes()));
-    }
-    let limit = config.apic_ids.iter().max().map_or(0, |id| id + 1);
-    let cpus = config.apic_ids.len() as u16;
-    let builder = FwCfg::builder(memory).memory(layout.ram(), &map).cpus(cpus, limit as u16);
+    let builder = shape.describe(FwCfg::builder(memory));
+    let builder = Smbios::for_firmware(&shape.smbios(cpuid))?.add_files(builder);
     let fabric = fabric.clone();
     let ecam = move || fabric.lock().unwrap_or_else(PoisonError::into_inner).host().ecam();
-    Ok(acpi::add_files(builder, config, ecam)?.build()?)
+    Ok(acpi::add_files(builder, &shape.acpi(Some(physical_bits)), ecam)?.build()?)
 }
 
 /// Why a machine can't be built.
@@ -198,6 +176,8 @@ pub(super) enum BuildError {
     Place(#[from] NoRoom),
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    #[error(transparent)]
+    Smbios(#[from] SmbiosError),
     #[error(transparent)]
     FwCfg(#[from] FwCfgError),
 }

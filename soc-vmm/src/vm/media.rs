@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::machine::acpi_config;
+use super::shape::Shape;
 use crate::block::{self, BlockBackend};
 use crate::boot::{BootPlan, BootSource};
 use crate::cli::{ExitStatus, Failure, Mac, RunConfig};
@@ -62,7 +62,7 @@ pub(super) fn open(config: &RunConfig, layout: &MemoryLayout) -> Result<(BootPla
             (plan, Some(banks))
         }
         source => {
-            let acpi = acpi_config(config.topology, layout, Media::devices(config), None);
+            let acpi = Shape::new(config, layout).acpi(None);
             (BootPlan::new(source, layout, &acpi).map_err(|e| wrong("", &e))?, None)
         }
     };

@@ -13,6 +13,7 @@ mod memory_plan;
 mod messages;
 mod ram;
 mod run;
+mod shape;
 mod state;
 mod string;
 mod view;

@@ -1,0 +1,93 @@
+//! What the guest is told about its machine by tables: ACPI, SMBIOS, fw_cfg. One description feeds all three.
+
+use api_channel::call::CpuidEntry;
+
+use super::chipset;
+use super::media::Media;
+use crate::acpi::AcpiConfig;
+use crate::cli::RunConfig;
+use crate::cpuid::{self, Topology};
+use crate::devices::fw_cfg::{Builder, E820Entry, E820Kind};
+use crate::layout::{FOUR_GIB, MemoryLayout};
+use crate::numa::Numa;
+use crate::smbios::{Processors, SmbiosConfig, SystemNames};
+
+/// The description.
+#[derive(Clone, Debug)]
+pub(super) struct Shape {
+    /// RAM.
+    pub(super) layout: MemoryLayout,
+    /// vCPUs.
+    pub(super) topology: Topology,
+    /// Which memory and which vCPUs are near each other.
+    pub(super) numa: Numa,
+    /// Devices behind root ports.
+    pub(super) devices: usize,
+}
+
+impl Shape {
+    /// The machine that `config` asks for.
+    pub(super) fn new(config: &RunConfig, layout: &MemoryLayout) -> Self {
+        let numa = Numa::new(&config.numa, layout);
+        Self { layout: *layout, topology: config.topology, numa, devices: Media::devices(config) }
+    }
+
+    /// What ACPI tells; `physical_bits` are the guest's, where its firmware will ask for tables.
+    pub(super) fn acpi(&self, physical_bits: Option<u8>) -> AcpiConfig {
+        AcpiConfig {
+            apic_ids: self.topology.apic_ids().collect(),
+            serial_ports: 1,
+            keyboard: true,
+            fw_cfg: true,
+            pvpanic: false,
+            pci: Some(chipset::acpi(&self.layout, self.devices, physical_bits)),
+            numa: self.numa.acpi(),
+        }
+    }
+
+    /// What SMBIOS tells; `cpuid` is a vCPU's table.
+    pub(super) fn smbios(&self, cpuid: &[CpuidEntry]) -> SmbiosConfig {
+        let leaf = |function| cpuid::find(cpuid, function, 0);
+        let text = |words: Vec<u32>| {
+            let bytes: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).filter(|byte| *byte != 0).collect();
+            String::from_utf8_lossy(&bytes).trim().to_owned()
+        };
+        let brand = (0x8000_0002..=0x8000_0004).filter_map(leaf).flat_map(|e| [e.eax, e.ebx, e.ecx, e.edx]);
+        SmbiosConfig {
+            uuid: [0; 16],
+            system: SystemNames::default(),
+            processors: Processors {
+                sockets: self.topology.sockets() as u16,
+                cores: self.topology.cores() as u16,
+                threads: (self.topology.cpus() / self.topology.sockets()) as u16,
+                signature: leaf(1).map_or([0; 2], |e| [e.eax, e.edx]),
+                manufacturer: text(leaf(0).map_or(Vec::new(), |e| vec![e.ebx, e.edx, e.ecx])),
+                version: text(brand.collect()),
+            },
+            memory: self.layout,
+        }
+    }
+
+    /// Adds RAM, processors and nodes to what firmware is told.
+    pub(super) fn describe(&self, builder: Builder) -> Builder {
+        let ram = |start, len| E820Entry { start, len, kind: E820Kind::Ram };
+        let mut map = vec![ram(0, self.layout.low_end())];
+        if self.layout.high_bytes() != 0 {
+            map.push(ram(FOUR_GIB, self.layout.high_bytes()));
+        }
+        let ids: Vec<u32> = self.topology.apic_ids().collect();
+        let limit = ids.iter().max().map_or(0, |id| id + 1);
+        let builder = builder.memory(self.layout.ram(), &map).cpus(ids.len() as u16, limit as u16);
+        if self.numa.nodes.is_empty() {
+            return builder;
+        }
+        let mut nodes_of = vec![0u32; limit as usize];
+        for (number, node) in (0u32..).zip(&self.numa.nodes) {
+            for id in node.vcpus.iter().filter_map(|vcpu| ids.get(usize::from(*vcpu))) {
+                nodes_of[*id as usize] = number;
+            }
+        }
+        let bytes = |node: &crate::numa::Node| node.memory.iter().map(|range| range.len).sum();
+        builder.numa(&nodes_of, &self.numa.nodes.iter().map(bytes).collect::<Vec<u64>>())
+    }
+}
