@@ -36,6 +36,11 @@ const CHIPSET: usize = 8;
 const WIRING: [u64; 7] = [0x3140, 0x3142, 0x3144, 0x3146, 0x3148, 0x314c, 0x3150];
 /// INTA is PIRQA, and so on.
 const STRAIGHT: u16 = 0x3210;
+/// General control and status: the watchdog can't reset the machine, because there is none.
+const GENERAL_CONTROL: u64 = 0x3410;
+const NO_REBOOT: u8 = 1 << 5;
+/// Where firmware puts the chipset's configuration, and that it answers.
+const RCBA_VALUE: u32 = 0xfed1_c001;
 
 /// The LPC bridge.
 pub struct LpcBridge {
@@ -71,6 +76,7 @@ impl LpcBridge {
         if self.prepared {
             self.config.put(PM_BASE_REGISTER, &(PM_BASE | 1).to_le_bytes());
             self.config.put(ACPI_CONTROL, &[ACPI_ON]);
+            self.config.put(RCBA, &RCBA_VALUE.to_le_bytes());
         }
         self.route();
     }
@@ -87,6 +93,9 @@ impl LpcBridge {
 
     /// A byte of the chipset's configuration: fixed.
     fn chipset(offset: u64) -> u8 {
+        if offset == GENERAL_CONTROL {
+            return NO_REBOOT;
+        }
         let wired = WIRING.iter().find(|at| (**at..**at + 2).contains(&offset));
         wired.map_or(0, |at| STRAIGHT.to_le_bytes()[(offset - at) as usize])
     }
