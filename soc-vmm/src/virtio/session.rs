@@ -116,7 +116,10 @@ impl Queue {
     }
 
     /// See [`Ring::start`].
-    pub(super) fn start(&mut self) -> Result<(), QueueError> {
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start(&mut self) -> Result<(), QueueError> {
         self.ring.start()
     }
 

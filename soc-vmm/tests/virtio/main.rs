@@ -3,5 +3,6 @@
 mod block;
 mod net;
 mod pci;
+mod properties;
 mod rig;
 mod ring;

@@ -1,15 +1,21 @@
 //! A guest with one virtio device: memory, a driver that keeps the rules unless it is told otherwise, and what the device raised.
 
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
+use nix::sys::eventfd::EventFd;
 use soc_vmm::block::{BlockBackend, BlockError};
 use soc_vmm::bus::{Access, Answer, Deferred, LateAnswer, RequestId, Wake};
 use soc_vmm::interrupt::{InterruptLine, LineSink, Message, MessageRoute, MessageSink};
 use soc_vmm::memory::{GuestMemory, MemoryError};
-use soc_vmm::pci::PciFunction;
-use soc_vmm::virtio::{Plumbing, RingLayout};
+use soc_vmm::net::{MAX_FRAME, NetBackend, NetError};
+use soc_vmm::pci::{ConfigSpace, Identity, Msix, MsixLayout, PciFunction};
+use soc_vmm::virtio::{
+    Config, Control, Interrupts, Lease, Plumbing, Queue, Ring, RingFeatures, RingLayout, RingPosition, Session,
+};
 
 /// Bytes of RAM, from address 0.
 pub(crate) const RAM: usize = 1 << 20;
@@ -253,6 +259,28 @@ impl Board {
     pub(crate) fn plumbing(&self) -> Plumbing<'_> {
         Plumbing { memory: self.ram.clone(), messages: &self.messages, line: InterruptLine::new(0, self.pin.clone()) }
     }
+
+    /// What an engine has to work with after DRIVER_OK, on the caller's thread. A queue that can't be is none.
+    pub(crate) fn session(&self, features: u64, queues: &[RingLayout]) -> Session {
+        let identity = Identity { vendor: 1, device: 2, revision: 0, class: 0, subsystem: (0, 0) };
+        let layout = MsixLayout { vectors: 1, bar: 1, table: 0, pending: 0x800 };
+        let msix = Msix::new(&mut ConfigSpace::endpoint(&identity), layout, &self.messages);
+        let line = InterruptLine::new(0, self.pin.clone());
+        let interrupts = Arc::new(Interrupts::new(queues.len(), msix.vectors(), line));
+        interrupts.start();
+        let control = Arc::new(Control::new(Lease::new(self.ram.clone())).unwrap());
+        let ring_features =
+            RingFeatures { indirect: features & INDIRECT != 0, event_index: features & EVENT_INDEX != 0 };
+        let queue = |(index, at): (usize, &RingLayout)| {
+            let ring = Ring::new(*at, ring_features, RingPosition::default(), control.lease.clone()).ok()?;
+            let mut queue = Queue::new(ring, index, interrupts.clone(), Arc::new(EventFd::new().unwrap()));
+            queue.start().ok()?;
+            Some(queue)
+        };
+        let queues = queues.iter().enumerate().map(queue).collect();
+        let config = Arc::new(Config::new(vec![0; 64], interrupts.clone()));
+        Session { features, queues, control, config }
+    }
 }
 
 /// A guest and its device.
@@ -437,5 +465,51 @@ impl BlockBackend for HeapDisk {
         let range = self.to_write(offset, len)?;
         self.bytes.lock().unwrap()[range].fill(0);
         Ok(())
+    }
+}
+
+/// A network that is two lists of frames.
+pub(crate) struct HeapNet {
+    fd: EventFd,
+    pub(crate) to_guest: VecDeque<Vec<u8>>,
+    pub(crate) from_guest: Arc<Mutex<Vec<Vec<u8>>>>,
+    /// Frames until it is gone.
+    pub(crate) left: usize,
+}
+
+impl HeapNet {
+    pub(crate) fn new(to_guest: impl IntoIterator<Item = Vec<u8>>, left: usize) -> Self {
+        Self { fd: EventFd::new().unwrap(), to_guest: to_guest.into_iter().collect(), from_guest: Arc::default(), left }
+    }
+
+    fn take_one(&mut self) -> Result<(), NetError> {
+        self.left = self.left.checked_sub(1).ok_or(NetError::Closed)?;
+        Ok(())
+    }
+}
+
+impl NetBackend for HeapNet {
+    fn name(&self) -> &str {
+        "heap"
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    fn send(&mut self, frame: &[u8]) -> Result<bool, NetError> {
+        assert!((1..=MAX_FRAME).contains(&frame.len()));
+        self.take_one()?;
+        self.from_guest.lock().unwrap().push(frame.to_vec());
+        // Every third finds no room.
+        Ok(!self.left.is_multiple_of(3))
+    }
+
+    fn receive(&mut self) -> Result<Option<&[u8]>, NetError> {
+        Ok(self.to_guest.front().map(|frame| &frame[..]))
+    }
+
+    fn consume(&mut self) {
+        self.to_guest.pop_front();
     }
 }

@@ -1,5 +1,6 @@
 //! What a disk does with its requests (virtio 1.2 §5.2.6): one after the other, in the order in which they came.
 
+use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -196,11 +197,9 @@ impl Engine for BlockEngine {
 impl Complaints {
     /// An error of the image, which the guest only sees as a status.
     fn failed(&mut self, disk: &str, what: &str, error: &BlockError) -> Failure {
-        use std::error::Error;
-        match error.source() {
-            Some(source) => self.say(disk, format_args!("can't {what}: {error}: {source}")),
-            None => self.say(disk, format_args!("can't {what}: {error}")),
-        }
+        let causes = std::iter::successors(error.source(), |&cause| cause.source());
+        let text = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
+        self.say(disk, format_args!("can't {what}: {text}"));
         Failure::Status(VIRTIO_BLK_S_IOERR)
     }
 }
