@@ -87,6 +87,30 @@ fn before_the_first_memslots_there_are_no_vcpus() {
 }
 
 #[test]
+fn memory_is_granted_once() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap();
+    let kib: u64 = available.trim().trim_end_matches(" kB").parse().unwrap();
+    let most_of_it = (kib / 10 * 7) << 10 & !4095;
+    let mut soc = Soc::start(&[]);
+    soc.create_vm(1, Irqchip::Full);
+    // Nothing of the first is touched yet; it is no longer free for the second, nor for one on a node.
+    soc.ok(&Call::AddRam(ram(0, most_of_it)));
+    for node in [-1, 0] {
+        let (status, why) = soc.refused(&Call::AddRam(RamRequest { node, iova: 1 << 40, ..ram(1, most_of_it) }));
+        assert_eq!(status, Status::UNAVAILABLE, "{why}");
+        assert!(why.contains("MiB free"), "{why}");
+    }
+    soc.ok(&Call::DestroyVm);
+    soc.create_vm(1, Irqchip::Full);
+    soc.ok(&Call::AddRam(ram(0, most_of_it)));
+    assert!(soc.shut_down().success());
+}
+
+#[test]
 fn vcpus_have_the_apic_ids_that_were_set() {
     if !soc::has_kvm() {
         return;

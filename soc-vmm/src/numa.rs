@@ -5,7 +5,7 @@ use api_channel::call::HostInfo;
 use crate::acpi;
 use crate::layout::{AddressRange, MemoryLayout};
 
-/// Most nodes of a guest: each may take two allocations, of which a VM has 64 (docs/wire.md §7).
+/// Most nodes of a guest: each is an allocation, one of them two, and a VM has 64 in all (docs/wire.md §7).
 pub const MAX_NODES: usize = 24;
 
 /// A node as it is asked for.

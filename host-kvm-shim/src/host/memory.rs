@@ -43,39 +43,71 @@ impl MemoryInfo {
         Ok(Self { meminfo, huge, nodes: nodes.collect() })
     }
 
-    /// Whether `len` bytes can be had, before any is touched: a guest that is too large is refused, not killed half-way.
-    pub(crate) fn has_room(&self, len: u64, huge: u64, node: Option<u32>) -> Result<(), Refusal> {
+    /// Whether `len` bytes can be had, before any is touched: a guest that is too large is refused, not killed half-way. `promised`
+    /// tells what was granted before and is not taken yet: on a node, or everywhere.
+    pub(crate) fn has_room(
+        &self,
+        len: u64,
+        huge: u64,
+        node: Option<u32>,
+        promised: impl Fn(Option<u32>) -> u64,
+    ) -> Result<(), Refusal> {
         let on = match node {
             None => None,
-            Some(n) => match self.nodes.iter().find(|node| node.number == n) {
-                Some(node) => Some(node),
-                None => return Err(Refusal::unavailable(format!("this host has no NUMA node {n}"))),
-            },
+            Some(number) => Some(self.nodes.iter().find(|n| n.number == number).ok_or_else(|| self.no_node(number))?),
         };
         let place = node.map_or(String::new(), |n| format!(" on NUMA node {n}"));
         let mib = len.div_ceil(1 << 20);
         if let Some(i) = HUGE.iter().position(|(size, _)| *size == huge) {
-            let files = on.map_or(&self.huge, |node| &node.huge);
-            let pages = files[i].as_ref().and_then(number).unwrap_or(0);
-            if pages.saturating_mul(huge) < len {
+            let size = huge >> 20;
+            let Some(file) = on.map_or(&self.huge, |node| &node.huge)[i].as_ref() else {
+                return Err(Refusal::unavailable(format!("this host has no huge pages of {size} MiB{place}")));
+            };
+            let (pages, needed) = (number(file).unwrap_or(0), len / huge);
+            if pages < needed {
+                let under = node.map_or("kernel/mm".to_owned(), |n| format!("devices/system/node/node{n}"));
                 return Err(Refusal::unavailable(format!(
-                    "{mib} MiB of guest memory need {} huge pages of {} MiB{place}, {pages} are free: reserve more in {}",
-                    len / huge,
-                    huge >> 20,
-                    "/sys/kernel/mm/hugepages"
+                    "{mib} MiB of guest memory need {needed} huge pages of {size} MiB{place}, {pages} are free: reserve more in \
+                     /sys/{under}/hugepages/{}/nr_hugepages",
+                    HUGE[i].1
                 )));
             }
             return Ok(());
         }
-        let (file, key) = on.map_or((&self.meminfo, "MemAvailable:"), |node| (&node.meminfo, "MemFree:"));
-        let kib = field(file, key).ok_or_else(|| Refusal::unavailable("the host doesn't tell its free memory"))?;
-        if kib.saturating_mul(1024) < len {
-            let free = kib / 1024;
-            return Err(Refusal::unavailable(format!(
-                "{mib} MiB of guest memory, the host has {free} MiB free{place}"
-            )));
+        let silent = || Refusal::unavailable("the host doesn't tell its free memory");
+        let all = field(&self.meminfo, "MemAvailable:").ok_or_else(silent)?;
+        let mut rooms = vec![(all, promised(None), String::new())];
+        if let Some(node) = on {
+            rooms.push((node.available().ok_or_else(silent)?, promised(Some(node.number)), place));
+        }
+        for (kib, promised, place) in rooms {
+            let room = kib.saturating_mul(1024).saturating_sub(promised);
+            if room < len {
+                let free = room >> 20;
+                return Err(Refusal::unavailable(format!(
+                    "{mib} MiB of guest memory, the host has {free} MiB free{place}"
+                )));
+            }
         }
         Ok(())
+    }
+
+    fn no_node(&self, number: u32) -> Refusal {
+        let mut there: Vec<_> = self.nodes.iter().map(|node| node.number).collect();
+        there.sort_unstable();
+        let there: Vec<_> = there.iter().map(u32::to_string).collect();
+        Refusal::unavailable(format!("this host has no NUMA node {number}; it has {}", there.join(", ")))
+    }
+}
+
+impl Node {
+    /// KiB that programs can have here: what is free, and what the kernel gives back for it, as MemAvailable counts for the whole host.
+    fn available(&self) -> Option<u64> {
+        let text = text(&self.meminfo)?;
+        let keys = ["MemFree:", "Active(file):", "Inactive(file):", "SReclaimable:"];
+        let mut kib = keys.iter().map(|key| parse_field(&text, key));
+        let free = kib.next()??;
+        Some(kib.flatten().fold(free, u64::saturating_add))
     }
 }
 
@@ -91,11 +123,12 @@ fn number(file: &File) -> Option<u64> {
     text(file)?.trim().parse().ok()
 }
 
-/// The value after `key`, in KiB; node files say `Node 0 MemFree: …`.
+/// The value after `key`, in KiB.
 fn field(file: &File, key: &str) -> Option<u64> {
     parse_field(&text(file)?, key)
 }
 
+/// The same of a text; node files say `Node 0 MemFree: …`.
 pub(super) fn parse_field(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         let mut words = line.split_whitespace().skip_while(|word| *word != key);
@@ -119,9 +152,16 @@ mod tests {
     #[test]
     fn what_no_host_has_is_refused_in_a_sentence() {
         let memory = MemoryInfo::open().unwrap();
-        memory.has_room(1 << 20, 0, None).unwrap();
-        assert!(memory.has_room(1 << 50, 0, None).unwrap_err().why.contains("the host has"));
-        assert!(memory.has_room(1 << 50, 0x4000_0000, None).unwrap_err().why.contains("huge pages of 1024 MiB"));
-        assert!(memory.has_room(4096, 0, Some(4095)).unwrap_err().why.contains("no NUMA node 4095"));
+        let none = |_| 0;
+        memory.has_room(1 << 20, 0, None, none).unwrap();
+        memory.has_room(1 << 20, 0, Some(0), none).unwrap();
+        let refused = |len, huge, node, promised: u64| memory.has_room(len, huge, node, |_| promised).unwrap_err().why;
+        assert!(refused(1 << 50, 0, None, 0).contains("the host has"));
+        assert!(refused(1 << 50, 0, Some(0), 0).contains("the host has"));
+        assert!(refused(1 << 50, 0x4000_0000, None, 0).contains("huge pages of 1024 MiB"));
+        assert!(refused(4096, 0, Some(4095), 0).contains("no NUMA node 4095; it has 0"));
+        assert!(refused(1 << 20, 0, None, 1 << 50).contains("1 MiB of guest memory, the host has 0 MiB free"));
+        let on_node = memory.has_room(1 << 20, 0, Some(0), |node| if node.is_some() { 1 << 50 } else { 0 });
+        assert!(on_node.unwrap_err().why.ends_with("0 MiB free on NUMA node 0"));
     }
 }

@@ -174,7 +174,7 @@ impl<F: HostFunction + 'static> Machine<F> {
         if self.rams.contains_key(&request.id) {
             return Err(Refusal::argument(format!("RAM {} exists already", request.id)));
         }
-        let (ram, extents) = Ram::new(&mut offer.function, host.memory(), request)?;
+        let (ram, extents) = Ram::new(&mut offer.function, host.memory(), &self.rams, request)?;
         self.rams.insert(request.id, ram);
         Ok(extents)
     }

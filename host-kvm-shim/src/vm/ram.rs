@@ -1,6 +1,9 @@
 //! Guest RAM: allocated, and mapped for the device.
 
+use std::collections::BTreeMap;
+
 use api_channel::call::{Extent, PAGE, RamRequest};
+use nix::errno::Errno;
 use pcie_function::{FunctionError, HostFunction, Iova};
 
 use crate::error::Refusal;
@@ -11,6 +14,8 @@ use crate::kvm::GuestMemory;
 #[derive(Debug)]
 pub(crate) struct Ram {
     pub(crate) memory: GuestMemory,
+    /// The node that it is on, where the SoC said so.
+    node: Option<u32>,
     iova: Iova,
 }
 
@@ -20,10 +25,12 @@ const MOST: u32 = 64;
 const ELSEWHERE: [Iova; 3] = [1 << 38, 1 << 41, 1 << 46];
 
 impl Ram {
-    /// Allocates what `request` wants and maps it for the device; where, the extents say.
+    /// Allocates what `request` wants, beside the VM's `others`, and maps it for the device; where, the extents say. Where it fails,
+    /// nothing is left of it.
     pub(crate) fn new<F: HostFunction>(
         function: &mut F,
         host: &MemoryInfo,
+        others: &BTreeMap<u32, Self>,
         request: &RamRequest,
     ) -> Result<(Self, Vec<Extent>), Refusal> {
         let RamRequest { id, node, len, iova, huge } = *request;
@@ -43,10 +50,21 @@ impl Ram {
             -1 => None,
             n => Some(u32::try_from(n).map_err(|_| Refusal::argument(format!("NUMA node {n}")))?),
         };
-        host.has_room(len, huge, node)?;
-        let memory = GuestMemory::new(size, huge, node).map_err(|(what, errno)| Refusal::os(what, errno))?;
+        host.has_room(len, huge, node, |node| {
+            let there = others.values().filter(|ram| node.is_none() || ram.node == node);
+            there.map(|ram| ram.memory.untaken()).fold(0, u64::saturating_add)
+        })?;
+        let memory = GuestMemory::new(size, huge, node).map_err(|(what, errno)| match errno {
+            // Free ones may be reserved for others, or not where they are wanted.
+            Errno::ENOMEM | Errno::EFAULT if huge != 0 => Refusal::unavailable(format!(
+                "{} huge pages of {} MiB are free, but others have reserved some of them: reserve more",
+                len / huge,
+                huge >> 20
+            )),
+            errno => Refusal::os(what, errno),
+        })?;
         let iova = map(function, &memory, iova)?;
-        Ok((Self { memory, iova }, vec![Extent { offset: 0, iova, len }]))
+        Ok((Self { memory, node, iova }, vec![Extent { offset: 0, iova, len }]))
     }
 
     /// Takes the memory away from the device; once this returns, no transfer touches it.

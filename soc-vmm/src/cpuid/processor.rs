@@ -5,7 +5,7 @@ use api_channel::call::CpuidEntry;
 use super::feature::FeatureSet;
 use super::models::{MODELS, Model};
 use super::spec::{CpuSpec, not_carried};
-use super::words::{KVM_FEATURES, Register};
+use super::words::{KVM_FEATURES, Register, WORDS};
 use super::{CpuidConfig, CpuidError, INDEXED, KVM_SIGNATURE, empty, find, is_amd};
 
 /// The guest's processor.
@@ -90,6 +90,9 @@ fn lacks(spec: &CpuSpec, missing: &[&str], able: FeatureSet) -> String {
 /// The host's table, its features being `features`.
 fn as_host(host: &[CpuidEntry], features: FeatureSet) -> Vec<CpuidEntry> {
     let mut table = host.to_vec();
+    // A leaf that has no sub-leaves has none of a host's making either: its features are looked at once.
+    let plain = |leaf| WORDS.iter().any(|w| w.leaf == leaf) && WORDS.iter().all(|w| w.leaf != leaf || w.subleaf == 0);
+    table.retain(|entry| entry.flags & INDEXED == 0 || entry.index == 0 || !plain(entry.function));
     for (word, bits) in features.words() {
         for entry in table.iter_mut().filter(|e| e.function == word.leaf && is_subleaf(e, word.subleaf)) {
             let register = word.register.of_mut(entry);

@@ -34,7 +34,7 @@ pub struct Ended {
 }
 
 impl Vm {
-    /// Runs a payload with the test devices, on as many vCPUs as it wants unless `more` has `--cpus`.
+    /// Runs a payload with the test devices, on as many vCPUs as it wants and in 64 MiB unless `more` says otherwise.
     pub fn payload(payload: &Payload, more: &[&str]) -> Self {
         let directory = TempDir::new().expect("a temporary directory");
         let (option, bytes) = payload.file();
@@ -42,9 +42,13 @@ impl Vm {
         std::fs::write(&image, bytes).expect("the payload is written");
         let cpus = payload.vcpus.to_string();
         let image = image.to_str().expect("a UTF-8 path").to_owned();
-        let mut args = vec![option, &image, "--memory", "64M", "--debug-exit"];
-        if !more.contains(&"--cpus") {
+        let mut args = vec![option, &image, "--debug-exit"];
+        let given = |option| more.contains(&option);
+        if !given("--cpus") {
             args.extend(["--cpus", &cpus]);
+        }
+        if !given("--memory") && !given("--numa") {
+            args.extend(["--memory", "64M"]);
         }
         args.extend(more);
         Self::run_in(directory, &args)
