@@ -1,6 +1,7 @@
 //! `cargo xtask`: what a person types.
 
 mod bench;
+mod conformance;
 mod counts;
 mod demo;
 mod fuzz;
@@ -46,6 +47,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// kvm-unit-tests under QEMU and under soc-vmm, on one KVM.
+    Conformance(conformance::Conformance),
     /// Emulated DPU servers that stay up.
     Testbed {
         #[command(subcommand)]
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
         Task::Test { quick } => suite::run(quick),
         Task::Soak { names, minutes } => soak::run(&names, minutes),
         Task::Bench { arguments } => bench::run(&arguments),
+        Task::Conformance(options) => conformance::run(&options),
         Task::Testbed { command } => match command {
             Testbed::Up(up) => hold::up(&up),
             Testbed::Down => hold::down(),

@@ -131,6 +131,12 @@ pub fn qemu() -> Result<QemuRoot, Error> {
 }
 
 impl QemuRoot {
+    /// Where it is.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// A command that runs `program` of this root's `/usr/bin` by the root's own loader and libraries.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {

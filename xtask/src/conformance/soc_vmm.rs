@@ -1,0 +1,84 @@
+//! An entry as soc-vmm is told it.
+
+use super::entries::Entry;
+
+/// QEMU's, which tests count on.
+const MEMORY: &str = "128M";
+
+/// What soc-vmm doesn't carry, by a word of QEMU's parameters.
+const MISSING: [(&str, &str); 4] = [
+    ("hv_passthrough", "Hyper-V's interfaces"),
+    ("hyperv-testdev", "Hyper-V's interfaces"),
+    ("intel-iommu", "an emulated IOMMU"),
+    ("vmport=on", "VMware's port"),
+];
+
+/// Why soc-vmm can't run an entry by what it is, if it can't.
+pub(crate) fn missing(entry: &Entry) -> Option<&'static str> {
+    match entry.file.as_str() {
+        "vmx.flat" => return Some("VMX"),
+        "svm.flat" | "svm_npt.flat" => return Some("SVM"),
+        _ => {}
+    }
+    let has = |word: &str| entry.qemu.iter().any(|parameter| parameter.contains(word));
+    MISSING.iter().find(|(word, _)| has(word)).map(|(_, what)| *what)
+}
+
+/// The arguments of soc-vmm for `entry`, whose image is `image`.
+pub(crate) fn arguments(entry: &Entry, image: &str) -> Vec<String> {
+    let mut memory = MEMORY.to_owned();
+    let mut cpu = None;
+    let mut parameters = entry.qemu.iter();
+    while let Some(parameter) = parameters.next() {
+        // What else stands there chooses an accelerator, or switches something off that isn't there or does no harm.
+        match parameter.as_str() {
+            "-m" => memory = parameters.next().cloned().unwrap_or(memory),
+            "-cpu" => cpu = parameters.next().map(|model| model_of(model)),
+            _ => {}
+        }
+    }
+    let cpus = entry.cpus().to_string();
+    // As QEMU does it, the image's own name comes first.
+    let line = format!("{} {}", entry.file, entry.arguments);
+    let mut arguments = vec!["run", "--kernel", image, "--cmdline", line.trim(), "--cpus", &cpus, "--memory", &memory];
+    arguments.push("--debug-exit");
+    if let Some(cpu) = &cpu {
+        arguments.extend(["--cpu", cpu]);
+    }
+    arguments.into_iter().map(str::to_owned).collect()
+}
+
+/// QEMU's processor, less what soc-vmm has no word for: how wide addresses are, whose name it bears, whether it may move.
+fn model_of(cpu: &str) -> String {
+    let is_ours = |word: &&str| {
+        !["host-phys-bits", "phys-bits", "vendor", "migratable"].contains(&word.split('=').next().unwrap_or_default())
+    };
+    cpu.split(',').filter(is_ours).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(file: &str, qemu: &[&str]) -> Entry {
+        let qemu = qemu.iter().map(|&word| word.to_owned()).collect();
+        Entry { name: "a".to_owned(), file: file.to_owned(), arguments: "b c".to_owned(), qemu, ..Entry::default() }
+    }
+
+    #[test]
+    fn parameters_are_translated() {
+        let told = arguments(
+            &entry("a.flat", &["-cpu", "max,host-phys-bits,+x2apic,vendor=GenuineIntel", "-m", "2048"]),
+            "/a",
+        );
+        let line = "run --kernel /a --cmdline a.flat b c --cpus 1 --memory 2048 --debug-exit --cpu max,+x2apic";
+        assert_eq!(told.join(" "), line);
+    }
+
+    #[test]
+    fn what_is_not_carried_is_named() {
+        assert_eq!(missing(&entry("vmx.flat", &[])), Some("VMX"));
+        assert_eq!(missing(&entry("a.flat", &["-cpu", "host,hv_passthrough"])), Some("Hyper-V's interfaces"));
+        assert_eq!(missing(&entry("a.flat", &["-cpu", "max"])), None);
+    }
+}
