@@ -24,7 +24,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
-pub use event::{Event, EventKind, ShutdownCause};
+pub use event::{CrashAction, Event, EventKind, ShutdownCause};
 pub use listen::{ListenError, ListeningSocket};
 pub use run_dir::{Claim, NameError, RunDir, RunDirError, VmName};
 pub use run_state::RunState;
@@ -316,6 +316,14 @@ impl VmControl {
     /// The guest reset the machine, and the reset is done.
     pub fn guest_reset(&mut self) {
         self.was_reset(ShutdownCause::GuestReset);
+    }
+
+    /// The guest told of its kernel's panic.
+    pub fn crashed(&self, action: CrashAction) {
+        self.tell(match action {
+            CrashAction::Poweroff => EventKind::GuestPanicked { action },
+            CrashAction::Run => EventKind::GuestCrashloaded { action },
+        });
     }
 
     /// The VM stopped by itself: [`RunState::IoError`], [`RunState::GuestPanicked`] from running, [`RunState::InternalError`].

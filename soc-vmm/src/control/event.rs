@@ -37,6 +37,26 @@ pub enum EventKind {
     },
     /// The power button was pressed by command.
     Powerdown,
+    /// The guest's kernel panicked.
+    GuestPanicked {
+        /// What becomes of the VM.
+        action: CrashAction,
+    },
+    /// The guest's kernel panicked, and another one takes over.
+    GuestCrashloaded {
+        /// What becomes of the VM.
+        action: CrashAction,
+    },
+}
+
+/// QMP `GuestPanicAction`: what becomes of a VM whose guest told of its panic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CrashAction {
+    /// It ends.
+    Poweroff,
+    /// It runs on.
+    Run,
 }
 
 /// QMP `ShutdownCause`: why a machine was reset or ends.
@@ -57,11 +77,13 @@ pub enum ShutdownCause {
     GuestShutdown,
     /// The guest reset the machine.
     GuestReset,
+    /// The guest told of its kernel's panic.
+    GuestPanic,
 }
 
 impl ShutdownCause {
     /// Whether the guest asked.
     pub fn by_guest(self) -> bool {
-        matches!(self, Self::GuestShutdown | Self::GuestReset)
+        matches!(self, Self::GuestShutdown | Self::GuestReset | Self::GuestPanic)
     }
 }

@@ -6,7 +6,7 @@ use ioreq_ring::Request;
 use ioreq_ring::wire::exit_reason;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
-use crate::power::{PowerEvent, PowerSink};
+use crate::power::{CrashEvent, CrashSink, PowerEvent, PowerSink};
 
 /// A report.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +15,8 @@ pub(super) enum GuestEvent {
     Power(PowerEvent),
     /// This vCPU's triple fault resets the machine.
     TripleFault(u32),
+    /// The guest's kernel panicked.
+    Crashed(CrashEvent),
     /// A vCPU can't go on.
     Failed(String),
     /// The function no longer carries.
@@ -80,6 +82,12 @@ impl PowerSink for Relay {
     fn power(&self, event: PowerEvent) {
         self.park.store(true, Ordering::Relaxed);
         self.tell(GuestEvent::Power(event));
+    }
+}
+
+impl CrashSink for Relay {
+    fn crashed(&self, event: CrashEvent) {
+        self.tell(GuestEvent::Crashed(event));
     }
 }
 

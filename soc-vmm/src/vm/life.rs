@@ -23,14 +23,14 @@ use super::worker::{Command, Serving, Waker, Worker};
 use crate::boot::{BootError, BootPlan, Entry};
 use crate::cli::{ExitStatus, Failure, RunConfig, with_causes};
 use crate::console::Attached;
-use crate::control::{self, Action, Order, RunState, ShutdownCause, VmControl};
+use crate::control::{self, Action, CrashAction, Order, RunState, ShutdownCause, VmControl};
 use crate::cpuid::{CpuidConfig, CpuidError, Processor};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::layout::{LayoutError, MemoryLayout};
 use crate::link::{CallError, Channel, Link, LinkError, Notice};
 use crate::memory::MemoryError;
 use crate::pci::MemoryView;
-use crate::power::PowerEvent;
+use crate::power::{CrashEvent, PowerEvent};
 use crate::smbios::{SMBIOS_START, Smbios};
 
 /// The far ends of a machine's byte streams.
@@ -175,6 +175,7 @@ impl<F: SocFunction> Vm<F> {
             test_devices: config.debug_exit,
             lines: lines.clone(),
             power: relay.clone(),
+            crash: relay.clone(),
             wake: waker.clone(),
             media,
             flash: arranger.clone(),
@@ -256,7 +257,7 @@ impl<F: SocFunction> Vm<F> {
             Ok(()) => self.keep(&mut notices, &mut control).await,
             Err(failure) => Err(failure),
         };
-        if ended.is_err() {
+        if ended.is_err() && control.state() != RunState::Shutdown {
             control.ends(ShutdownCause::HostError);
         }
         self.end().await;
@@ -379,6 +380,16 @@ impl<F: SocFunction> Vm<F> {
             GuestEvent::Power(PowerEvent::DebugExit(value)) => {
                 control.ends(ShutdownCause::GuestShutdown);
                 Ok(Some(ExitStatus::DebugExit(value)))
+            }
+            GuestEvent::Crashed(CrashEvent::CrashLoaded) => {
+                control.crashed(CrashAction::Run);
+                Ok(None)
+            }
+            GuestEvent::Crashed(CrashEvent::Panicked) => {
+                // As QEMU does unless it is told otherwise.
+                control.crashed(CrashAction::Poweroff);
+                control.ends(ShutdownCause::GuestPanic);
+                Err(Failure::new(ExitStatus::Failed, "the guest's kernel panicked; see its console"))
             }
             GuestEvent::Failed(why) => Err(Failure::new(ExitStatus::Failed, format!("the guest failed: {why}"))),
             GuestEvent::Lost(why) => Err(lost(&why)),

@@ -13,13 +13,13 @@ use crate::bus::{Bus, Claim, Device, MapError, Wake};
 use crate::devices::fw_cfg::FwCfgError;
 use crate::devices::{
     AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, FwCfg, I8042, InputQueue, OutputQueue,
-    PcTestMemory, PcTestPorts, PmTimerWidth, Port92, Ranges, ResetControl, Rtc, SCI_GSI, Serial, SystemClock,
+    PcTestMemory, PcTestPorts, PmTimerWidth, Port92, Pvpanic, Ranges, ResetControl, Rtc, SCI_GSI, Serial, SystemClock,
 };
 use crate::flash::{Flash, FlashMemory};
 use crate::interrupt::{InterruptLine, LineSink, MessageSink};
 use crate::memory::GuestMemory;
 use crate::pci::{Fabric, FabricSide, NoRoom, Platform, PlugError};
-use crate::power::PowerSink;
+use crate::power::{CrashSink, PowerSink};
 use crate::smbios::{Smbios, SmbiosError};
 
 /// What a machine is made of.
@@ -50,6 +50,8 @@ pub(super) struct Parts<'a> {
     pub(super) lines: Arc<dyn LineSink>,
     /// Where power events go.
     pub(super) power: Arc<dyn PowerSink>,
+    /// Where the guest's kernel tells of its panic.
+    pub(super) crash: Arc<dyn CrashSink>,
     /// Wakes the thread that serves the buses.
     pub(super) wake: Arc<dyn Wake>,
     /// What disks, media and flash hold.
@@ -88,6 +90,7 @@ impl Machine {
             test_devices,
             lines,
             power,
+            crash,
             wake,
             media,
             flash,
@@ -118,6 +121,7 @@ impl Machine {
             cdrom: media.cdrom,
         })?;
         builder.add(&FwCfg::RANGES, fw_cfg(&shape, physical_bits, cpuid, memory, &fabric)?)?;
+        builder.add(&Pvpanic::RANGES, Pvpanic::new(crash))?;
         let (output, input) = serial;
         builder.add(&Com::Com1.ranges(), Serial::new(output, input, line(Com::Com1.gsi())))?;
         if let Some(output) = debugcon {

@@ -39,7 +39,7 @@ impl Shape {
             serial_ports: 1,
             keyboard: true,
             fw_cfg: true,
-            pvpanic: false,
+            pvpanic: true,
             pci: Some(chipset::acpi(&self.layout, self.devices, physical_bits)),
             numa: self.numa.acpi(),
         }

@@ -375,3 +375,25 @@ fn the_serial_port_on_standard_input_and_output_carries_every_byte_both_ways() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
     assert_eq!(got, expected);
 }
+
+#[test]
+fn a_guest_that_tells_of_its_panic_ends_as_failed() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    // A kernel that another one takes over from is no end; the panic is.
+    let image = firmware(|a| {
+        a.mov(dx, 0x505)?;
+        a.mov(al, 2)?;
+        a.out(dx, al)?;
+        say(a, b'c')?;
+        a.mov(dx, 0x505)?;
+        a.mov(al, 1)?;
+        a.out(dx, al)?;
+        a.hlt()
+    });
+    let (mut vm, _place) = run_firmware(&image, &[]);
+    let ended = vm.wait();
+    assert_eq!((ended.status.code(), ended.debugcon.as_str()), (Some(6), "c"));
+    assert!(ended.stderr.contains("the guest's kernel panicked"), "{}", ended.stderr);
+}
