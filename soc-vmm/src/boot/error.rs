@@ -158,6 +158,11 @@ pub enum ImageError {
         /// Most bytes without the NUL.
         max: usize,
     },
+    /// Firmware for Secure Boot.
+    #[error(
+        "it is built for Secure Boot, which needs System Management Mode, and this machine has none: give OVMF_CODE_4M.fd"
+    )]
+    NeedsSmm,
     /// A firmware image has a wrong size.
     #[error(
         "its size of {size} bytes is no multiple of 4096 up to {} MiB: give a flat firmware image",

@@ -107,6 +107,11 @@ impl BootPlan {
     /// # Errors
     /// The file is missing, unreadable or wrong, or the chips don't fit.
     pub fn in_flash(code: &Path, variables: u64) -> Result<Self, BootError> {
+        // The link OVMF_CODE_4M.ms.fd leads to one too.
+        if std::fs::canonicalize(code).is_ok_and(|path| path.to_string_lossy().ends_with(".secboot.fd")) {
+            let source = ImageError::NeedsSmm;
+            return Err(BootError::File { role: Role::Firmware, path: code.into(), source });
+        }
         let code = ImageFile::open(Role::Firmware, code)?;
         let (low, high) = flash::place(variables, code.size())?;
         let roms = vec![Rom { start: high, len: code.size() }, Rom { start: low, len: variables }];

@@ -150,13 +150,27 @@ pub(super) struct LaterArgs {
     vfio: Vec<OsString>,
     #[arg(long, hide = true, allow_hyphen_values = true)]
     incoming: Vec<OsString>,
+    #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "on", allow_hyphen_values = true)]
+    tpm: Vec<OsString>,
+    #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "on", allow_hyphen_values = true)]
+    secure_boot: Vec<OsString>,
+    #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "on", allow_hyphen_values = true)]
+    smm: Vec<OsString>,
 }
 
 impl LaterArgs {
-    /// The first one that was given.
-    pub(super) fn given(&self) -> Option<&'static str> {
-        let all = [("--vfio", &self.vfio), ("--incoming", &self.incoming)];
-        all.into_iter().find(|(_, values)| !values.is_empty()).map(|(name, _)| name)
+    /// The first one that was given, as it is refused.
+    pub(super) fn refusal(&self) -> Option<String> {
+        let later = [("--vfio", &self.vfio), ("--incoming", &self.incoming)];
+        let later = later.map(|(name, values)| (values, format!("{name} is not there yet")));
+        let never = [
+            ("--tpm", &self.tpm, "TPM"),
+            ("--secure-boot", &self.secure_boot, "Secure Boot, which needs SMM"),
+            ("--smm", &self.smm, "System Management Mode"),
+        ];
+        let never =
+            never.map(|(name, values, what)| (values, format!("{name}: this machine has no {what}; leave it out")));
+        later.into_iter().chain(never).find(|(values, _)| !values.is_empty()).map(|(_, line)| line)
     }
 }
 

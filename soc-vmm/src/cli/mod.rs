@@ -174,8 +174,8 @@ impl Invocation {
 
 impl RunConfig {
     fn check(args: RunArgs) -> Result<Self, Failure> {
-        if let Some(option) = args.later.given() {
-            return usage(format!("{option} is not there yet"));
+        if let Some(line) = args.later.refusal() {
+            return usage(line);
         }
         let cpus = args.cpus.count();
         let cpu_affinity = args.cpu_affinity.unwrap_or_default();

@@ -87,6 +87,9 @@ fn what_is_not_there_yet_is_refused_by_name() {
         let line = refusal(&["run", "--kernel", "k", option, "-x"]);
         assert_eq!(line, format!("{option} is not there yet"));
     }
+    for (option, what) in [("--tpm", "TPM"), ("--secure-boot=on", "Secure Boot"), ("--smm", "System Management Mode")] {
+        assert!(refusal(&["run", "--firmware", "f", option]).contains(&format!("has no {what}")), "{option}");
+    }
     for command in LATER_COMMANDS {
         assert_eq!(refusal(&[command, "a", "--b"]), format!("{command} is not there yet"));
     }
