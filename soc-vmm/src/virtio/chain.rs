@@ -70,17 +70,6 @@ impl Chain {
         })
     }
 
-    /// Passes over the next `len` bytes that can be written, or all there are.
-    pub fn skip_writable(&mut self, len: u64) {
-        let mut len = len.min(self.writable.left);
-        while len > 0 {
-            let part = len.min(1 << 30) as usize;
-            // It can't fail: there are so many.
-            let _ = self.writable.consume(part, |_, _| Ok(()));
-            len -= part as u64;
-        }
-    }
-
     /// Takes the last byte that can be written off the chain; its address.
     pub fn take_last_byte(&mut self) -> Option<u64> {
         let last = self.writable.segments[self.writable.first..].last_mut()?;

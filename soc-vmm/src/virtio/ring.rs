@@ -128,11 +128,6 @@ impl Ring {
         RingPosition { available: self.next.available, used: self.published }
     }
 
-    /// Its layout.
-    pub fn layout(&self) -> RingLayout {
-        self.at
-    }
-
     /// Through what chains are read and written.
     pub fn lease(&self) -> &Arc<Lease> {
         &self.lease

@@ -2,8 +2,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use nix::errno::Errno;
@@ -16,17 +15,32 @@ use super::{Interrupts, QueueError};
 /// A device's thread. Dropped, it ends and is waited for: end its session first.
 #[derive(Debug)]
 pub(super) struct Worker {
-    sessions: Option<Sender<Session>>,
+    desk: Arc<Desk>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Where the thread finds its next session. One at most waits: however often a guest resets a device that is busy with its back end,
+/// the sessions between are over before they began.
+#[derive(Debug, Default)]
+struct Desk {
+    state: Mutex<DeskState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct DeskState {
+    next: Option<Session>,
+    closed: bool,
 }
 
 impl Worker {
     /// Starts the thread. `name` is the device's, for the log; the kernel keeps its first 15 bytes.
     pub(super) fn new(name: String, mut engine: Box<dyn Engine>, interrupts: Arc<Interrupts>) -> io::Result<Self> {
-        let (sessions, queue): (_, Receiver<Session>) = channel();
+        let desk = Arc::new(Desk::default());
+        let sessions = desk.clone();
         let thread = Builder::new().name(name.clone()).spawn(move || {
             let mut complaints = Complaints::default();
-            for mut session in queue {
+            while let Some(mut session) = sessions.take() {
                 match run(&mut *engine, &mut session) {
                     QueueError::Revoked => {}
                     error => {
@@ -37,19 +51,37 @@ impl Worker {
                 }
             }
         })?;
-        Ok(Self { sessions: Some(sessions), thread: Some(thread) })
+        Ok(Self { desk, thread: Some(thread) })
     }
 
-    /// Starts a session, once the one before has ended.
+    /// Starts a session, once the one before, which has ended, lets go of the thread.
     pub(super) fn start(&self, session: Session) {
-        // The thread is there: it ends when the sender does.
-        let _ = self.sessions.as_ref().map(|sessions| sessions.send(session));
+        self.desk.state().next = Some(session);
+        self.desk.changed.notify_one();
+    }
+}
+
+impl Desk {
+    /// Waits for the next session; none: there will be none.
+    fn take(&self) -> Option<Session> {
+        let idle = |state: &mut DeskState| state.next.is_none() && !state.closed;
+        let state = self.changed.wait_while(self.state(), idle);
+        state.unwrap_or_else(PoisonError::into_inner).next.take()
+    }
+
+    fn state(&self) -> MutexGuard<'_, DeskState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.sessions = None;
+        {
+            let mut state = self.desk.state();
+            state.closed = true;
+            state.next = None;
+        }
+        self.desk.changed.notify_one();
         if let Some(thread) = self.thread.take() {
             // It doesn't panic; and if it did, the process would be ending.
             let _ = thread.join();

@@ -1,8 +1,9 @@
 //! The function: what its configuration space says, its registers, its interrupts.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 
+use soc_vmm::block::{BlockBackend, BlockError};
 use soc_vmm::interrupt::Message;
 use soc_vmm::virtio::block::{self, BlockConfig};
 
@@ -223,6 +224,75 @@ fn after_a_reset_memory_is_left_alone() {
         assert_eq!(queue.used_index(), used);
         guest.put(0x14, 1, 0);
     }
+}
+
+/// A disk that is slow until it is told to go on.
+struct SlowDisk {
+    disk: HeapDisk,
+    busy: AtomicBool,
+    go_on: Mutex<mpsc::Receiver<()>>,
+}
+
+impl BlockBackend for SlowDisk {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
+        self.busy.store(true, Ordering::SeqCst);
+        // Told, or never told again.
+        let _ = self.go_on.lock().unwrap().recv();
+        self.disk.read_at(buf, offset)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> Result<(), BlockError> {
+        self.disk.write_at(data, offset)
+    }
+
+    fn flush(&self) -> Result<(), BlockError> {
+        self.disk.flush()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError> {
+        self.disk.discard(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), BlockError> {
+        self.disk.write_zeroes(offset, len, may_unmap)
+    }
+}
+
+#[test]
+fn a_reset_waits_for_no_disk_and_many_leave_nothing_behind() {
+    let (go_on, waits) = mpsc::channel();
+    let disk = Arc::new(SlowDisk { disk: HeapDisk::new(64), busy: AtomicBool::new(false), go_on: Mutex::new(waits) });
+    let config = BlockConfig { name: "d".into(), backend: disk.clone(), serial: String::new() };
+    let mut guest = Guest::new(|plumbing| block::new(config, plumbing));
+    guest.negotiate(VERSION_1);
+    let mut old = guest.queue(0, 16);
+    guest.go();
+    read_sector(&mut guest, &mut old);
+    eventually(|| disk.busy.load(Ordering::SeqCst).then_some(()));
+    let transfers = guest.board.ram.transfers.load(Ordering::SeqCst);
+    let mut queue = Driver::new(&guest.board.ram, 0x4_0000, 16);
+    for _ in 0..1000 {
+        guest.negotiate(VERSION_1);
+        guest.set_queue(0, &queue.at);
+        guest.go();
+    }
+    // The sessions that never began hold nothing: the guest's memory is the board's, the driver's two, the function's, and that of
+    // the two sessions that are left.
+    assert!(Arc::strong_count(&guest.board.ram) <= 6);
+    // What the disk gave after the reset never reaches memory; what was asked for since does.
+    read_sector(&mut guest, &mut queue);
+    assert_eq!(guest.board.ram.transfers.load(Ordering::SeqCst), transfers);
+    go_on.send(()).unwrap();
+    go_on.send(()).unwrap();
+    assert_eq!((queue.wait_used(), old.take_used()), ((0, 513), None));
 }
 
 #[test]
