@@ -1,9 +1,9 @@
 //! The variable store's file (`--nvram`): read once, then replaced whole whenever the guest has programmed something.
 //!
 //! A thread of its own writes, so that no vCPU waits for a disk: a new file beside the old one, synced, renamed over it. What is
-//! programmed meanwhile goes into the next one.
+//! programmed meanwhile goes into the next one. The file in force is locked, so that no two VMs write one store.
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
@@ -66,6 +66,12 @@ pub enum StoreError {
         /// What is wrong.
         what: String,
     },
+    /// Another VM has it.
+    #[error("the variable store {} is another VM's: give each a copy of its own", path.display())]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
     /// No thread.
     #[error("no thread for the variable store can be started: {0}")]
     Thread(#[source] io::Error),
@@ -77,11 +83,11 @@ impl VariableStore {
     /// # Errors
     /// There is no such file, or it is no variable store, or not all of one.
     pub fn open(path: &Path) -> Result<(Self, Vec<u8>), StoreError> {
-        let (path, image) = read(path)?;
+        let (path, file, image) = read(path)?;
         let state = State { image: image.clone(), dirty: false, ending: false, ended: false };
         let shared = Arc::new(Shared { path, state: Mutex::new(state), changed: Condvar::new() });
         let writer = shared.clone();
-        std::thread::Builder::new().name("nvram".into()).spawn(move || writer.run()).map_err(StoreError::Thread)?;
+        std::thread::Builder::new().name("nvram".into()).spawn(move || writer.run(file)).map_err(StoreError::Thread)?;
         Ok((Self { shared }, image))
     }
 
@@ -118,8 +124,8 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The thread: writes what is new, until the end.
-    fn run(&self) {
+    /// The thread: writes what is new, until the end. `file` is the one in force, locked.
+    fn run(&self, mut file: File) {
         let mut failing = false;
         let mut state = self.lock();
         loop {
@@ -127,22 +133,24 @@ impl Shared {
                 state.dirty = false;
                 let image = state.image.clone();
                 drop(state);
-                match (replace(&self.path, &image), failing) {
-                    (Ok(()), true) => {
-                        tracing::info!("the variable store {} is written again", self.path.display());
-                        failing = false;
+                let path = self.path.display();
+                match replace(&self.path, &image) {
+                    Ok(new) => {
+                        if failing {
+                            tracing::info!("the variable store {path} is written again");
+                        }
+                        (file, failing) = (new, false);
                     }
-                    (Err(error), false) => {
-                        let path = self.path.display();
-                        tracing::warn!(
-                            "the variable store {path} can't be written: {error}; the guest goes on without"
-                        );
+                    Err(error) => {
+                        if !failing {
+                            tracing::warn!("the variable store {path} can't be written: {error}; the guest goes on");
+                        }
                         failing = true;
                     }
-                    _ => {}
                 }
                 state = self.pause();
             } else if state.ending {
+                drop(file);
                 state.ended = true;
                 self.changed.notify_all();
                 return;
@@ -159,8 +167,8 @@ impl Shared {
     }
 }
 
-/// The file behind `path`, and its contents if they are a variable store's.
-fn read(path: &Path) -> Result<(PathBuf, Vec<u8>), StoreError> {
+/// The file behind `path`, locked, and its contents if they are a variable store's.
+fn read(path: &Path) -> Result<(PathBuf, File, Vec<u8>), StoreError> {
     let unreadable = |source| StoreError::Unreadable { path: path.to_owned(), source };
     let damaged = |what: String| StoreError::Damaged { path: path.to_owned(), what };
     let real = path.canonicalize().map_err(unreadable)?;
@@ -170,8 +178,13 @@ fn read(path: &Path) -> Result<(PathBuf, Vec<u8>), StoreError> {
     if !metadata.is_file() {
         return Err(damaged("is no regular file".into()));
     }
+    // Who replaced it meanwhile has the one in its place.
+    let replaced = || Ok::<_, io::Error>(std::fs::metadata(&real)?.ino() != metadata.ino());
+    if !lock(&file).map_err(unreadable)? || replaced().map_err(unreadable)? {
+        return Err(StoreError::InUse { path: path.to_owned() });
+    }
     let mut image = Vec::new();
-    file.take(FIRMWARE_MAX + 1).read_to_end(&mut image).map_err(unreadable)?;
+    (&file).take(FIRMWARE_MAX + 1).read_to_end(&mut image).map_err(unreadable)?;
     let len = image.len() as u64;
     if len == 0 {
         return Err(damaged("is empty".into()));
@@ -186,7 +199,7 @@ fn read(path: &Path) -> Result<(PathBuf, Vec<u8>), StoreError> {
         let how = if len < told { "is truncated" } else { "is too long" };
         return Err(damaged(format!("{how}: it has {len} bytes, and its header tells of {told}")));
     }
-    Ok((real, image))
+    Ok((real, file, image))
 }
 
 /// How long a firmware volume says it is.
@@ -196,24 +209,36 @@ fn volume_len(image: &[u8]) -> Option<u64> {
     (signature == SIGNATURE).then(|| u64::from_le_bytes(*len))
 }
 
-/// Puts a file with `image` in the place of `path`, as a whole or not at all; its mode and its owner stay.
-fn replace(path: &Path, image: &[u8]) -> io::Result<()> {
+/// Locks a file, where its file system can; false: somebody else has.
+fn lock(file: &File) -> io::Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(true),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// Puts a file with `image` in the place of `path`, as a whole or not at all, and gives it, locked; its mode and its owner stay.
+fn replace(path: &Path, image: &[u8]) -> io::Result<File> {
     let old = std::fs::metadata(path)?;
     let mut name = std::ffi::OsString::from(".");
     name.push(path.file_name().unwrap_or_default());
     name.push(format!(".{}", std::process::id()));
     let new = path.with_file_name(name);
-    let written = write_new(&new, image, &old).and_then(|()| std::fs::rename(&new, path));
+    let written = write_new(&new, image, &old).and_then(|file| std::fs::rename(&new, path).map(|()| file));
     if written.is_err() {
         // It may not be there.
         let _ = std::fs::remove_file(&new);
     }
-    written?;
+    let file = written?;
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(directory)?.sync_all()
+    // The new file is in place; whether it still is after a power failure is up to its file system, if that can't sync a directory.
+    let _ = File::open(directory).and_then(|directory| directory.sync_all());
+    Ok(file)
 }
 
-fn write_new(path: &Path, image: &[u8], old: &std::fs::Metadata) -> io::Result<()> {
+fn write_new(path: &Path, image: &[u8], old: &std::fs::Metadata) -> io::Result<File> {
     // What a process of this number left when it was killed.
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -225,6 +250,8 @@ fn write_new(path: &Path, image: &[u8], old: &std::fs::Metadata) -> io::Result<(
         fchown(&file, Some(old.uid()), Some(old.gid()))?;
     }
     file.set_permissions(Permissions::from_mode(old.mode() & 0o7777))?;
+    lock(&file)?;
     file.write_all(image)?;
-    file.sync_all()
+    file.sync_all()?;
+    Ok(file)
 }

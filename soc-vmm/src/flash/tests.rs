@@ -237,6 +237,27 @@ fn what_the_guest_programs_is_in_the_file_when_the_flash_ends() {
 }
 
 #[test]
+fn a_store_has_one_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("store");
+    std::fs::write(&file, template()).unwrap();
+    let is_refused = || VariableStore::open(&file).unwrap_err().to_string().contains("another VM's");
+    let mut guest = Guest::new(Some(VariableStore::open(&file).unwrap()));
+    assert!(is_refused());
+    let inode = || file.metadata().unwrap().ino();
+    let first = inode();
+    guest.write(0, 0x10);
+    guest.write(0, 1);
+    guest.write(0, 0xff);
+    while inode() == first {
+        std::thread::yield_now();
+    }
+    assert!(is_refused());
+    drop(guest);
+    assert!(VariableStore::open(&file).is_ok());
+}
+
+#[test]
 fn a_guest_goes_on_where_its_file_can_not_be_written() {
     let dir = tempfile::tempdir().unwrap();
     let gone = dir.path().join("gone");
