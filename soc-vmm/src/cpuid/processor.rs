@@ -89,10 +89,16 @@ fn lacks(spec: &CpuSpec, missing: &[&str], able: FeatureSet) -> String {
 
 /// The host's table, its features being `features`.
 fn as_host(host: &[CpuidEntry], features: FeatureSet) -> Vec<CpuidEntry> {
-    let mut table = host.to_vec();
-    // A leaf that has no sub-leaves has none of a host's making either: its features are looked at once.
+    // A leaf that has no sub-leaves has none of a host's making either, and what is there twice counts once: its features are looked
+    // at in one place.
     let plain = |leaf| WORDS.iter().any(|w| w.leaf == leaf) && WORDS.iter().all(|w| w.leaf != leaf || w.subleaf == 0);
-    table.retain(|entry| entry.flags & INDEXED == 0 || entry.index == 0 || !plain(entry.function));
+    let mut table: Vec<CpuidEntry> = Vec::new();
+    for entry in host {
+        let index = if plain(entry.function) { 0 } else { entry.index };
+        if find(&table, entry.function, index).is_none() && (entry.flags & INDEXED == 0 || entry.index == index) {
+            table.push(*entry);
+        }
+    }
     for (word, bits) in features.words() {
         for entry in table.iter_mut().filter(|e| e.function == word.leaf && is_subleaf(e, word.subleaf)) {
             let register = word.register.of_mut(entry);
