@@ -392,7 +392,7 @@ fn a_guest_that_tells_of_its_panic_ends_as_failed() {
         a.out(dx, al)?;
         a.hlt()
     });
-    let (mut vm, _place) = run_firmware(&image, &[]);
+    let (vm, _place) = run_firmware(&image, &[]);
     let ended = vm.wait();
     assert_eq!((ended.status.code(), ended.debugcon.as_str()), (Some(6), "c"));
     assert!(ended.stderr.contains("the guest's kernel panicked"), "{}", ended.stderr);

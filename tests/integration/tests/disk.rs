@@ -1,0 +1,154 @@
+//! Real firmware and a virtio disk: SeaBIOS boots a sector from it, which reads and writes the disk through the firmware.
+
+use std::path::Path;
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use integration::{Ended, Vm, kvm, test_name};
+use tempfile::TempDir;
+use testbed::fetch;
+
+const SECTOR: usize = 512;
+const SECTORS: usize = 4096;
+/// What the sector counts its boots in.
+const COUNTER: u16 = 40;
+
+const ORIGIN: u64 = 0x7c00;
+const READ: u16 = 0x7d00;
+const WRITE: u16 = 0x7d10;
+const BUFFER: u16 = 0x9000;
+const DEBUG_EXIT: u32 = 0xf4;
+
+/// Reads the counter's sector (INT 13h, function 42h), adds one, writes it (43h), and ends with the counter; with the firmware's error
+/// where there is one.
+fn boot_sector() -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(16)?;
+    let mut out = a.create_label();
+    a.xor(ax, ax)?;
+    a.mov(ds, ax)?;
+    a.mov(es, ax)?;
+    a.mov(si, u32::from(READ))?;
+    a.mov(ah, 0x42)?;
+    a.int(0x13)?;
+    a.mov(al, ah)?;
+    a.jc(out)?;
+    a.inc(byte_ptr(u64::from(BUFFER)))?;
+    a.mov(si, u32::from(WRITE))?;
+    a.mov(ax, 0x4300)?;
+    a.int(0x13)?;
+    a.mov(al, ah)?;
+    a.jc(out)?;
+    a.mov(al, byte_ptr(u64::from(BUFFER)))?;
+    a.set_label(&mut out)?;
+    a.mov(dx, DEBUG_EXIT)?;
+    a.out(dx, al)?;
+    a.hlt()?;
+    let mut code = a.assemble(ORIGIN)?;
+    code.resize(usize::from(READ) - ORIGIN as usize, 0);
+    // Disk address packets: their length, sectors, where to or from, which.
+    for _ in [READ, WRITE] {
+        code.extend([16, 0]);
+        code.extend([1, BUFFER, 0].map(u16::to_le_bytes).concat());
+        code.extend(u64::from(COUNTER).to_le_bytes());
+    }
+    code.resize(SECTOR - 2, 0);
+    code.extend([0x55, 0xaa]);
+    Ok(code)
+}
+
+fn disk(dir: &TempDir) -> std::path::PathBuf {
+    let mut disk = boot_sector().expect("instructions that exist");
+    disk.resize(SECTORS * SECTOR, 0);
+    let path = dir.path().join("disk.raw");
+    std::fs::write(&path, disk).unwrap();
+    path
+}
+
+/// An empty qcow2 image of version 3 over `backing`, clusters of 64 KiB (QEMU docs/interop/qcow2.txt).
+fn overlay(dir: &TempDir, backing: &Path) -> std::path::PathBuf {
+    const CLUSTER: usize = 0x1_0000;
+    const NAME: usize = 0x200;
+    let name = backing.to_str().unwrap().as_bytes();
+    let mut image = vec![0; 4 * CLUSTER];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb");
+    put(4, &3u32.to_be_bytes());
+    put(8, &(NAME as u64).to_be_bytes());
+    put(16, &(name.len() as u32).to_be_bytes());
+    put(20, &16u32.to_be_bytes());
+    put(24, &((SECTORS * SECTOR) as u64).to_be_bytes());
+    // One table of one entry each: active clusters in the fourth cluster, reference counts in the second and third.
+    put(36, &1u32.to_be_bytes());
+    put(40, &(3 * CLUSTER as u64).to_be_bytes());
+    put(48, &(CLUSTER as u64).to_be_bytes());
+    put(56, &1u32.to_be_bytes());
+    put(96, &4u32.to_be_bytes());
+    put(100, &104u32.to_be_bytes());
+    // The backing file's format.
+    put(104, &0xe279_2acau32.to_be_bytes());
+    put(108, &3u32.to_be_bytes());
+    put(112, b"raw");
+    put(NAME, name);
+    put(CLUSTER, &(2 * CLUSTER as u64).to_be_bytes());
+    for used in 0..4 {
+        put(2 * CLUSTER + 2 * used, &1u16.to_be_bytes());
+    }
+    let path = dir.path().join("disk.qcow2");
+    std::fs::write(&path, image).unwrap();
+    path
+}
+
+/// Boots from a disk; none where that can't be had here.
+fn boot(disk: &str) -> Option<Ended> {
+    if !kvm(&test_name()) {
+        return None;
+    }
+    let root = match fetch::qemu() {
+        Ok(root) => root,
+        Err(error @ fetch::Error::Unreachable(_)) => {
+            testbed::skip(&test_name(), &error.to_string());
+            return None;
+        }
+        Err(error) => panic!("{error:?}"),
+    };
+    let firmware = root.seabios();
+    let args = ["--firmware", firmware.to_str().unwrap(), "--memory", "64M", "--debug-exit", "--disk", disk];
+    Some(Vm::run(&args).wait())
+}
+
+fn counted(disk: &str) -> Option<u8> {
+    let ended = boot(disk)?;
+    assert_eq!(ended.stderr, "", "{}", ended.debugcon);
+    Some((ended.status.code().unwrap() >> 1) as u8)
+}
+
+#[test]
+fn a_boot_sector_reads_and_writes_its_disk() {
+    let dir = TempDir::new().unwrap();
+    let path = disk(&dir);
+    let spec = format!("file={}", path.display());
+    let Some(first) = counted(&spec) else { return };
+    assert_eq!((Some(first), counted(&spec)), (Some(1), Some(2)));
+    let bytes = std::fs::read(path).unwrap();
+    assert_eq!((bytes.len(), bytes[usize::from(COUNTER) * SECTOR]), (SECTORS * SECTOR, 2));
+}
+
+#[test]
+fn a_qcow2_image_keeps_what_is_written_and_its_backing_file_stays() {
+    let dir = TempDir::new().unwrap();
+    let raw = disk(&dir);
+    let spec = format!("file={}", overlay(&dir, &raw).display());
+    let Some(first) = counted(&spec) else { return };
+    assert_eq!((Some(first), counted(&spec)), (Some(1), Some(2)));
+    assert_eq!(std::fs::read(raw).unwrap()[usize::from(COUNTER) * SECTOR], 0);
+}
+
+#[test]
+fn a_read_only_disk_refuses_writes() {
+    let dir = TempDir::new().unwrap();
+    let path = disk(&dir);
+    // The firmware's "device failed" or "write protected", but no count.
+    let Some(ended) = boot(&format!("file={},readonly=on", path.display())) else { return };
+    assert!((ended.status.code().unwrap() >> 1) > 2, "{:?} {}", ended.status, ended.debugcon);
+    assert_eq!(std::fs::read(path).unwrap()[usize::from(COUNTER) * SECTOR], 0);
+}
