@@ -54,8 +54,11 @@ impl Blob {
         let facs = 0;
         blob.bytes.resize(FACS_PAGE as usize, 0);
         let dsdt = blob.add(&dsdt::build(config), &[]);
-        let mut tables =
-            vec![blob.add(&fadt::build(config, facs, dsdt), &fadt::POINTERS), blob.add(&madt::build(config), &[])];
+        let mut tables = vec![
+            blob.add(&fadt::build(config, facs, dsdt), &fadt::POINTERS),
+            blob.add(&madt::build(config), &[]),
+            blob.add(&emulated_devices(), &[]),
+        ];
         if let Some(ecam) = config.pci.as_ref().and_then(|pci| pci.ecam()) {
             tables.push(blob.add(&mcfg::build(ecam), &[]));
         }
@@ -102,6 +105,12 @@ impl Blob {
         }
         bytes
     }
+}
+
+/// WAET (Windows ACPI Emulated Devices Table 1.0): one read of the PM timer is right, so that Windows need not read it thrice.
+fn emulated_devices() -> Vec<u8> {
+    const PM_TIMER_GOOD: u32 = 1 << 1;
+    table(*b"WAET", 1, &PM_TIMER_GOOD.to_le_bytes())
 }
 
 /// Adds `base` to a little-endian number.

@@ -78,7 +78,7 @@ fn every_table_is_reached_from_the_rsdp_and_sums_to_zero() {
         assert_eq!(&rsdp[..8], b"RSD PTR ");
         assert_eq!((sum(&rsdp[..20]), sum(&rsdp[..36])), (0, 0));
         let signatures: Vec<_> = guest.tables().iter().map(|table| table[..4].to_vec()).collect();
-        assert_eq!(signatures, [b"XSDT", b"FACP", b"APIC"]);
+        assert_eq!(signatures, [b"XSDT", b"FACP", b"APIC", b"WAET"]);
         assert!(guest.dsdt().starts_with(b"DSDT"));
     }
 }
@@ -288,7 +288,7 @@ fn firmware_places_what_a_kernel_is_handed() {
     assert_eq!(tables[..4096], *pieces[1].1);
     assert_eq!(tables[4096..], *pieces[2].1);
     let signatures: Vec<_> = Guest(&direct).tables().iter().map(|table| table[..4].to_vec()).collect();
-    assert_eq!(signatures, [b"XSDT", b"FACP", b"APIC", b"MCFG", b"SRAT", b"SLIT"]);
+    assert_eq!(signatures, [b"XSDT", b"FACP", b"APIC", b"WAET", b"MCFG", b"SRAT", b"SLIT"]);
     // Who knows 32-bit addresses alone finds the same.
     let guest = Guest(&direct);
     let rsdt = guest.table(u32_at(&rsdp, 16).into());
