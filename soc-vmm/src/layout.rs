@@ -38,6 +38,10 @@ pub const ECAM_SIZE: u64 = 0x1000_0000;
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// Local APIC registers at reset.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// Four pages that the host's KVM needs where the processor has no real mode of its own: nothing may be placed there (as with QEMU).
+pub const KVM_PAGES: u64 = 0xfeff_c000;
+/// Bytes of [`KVM_PAGES`].
+pub const KVM_PAGES_SIZE: u64 = 0x4000;
 /// The most bytes a firmware image may have: what is free between the local APICs and 4 GiB.
 pub const FIRMWARE_MAX: u64 = 16 << 20;
 

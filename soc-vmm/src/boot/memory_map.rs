@@ -1,6 +1,8 @@
 //! The memory map that kernels are handed: e820 (Linux), `hvm_memmap` (PVH) and multiboot use the same numbers.
 
-use crate::layout::{BIOS_WINDOW, EBDA, ECAM, ECAM_SIZE, FOUR_GIB, MemoryLayout, ONE_MIB, VGA_WINDOW};
+use crate::layout::{
+    BIOS_WINDOW, EBDA, ECAM, ECAM_SIZE, FOUR_GIB, KVM_PAGES, KVM_PAGES_SIZE, MemoryLayout, ONE_MIB, VGA_WINDOW,
+};
 
 /// What a range is for (ACPI 6.5 table 15.9).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +36,7 @@ pub(super) fn memory_map(layout: &MemoryLayout, nvs: u64, acpi: u64) -> Vec<MapE
         range(nvs, acpi, Kind::AcpiNvs),
         range(acpi, layout.low_end(), Kind::Acpi),
         range(ECAM, ECAM + ECAM_SIZE, Kind::Reserved),
+        range(KVM_PAGES, KVM_PAGES + KVM_PAGES_SIZE, Kind::Reserved),
         range(FOUR_GIB, layout.high_end(), Kind::Ram),
     ];
     map.retain(|entry| entry.len != 0);
@@ -46,7 +49,7 @@ mod tests {
 
     #[test]
     fn the_map_ascends_without_overlap() {
-        for (ram, entries) in [(16 << 20, 7), (0xb000_0000 - 0x1000, 7), (8 << 30, 8)] {
+        for (ram, entries) in [(16 << 20, 8), (0xb000_0000 - 0x1000, 8), (8 << 30, 9)] {
             let layout = MemoryLayout::new(ram).unwrap();
             let map = memory_map(&layout, layout.low_end() - 0x3000, layout.low_end() - 0x2000);
             assert_eq!(map.len(), entries);

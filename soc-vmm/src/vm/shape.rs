@@ -8,7 +8,7 @@ use crate::acpi::AcpiConfig;
 use crate::cli::RunConfig;
 use crate::cpuid::{self, Topology};
 use crate::devices::fw_cfg::{Builder, E820Entry, E820Kind};
-use crate::layout::{FOUR_GIB, MemoryLayout};
+use crate::layout::{FOUR_GIB, KVM_PAGES, KVM_PAGES_SIZE, MemoryLayout};
 use crate::numa::Numa;
 use crate::smbios::{Processors, SmbiosConfig, SystemNames};
 
@@ -71,7 +71,8 @@ impl Shape {
     /// Adds RAM, processors and nodes to what firmware is told.
     pub(super) fn describe(&self, builder: Builder) -> Builder {
         let ram = |start, len| E820Entry { start, len, kind: E820Kind::Ram };
-        let mut map = vec![ram(0, self.layout.low_end())];
+        let kvm = E820Entry { start: KVM_PAGES, len: KVM_PAGES_SIZE, kind: E820Kind::Reserved };
+        let mut map = vec![ram(0, self.layout.low_end()), kvm];
         if self.layout.high_bytes() != 0 {
             map.push(ram(FOUR_GIB, self.layout.high_bytes()));
         }
