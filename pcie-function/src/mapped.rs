@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use ioreq_ring::{BusError, BusMemory};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -137,13 +137,15 @@ impl Window {
     /// The range is not all within.
     pub fn read_bytes(&self, offset: usize, data: &mut [u8]) {
         let (head, words, tail) = split(offset, self.len, data.len());
-        for (i, byte) in data[..head].iter_mut().enumerate() {
-            *byte = self.byte(offset + i).load(Ordering::Relaxed);
+        for (at, size) in pieces(offset, head).chain(pieces(offset + head + words, tail)) {
+            let to = &mut data[at - offset..][..size];
+            match size {
+                4 => to.copy_from_slice(&self.half(at).load(Ordering::Relaxed).to_ne_bytes()),
+                2 => to.copy_from_slice(&self.quarter(at).load(Ordering::Relaxed).to_ne_bytes()),
+                _ => to[0] = self.byte(at).load(Ordering::Relaxed),
+            }
         }
         self.copy_out(offset + head, &mut data[head..head + words]);
-        for (i, byte) in data[head + words..][..tail].iter_mut().enumerate() {
-            *byte = self.byte(offset + head + words + i).load(Ordering::Relaxed);
-        }
     }
 
     /// Copies in at any byte, which [`BusMemory::copy_in`] can't: no byte outside the range is written.
@@ -152,13 +154,27 @@ impl Window {
     /// The range is not all within.
     pub fn write_bytes(&self, offset: usize, data: &[u8]) {
         let (head, words, tail) = split(offset, self.len, data.len());
-        for (i, byte) in data[..head].iter().enumerate() {
-            self.byte(offset + i).store(*byte, Ordering::Relaxed);
+        for (at, size) in pieces(offset, head) {
+            self.write_piece(at, &data[at - offset..][..size]);
         }
         self.copy_in(offset + head, &data[head..head + words]);
-        for (i, byte) in data[head + words..][..tail].iter().enumerate() {
-            self.byte(offset + head + words + i).store(*byte, Ordering::Relaxed);
+        for (at, size) in pieces(offset + head + words, tail) {
+            self.write_piece(at, &data[at - offset..][..size]);
         }
+    }
+
+    fn write_piece(&self, at: usize, bytes: &[u8]) {
+        match *bytes {
+            [a, b, c, d] => self.half(at).store(u32::from_ne_bytes([a, b, c, d]), Ordering::Relaxed),
+            [a, b] => self.quarter(at).store(u16::from_ne_bytes([a, b]), Ordering::Relaxed),
+            _ => self.byte(at).store(bytes[0], Ordering::Relaxed),
+        }
+    }
+
+    fn quarter(&self, offset: usize) -> &AtomicU16 {
+        assert!(offset.is_multiple_of(2) && offset + 2 <= self.len, "half-word {offset:#x} outside its window");
+        // SAFETY: as in `half`.
+        unsafe { &*self.mapping.base.as_ptr().add(self.offset + offset).cast::<AtomicU16>() }
     }
 
     fn byte(&self, offset: usize) -> &AtomicU8 {
@@ -280,7 +296,18 @@ impl BusMemory for Window {
     }
 }
 
-/// Cuts `len` bytes at `offset` into single bytes up to a word, whole words, and single bytes.
+/// The naturally aligned pieces of 4, 2 and 1 bytes that fewer than 8 bytes are made of: a reader of such a value never sees half of it.
+fn pieces(offset: usize, len: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut at = offset;
+    let end = offset + len;
+    std::iter::from_fn(move || {
+        let size = [4, 2, 1].into_iter().find(|size| at.is_multiple_of(*size) && at + size <= end)?;
+        at += size;
+        Some((at - size, size))
+    })
+}
+
+/// Cuts `len` bytes at `offset` into what is before a word, whole words, and what is behind them.
 fn split(offset: usize, size: usize, len: usize) -> (usize, usize, usize) {
     assert!(offset <= size && len <= size - offset, "{len} bytes at {offset:#x} outside their window");
     let head = (offset.next_multiple_of(8) - offset).min(len);
@@ -293,6 +320,17 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
+
+    #[test]
+    fn edges_are_whole_values_where_they_are_aligned() {
+        let cut = |offset, len| pieces(offset, len).collect::<Vec<_>>();
+        assert_eq!(cut(1, 7), [(1, 1), (2, 2), (4, 4)]);
+        assert_eq!(cut(8, 7), [(8, 4), (12, 2), (14, 1)]);
+        assert_eq!(
+            (cut(2, 2), cut(4, 4), cut(3, 3), cut(0, 0)),
+            (vec![(2, 2)], vec![(4, 4)], vec![(3, 1), (4, 2)], vec![])
+        );
+    }
 
     #[test]
     fn words_and_bytes_are_the_same_memory_and_a_window_ends_where_it_ends() {

@@ -83,24 +83,23 @@ impl<F: SocFunction> GuestRam<F> {
     ) -> Result<(), MemoryError> {
         let not_ram = MemoryError::NotRam { addr, len };
         let end = addr.checked_add(len).ok_or(not_ram)?;
-        let mut parts = Vec::new();
+        // Held while bytes move: who takes memory from the guest waits until nothing reaches it any more.
+        let pieces = self.pieces.read().unwrap_or_else(PoisonError::into_inner);
+        let part = |at: u64| {
+            let index = pieces.partition_point(|piece| piece.base <= at).checked_sub(1)?;
+            let (piece, within) = (pieces[index], at - pieces[index].base);
+            let writable = !piece.read_only || write_rom != Some(false);
+            (within < piece.len && writable).then(|| (piece.iova + within, (piece.len - within).min(end - at)))
+        };
+        // Twice: nothing moves before all of it is known to be there.
         let mut at = addr;
-        {
-            let pieces = self.pieces.read().unwrap_or_else(PoisonError::into_inner);
-            while at < end {
-                let index = pieces.partition_point(|p| p.base <= at).checked_sub(1).ok_or(not_ram)?;
-                let piece = pieces[index];
-                let within = at - piece.base;
-                if within >= piece.len || piece.read_only && write_rom == Some(false) {
-                    return Err(not_ram);
-                }
-                let count = (piece.len - within).min(end - at);
-                parts.push((piece.iova + within, (at - addr) as usize, count as usize));
-                at += count;
-            }
+        while at < end {
+            at += part(at).ok_or(not_ram)?.1;
         }
-        for (iova, first, count) in parts {
-            transfer(iova, first, count).map_err(|_| MemoryError::Lost { addr, len })?;
+        let mut at = addr;
+        while let Some((iova, count)) = (at < end).then(|| part(at)).flatten() {
+            transfer(iova, (at - addr) as usize, count as usize).map_err(|_| MemoryError::Lost { addr, len })?;
+            at += count;
         }
         Ok(())
     }
