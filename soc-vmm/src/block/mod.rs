@@ -75,6 +75,16 @@ pub fn open(spec: &ImageSpec) -> Result<Arc<dyn BlockBackend>, BlockError> {
     .map_err(problem)
 }
 
+/// Writes zeros one by one, where neither a file system nor a format can make them.
+fn write_zeros(image: &dyn BlockBackend, offset: u64, len: u64) -> Result<(), BlockError> {
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    for at in (offset..offset + len).step_by(ZEROS.len()) {
+        let count = (offset + len - at).min(ZEROS.len() as u64) as usize;
+        image.write_at(&ZEROS[..count], at)?;
+    }
+    Ok(())
+}
+
 /// `Ok` if the range is within a disk of `size` bytes.
 fn check_range(offset: u64, len: u64, size: u64) -> Result<(), BlockError> {
     match offset.checked_add(len) {

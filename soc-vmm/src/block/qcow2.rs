@@ -14,7 +14,7 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpen
 use super::error::{BlockError, ImageProblem};
 use super::file::{self, Opened};
 use super::spec::ImageFormat;
-use super::{BlockBackend, check_range};
+use super::{BlockBackend, check_range, write_zeros};
 use header::Header;
 
 /// Files of a chain: more than anyone has, few enough to open.
@@ -104,7 +104,12 @@ impl BlockBackend for Qcow2 {
                 done => return done.map_err(self.failed(WRITE)),
             }
         }
-        self.image().write_zeroes(offset, len).map_err(self.failed(WRITE))
+        let done = self.image().write_zeroes(offset, len);
+        match done {
+            // Version 2 again.
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => write_zeros(self, offset, len),
+            done => done.map_err(self.failed(WRITE)),
+        }
     }
 }
 

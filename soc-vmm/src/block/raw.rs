@@ -9,12 +9,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::error::{BlockError, ImageProblem};
 use super::file::{Opened, WRITE};
-use super::{BlockBackend, check_range};
+use super::{BlockBackend, check_range, write_zeros};
 
 /// Bytes of the smallest unit that a disk has.
 const SECTOR: u64 = 512;
-/// Zeros that are written at once where the file system can't make them.
-static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A raw image.
 ///
@@ -113,10 +111,6 @@ impl BlockBackend for Raw {
         if len == 0 || punched || self.allocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)? {
             return Ok(());
         }
-        for at in (offset..offset + len).step_by(ZEROS.len()) {
-            let count = (offset + len - at).min(ZEROS.len() as u64) as usize;
-            self.write_at(&ZEROS[..count], at)?;
-        }
-        Ok(())
+        write_zeros(self, offset, len)
     }
 }

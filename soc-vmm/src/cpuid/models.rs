@@ -93,7 +93,7 @@ pub(super) static MODELS: [Model; 46] = [
         "x86-64-v2",
         &[(6, 26, 3), (21, 1, 2)],
         (0xb, 0x8000_0008),
-        "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2 syscall nx lm \
+        "fpu de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2 syscall nx lm \
          pni ssse3 cx16 sse4.1 sse4.2 popcnt lahf-lm tsc-deadline arat",
     ),
     after(

@@ -38,7 +38,7 @@ pub enum Boot {
 pub struct VmConfig {
     /// Its name.
     pub name: String,
-    /// Its vCPUs.
+    /// Its vCPUs, unless `args` has `--cpus`.
     pub cpus: u32,
     /// Its RAM, as `--memory` takes it.
     pub memory: String,
@@ -308,7 +308,10 @@ fn native<'a>(bed: &Bed, config: &VmConfig) -> Result<Started<'a>, Error> {
 
 fn arguments(config: &VmConfig, spec: &str, kernel: &str, initrd: &str) -> Vec<String> {
     let cpus = config.cpus.to_string();
-    let mut args = vec!["run", "--name", &config.name, "--cpus", &cpus, "--memory", &config.memory, "--function", spec];
+    let mut args = vec!["run", "--name", &config.name, "--memory", &config.memory, "--function", spec];
+    if !config.args.iter().any(|arg| arg == "--cpus") {
+        args.extend(["--cpus", &cpus]);
+    }
     if config.boot == Boot::Guest {
         args.extend(["--kernel", kernel, "--initrd", initrd, "--cmdline", "console=ttyS0 quiet"]);
     }

@@ -51,6 +51,23 @@ fn a_read_only_image_is_not_written() {
 }
 
 #[test]
+fn version_2_has_no_zeros_of_its_own() {
+    let dir = Dir::new();
+    let path = dir.qcow2("disk.qcow2", 1 << 20, None);
+    // What version 3 has more is not looked at.
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[2], 7).unwrap();
+    let image = opened(&path);
+    for may_unmap in [false, true] {
+        image.write_at(&[1; 200 << 10], 512).unwrap();
+        image.write_zeroes(1024, 199 << 10, may_unmap).unwrap();
+        assert_eq!(bytes(&*image, 512, 1024), [[1; 512], [0; 512]].concat());
+        assert_eq!(bytes(&*image, 199 << 10, 2048), [[0; 1024].as_slice(), &[1; 512], &[0; 512]].concat());
+    }
+    image.discard(0, 1 << 20).unwrap();
+}
+
+#[test]
 fn threads_share_an_image() {
     let dir = Dir::new();
     let path = dir.qcow2("disk.qcow2", 1 << 20, None);
