@@ -129,7 +129,7 @@ fn compare(place: &Place, entry: &Entry, verbose: bool) -> Result<Row, String> {
         return Ok(row(Verdict::Left(why.clone()), Verdict::Left(why)));
     }
     let image = place.image(&entry.file);
-    let under_qemu = place.qemu(&qemu::arguments(entry, &image), entry.timeout())?;
+    let under_qemu = place.qemu(&qemu::arguments(entry, &image), entry.timeout)?;
     let qemu = if qemu::has_failed(&under_qemu.output) {
         Verdict::Failed(last_line(&under_qemu.output))
     } else {
@@ -138,7 +138,7 @@ fn compare(place: &Place, entry: &Entry, verbose: bool) -> Result<Row, String> {
     if let Some(what) = soc_vmm::missing(entry) {
         return Ok(row(qemu, Verdict::Left(what.to_owned())));
     }
-    let under_soc_vmm = place.soc_vmm(&soc_vmm::arguments(entry, &image), entry.timeout())?;
+    let under_soc_vmm = place.soc_vmm(&soc_vmm::arguments(entry, &image), entry.timeout)?;
     let row = row(qemu, verdict(&under_soc_vmm));
     if verbose && row.is_worse() {
         println!("--- QEMU\n{}\n--- soc-vmm\n{}\n---", under_qemu.output, under_soc_vmm.output);
@@ -173,6 +173,7 @@ fn last_line(output: &str) -> String {
     let mut lines = output.lines().rev().map(str::trim).filter(|line| !line.is_empty());
     let fault = lines
         .clone()
+        .filter(|line| !line.contains("warning: "))
         .find(|line| ["FAIL", "soc-vmm:", "KVM internal error", "qemu-system"].iter().any(|mark| line.contains(mark)));
     fault.or_else(|| lines.next()).unwrap_or_default().to_owned()
 }

@@ -7,13 +7,12 @@ use std::time::Duration;
 const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// One test: an image, and what it runs with.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) name: String,
     /// The image, in the directory of the configuration.
     pub(crate) file: String,
-    /// As the configuration has it; 0 where it says nothing.
-    pub(super) cpus: u32,
+    pub(crate) cpus: u32,
     /// What the test is told.
     pub(crate) arguments: String,
     /// What QEMU is told.
@@ -23,17 +22,23 @@ pub(crate) struct Entry {
     pub(crate) groups: Vec<String>,
     /// `path=value`: files that must hold these values.
     pub(crate) checks: Vec<String>,
-    /// How long it may take, if the configuration says so.
-    pub(super) timeout: Option<Duration>,
+    /// How long it may take.
+    pub(crate) timeout: Duration,
 }
 
 impl Entry {
-    pub(crate) fn timeout(&self) -> Duration {
-        self.timeout.unwrap_or(TIMEOUT)
-    }
-
-    pub(crate) fn cpus(&self) -> u32 {
-        self.cpus.max(1)
+    pub(crate) fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            file: String::new(),
+            cpus: 1,
+            arguments: String::new(),
+            qemu: Vec::new(),
+            only_for: None,
+            groups: Vec::new(),
+            checks: Vec::new(),
+            timeout: TIMEOUT,
+        }
     }
 
     pub(crate) fn is_in(&self, group: &str) -> bool {
@@ -50,7 +55,7 @@ impl Entry {
             "arch" => self.only_for = (value != "x86_64").then(|| value.to_owned()),
             "groups" => self.groups = value.split_whitespace().map(str::to_owned).collect(),
             "check" => self.checks = value.split_whitespace().map(str::to_owned).collect(),
-            "timeout" => self.timeout = Some(Duration::from_secs(number()?.into())),
+            "timeout" => self.timeout = Duration::from_secs(number()?.into()),
             // All are for KVM here.
             "accel" => {}
             _ => return Err(format!("{key}: not known")),
@@ -68,7 +73,7 @@ pub(crate) fn parse(text: &str, now: u64) -> Result<Vec<Entry>, String> {
             continue;
         }
         if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
-            entries.push(Entry { name: name.to_owned(), ..Entry::default() });
+            entries.push(Entry::new(name));
             continue;
         }
         let done = match (line.split_once('='), entries.last_mut()) {
@@ -118,9 +123,9 @@ mod tests {
         let entries = parse(text, 77).unwrap();
         assert_eq!(entries.len(), 2);
         let [apic, clock] = [&entries[0], &entries[1]];
-        assert_eq!((apic.file.as_str(), apic.cpus(), apic.timeout().as_secs()), ("apic.flat", 2, 30));
+        assert_eq!((apic.file.as_str(), apic.cpus, apic.timeout.as_secs()), ("apic.flat", 2, 30));
         assert_eq!(apic.qemu, ["-cpu", "qemu64,+x2apic", "-m", "2048"]);
-        assert_eq!((clock.arguments.as_str(), clock.cpus(), clock.timeout()), ("1000 77", 1, TIMEOUT));
+        assert_eq!((clock.arguments.as_str(), clock.cpus, clock.timeout), ("1000 77", 1, TIMEOUT));
         assert_eq!(clock.only_for.as_deref(), Some("i386"));
         assert!(clock.is_in("b") && !clock.is_in("c"));
         assert_eq!(clock.checks, ["/sys/x=Y", "/y=0"]);

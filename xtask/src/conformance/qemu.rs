@@ -125,7 +125,7 @@ pub(crate) fn arguments(entry: &Entry, image: &str) -> Vec<String> {
     ];
     let mut words = MACHINE.map(str::to_owned).to_vec();
     words.push("kvm-pit.lost_tick_policy=discard".to_owned());
-    words.extend(["-kernel".to_owned(), image.to_owned(), "-smp".to_owned(), entry.cpus().to_string()]);
+    words.extend(["-kernel".to_owned(), image.to_owned(), "-smp".to_owned(), entry.cpus.to_string()]);
     if !entry.arguments.is_empty() {
         words.extend(["-append".to_owned(), entry.arguments.clone()]);
     }

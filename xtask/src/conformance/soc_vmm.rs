@@ -37,7 +37,7 @@ pub(crate) fn arguments(entry: &Entry, image: &str) -> Vec<String> {
             _ => {}
         }
     }
-    let cpus = entry.cpus().to_string();
+    let cpus = entry.cpus.to_string();
     // As QEMU does it, the image's own name comes first.
     let line = format!("{} {}", entry.file, entry.arguments);
     let mut arguments = vec!["run", "--kernel", image, "--cmdline", line.trim(), "--cpus", &cpus, "--memory", &memory];
@@ -48,12 +48,11 @@ pub(crate) fn arguments(entry: &Entry, image: &str) -> Vec<String> {
     arguments.into_iter().map(str::to_owned).collect()
 }
 
-/// QEMU's processor, less what soc-vmm has no word for: how wide addresses are, whose name it bears, whether it may move.
+/// The host's own processor, less what the entry takes away. QEMU warns of what a named model has and the host hasn't, and goes on; soc-vmm
+/// refuses such a model, so that no guest runs on less than it was promised. What an entry adds, the host's has if it can.
 fn model_of(cpu: &str) -> String {
-    let is_ours = |word: &&str| {
-        !["host-phys-bits", "phys-bits", "vendor", "migratable"].contains(&word.split('=').next().unwrap_or_default())
-    };
-    cpu.split(',').filter(is_ours).collect::<Vec<_>>().join(",")
+    let removed = cpu.split(',').skip(1).filter(|word| word.starts_with('-'));
+    std::iter::once("host").chain(removed).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]
@@ -62,7 +61,7 @@ mod tests {
 
     fn entry(file: &str, qemu: &[&str]) -> Entry {
         let qemu = qemu.iter().map(|&word| word.to_owned()).collect();
-        Entry { name: "a".to_owned(), file: file.to_owned(), arguments: "b c".to_owned(), qemu, ..Entry::default() }
+        Entry { file: file.to_owned(), arguments: "b c".to_owned(), qemu, ..Entry::new("a") }
     }
 
     #[test]
