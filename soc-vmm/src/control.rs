@@ -13,6 +13,7 @@
 //! The rules (what a command means in which state, which event goes with which change) are here once: the loop sees only
 //! actions that are to be done, and [`VmControl::finish`] changes the state, tells the monitors, then answers who asked.
 
+mod cdrom;
 mod event;
 mod listen;
 mod run_dir;
@@ -20,10 +21,14 @@ mod run_state;
 mod signals;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
+use crate::ahci::{CdHandle, TrayListener};
+
+pub use cdrom::{CDROM_ID, CdromSlot};
 pub use event::{CrashAction, Event, EventKind, ShutdownCause};
 pub use listen::{ListenError, ListeningSocket};
 pub use run_dir::{Claim, NameError, RunDir, RunDirError, VmName};
@@ -55,8 +60,10 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
     let (commands_in, commands) = mpsc::channel(QUEUED_COMMANDS);
     let (state_in, state) = watch::channel(RunState::Prelaunch);
     let (events, _) = broadcast::channel(QUEUED_EVENTS);
-    let handle = VmHandle { info: info.into(), commands: commands_in, state, events: events.downgrade() };
-    (handle, VmControl { commands, state: state_in, events, autostart: true })
+    let cdrom = CdromSlot::default();
+    let handle =
+        VmHandle { info: info.into(), commands: commands_in, state, events: events.downgrade(), cdrom: cdrom.clone() };
+    (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom })
 }
 
 /// Why a command was not done.
@@ -76,11 +83,12 @@ pub enum ControlError {
 /// Asks one VM for things. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct VmHandle {
-    info: std::sync::Arc<VmInfo>,
+    info: Arc<VmInfo>,
     commands: mpsc::Sender<Request>,
     state: watch::Receiver<RunState>,
     /// Weak, so that monitors see the stream's end when the VM has ended.
     events: broadcast::WeakSender<Event>,
+    cdrom: CdromSlot,
 }
 
 impl VmHandle {
@@ -97,6 +105,11 @@ impl VmHandle {
     /// Every event from now on, `None` if the VM has ended. The stream closes when it ends.
     pub fn events(&self) -> Option<broadcast::Receiver<Event>> {
         self.events.upgrade().map(|events| events.subscribe())
+    }
+
+    /// The CD-ROM drive, if there is one.
+    pub fn cdrom(&self) -> Option<&CdHandle> {
+        self.cdrom.get()
     }
 
     /// QMP `stop`: returns when no vCPU runs. Nothing to do unless it runs.
@@ -230,6 +243,7 @@ pub struct VmControl {
     events: broadcast::Sender<Event>,
     /// Whether the vCPUs run once the VM is built.
     autostart: bool,
+    cdrom: CdromSlot,
 }
 
 impl VmControl {
@@ -241,6 +255,16 @@ impl VmControl {
     /// Sets [`VmControl::autostart`].
     pub fn set_autostart(&mut self, autostart: bool) {
         self.autostart = autostart;
+    }
+
+    /// Who hears of the CD-ROM drive's tray, and tells monitors.
+    pub fn tray_listener(&self) -> Arc<dyn TrayListener> {
+        Arc::new(cdrom::Tray(self.events.downgrade()))
+    }
+
+    /// The machine has a CD-ROM drive.
+    pub fn has_cdrom(&self, drive: CdHandle) {
+        self.cdrom.fill(drive);
     }
 
     /// Waits for the order to quit while the VM is being built: returns when it came, and waits for ever if nobody is left who could

@@ -22,7 +22,7 @@ fn invoke(invocation: Invocation) -> Result<ExitStatus, Failure> {
     let mut out = std::io::stdout();
     match invocation {
         Invocation::List { json } => cli::list(json, &mut out)?,
-        Invocation::Perform(verb, target) => cli::perform(verb, &target, &mut out)?,
+        Invocation::Perform(verb, target) => cli::perform(&verb, &target, &mut out)?,
         Invocation::Print(text) => cli::print(&text, &mut out)?,
         Invocation::Run(config) => {
             // Where a record can't be written, it would say so on the same standard error, and panic.

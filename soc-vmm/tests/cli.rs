@@ -25,7 +25,7 @@ fn a_wrong_command_line_is_one_line_and_status_2() {
         (&["-name", "guest=a", "-machine", "q35"], "QEMU-compatible"),
         (&["migrate", "a", "tcp:b:1"], "migrate is not there yet"),
         (&["run"], "--kernel"),
-        (&["run", "--kernel", missing, "--disk", "file=d"], "--disk is not there yet"),
+        (&["run", "--kernel", missing, "--disk", "d"], "--disk"),
         (&["run", "--kernel", missing, "--memory", "0"], "--memory"),
         (&["run", "--kernel", missing], missing),
         (&["run", "--kernel", missing, "--no-such\n\noption"], "--no-such"),

@@ -59,6 +59,24 @@ pub(super) enum Command {
     Powerdown(TargetArgs),
     /// Ends a VM at once
     Quit(TargetArgs),
+    /// Takes the medium out of a VM's CD-ROM drive
+    Eject {
+        /// The VM's name
+        name: VmName,
+        /// Also where the guest has locked the tray
+        #[arg(long)]
+        force: bool,
+    },
+    /// Puts a medium into a VM's CD-ROM drive, in place of what is there
+    Insert {
+        /// The VM's name
+        name: VmName,
+        /// The medium's image
+        file: PathBuf,
+        /// Also where the guest has locked the tray
+        #[arg(long)]
+        force: bool,
+    },
     #[command(external_subcommand)]
     Other(Vec<OsString>),
 }

@@ -4,8 +4,10 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde_json::json;
+
 use super::{ExitStatus, Failure, Target, Verb, one_line};
-use crate::control::{Counters, RunDir};
+use crate::control::{CDROM_ID, Counters, RunDir};
 use crate::qmp::types::{Empty, OutboardVm};
 use crate::qmp::{Client, ClientError};
 
@@ -26,7 +28,7 @@ struct Status {
 ///
 /// # Errors
 /// The VM can't be asked ([`ExitStatus::Unavailable`]) or refused ([`ExitStatus::Failed`]).
-pub fn perform(verb: Verb, target: &Target, out: &mut dyn Write) -> Result<(), Failure> {
+pub fn perform(verb: &Verb, target: &Target, out: &mut dyn Write) -> Result<(), Failure> {
     let (shown, socket) = match target {
         Target::Name(name) => (name.to_string(), run_dir()?.socket(name)),
         Target::Socket(path) => (path.display().to_string(), without_scheme(path)),
@@ -40,7 +42,7 @@ pub fn perform(verb: Verb, target: &Target, out: &mut dyn Write) -> Result<(), F
         Failure::new(status, format!("{}{advice}", Failure::of(status, &shown, &e)))
     };
     let mut client = Client::connect(&socket, PATIENCE).map_err(failed)?;
-    let command = match verb {
+    let command = match *verb {
         Verb::Status { json } => {
             let vm = client.execute("x-query-outboard-vm").map_err(failed)?;
             if !json {
@@ -54,9 +56,22 @@ pub fn perform(verb: Verb, target: &Target, out: &mut dyn Write) -> Result<(), F
         Verb::Reset => "system_reset",
         Verb::Powerdown => "system_powerdown",
         Verb::Quit => "quit",
+        Verb::Eject { force } => {
+            let arguments = json!({ "id": CDROM_ID, "force": force });
+            return client.execute_with::<Empty>("eject", &arguments).map(drop).map_err(failed);
+        }
+        Verb::Insert { ref file, force } => {
+            // The VM's working directory is another one.
+            let file = std::path::absolute(file).map_err(|e| Failure::of(ExitStatus::Usage, "FILE", &e))?;
+            let Some(file) = file.to_str() else {
+                return Err(Failure::new(ExitStatus::Usage, "FILE: QMP carries UTF-8 alone; rename the image"));
+            };
+            let arguments = json!({ "id": CDROM_ID, "filename": file, "force": force });
+            return client.execute_with::<Empty>("blockdev-change-medium", &arguments).map(drop).map_err(failed);
+        }
     };
     client.execute::<Empty>(command).map_err(failed)?;
-    if verb == Verb::Quit {
+    if *verb == Verb::Quit {
         client.wait_for_end(PATIENCE).map_err(failed)?;
     }
     Ok(())
@@ -208,10 +223,10 @@ mod tests {
             let target = target.clone();
             move || {
                 let mut out = Vec::new();
-                let paused = perform(Verb::Pause, &target, &mut out);
-                perform(Verb::Status { json: false }, &target, &mut out).unwrap();
-                let resumed = perform(Verb::Resume, &target, &mut out);
-                perform(Verb::Quit, &target, &mut out).unwrap();
+                let paused = perform(&Verb::Pause, &target, &mut out);
+                perform(&Verb::Status { json: false }, &target, &mut out).unwrap();
+                let resumed = perform(&Verb::Resume, &target, &mut out);
+                perform(&Verb::Quit, &target, &mut out).unwrap();
                 (paused, resumed, String::from_utf8(out).unwrap())
             }
         });
@@ -231,7 +246,7 @@ mod tests {
             out.ends_with(&format!(" paused (2 vCPUs, 512M, function pci:0000:01:00.1, pid {})\n", std::process::id()))
         );
         server.close().await;
-        let gone = tokio::task::block_in_place(|| perform(Verb::Reset, &target, &mut Vec::new())).unwrap_err();
+        let gone = tokio::task::block_in_place(|| perform(&Verb::Reset, &target, &mut Vec::new())).unwrap_err();
         assert_eq!(gone.status(), ExitStatus::Unavailable);
         assert!(gone.to_string().contains("soc-vmm list"), "{gone}");
     }

@@ -54,7 +54,7 @@ pub enum Invocation {
 }
 
 /// A command to a running VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verb {
     /// `status`.
     Status {
@@ -71,6 +71,18 @@ pub enum Verb {
     Powerdown,
     /// `quit`.
     Quit,
+    /// `eject`.
+    Eject {
+        /// Also where the guest has locked the tray.
+        force: bool,
+    },
+    /// `insert`.
+    Insert {
+        /// The medium's image.
+        file: PathBuf,
+        /// Also where the guest has locked the tray.
+        force: bool,
+    },
 }
 
 /// A running VM.
@@ -159,6 +171,8 @@ impl Invocation {
             Command::Resume(target) => Self::Perform(Verb::Resume, target.into()),
             Command::Reset(target) => Self::Perform(Verb::Reset, target.into()),
             Command::Powerdown(target) => Self::Perform(Verb::Powerdown, target.into()),
+            Command::Eject { name, force } => Self::Perform(Verb::Eject { force }, Target::Name(name)),
+            Command::Insert { name, file, force } => Self::Perform(Verb::Insert { file, force }, Target::Name(name)),
             Command::Quit(target) => Self::Perform(Verb::Quit, target.into()),
             Command::Other(words) => {
                 let name = words.first().map(|word| word.to_string_lossy()).unwrap_or_default();

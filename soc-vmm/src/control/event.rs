@@ -42,6 +42,16 @@ pub enum EventKind {
         /// What becomes of the VM.
         action: CrashAction,
     },
+    /// The tray of a removable drive moved.
+    #[serde(rename_all = "kebab-case")]
+    DeviceTrayMoved {
+        /// The drive's old name: it has none.
+        device: &'static str,
+        /// The drive.
+        id: &'static str,
+        /// Whether it is open now.
+        tray_open: bool,
+    },
     /// The guest's kernel panicked, and another one takes over.
     GuestCrashloaded {
         /// What becomes of the VM.

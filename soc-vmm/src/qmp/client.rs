@@ -61,7 +61,7 @@ impl Client {
             return Err(QmpError::deserialize(error).map_err(ClientError::NotQmp)?.into());
         }
         serde_json::from_value::<Greeting>(first).map_err(ClientError::NotQmp)?;
-        client.execute_by::<Value>("qmp_capabilities", deadline)?;
+        client.execute_by::<Value>("qmp_capabilities", &json!({}), deadline)?;
         Ok(client)
     }
 
@@ -70,11 +70,24 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn execute<T: DeserializeOwned>(&mut self, command: &str) -> Result<T, ClientError> {
-        self.execute_by(command, Instant::now() + self.patience)
+        self.execute_with(command, &json!({}))
     }
 
-    fn execute_by<T: DeserializeOwned>(&mut self, command: &str, deadline: Instant) -> Result<T, ClientError> {
-        let line = format!("{}\n", json!({ "execute": command }));
+    /// The same with arguments, an object.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn execute_with<T: DeserializeOwned>(&mut self, command: &str, arguments: &Value) -> Result<T, ClientError> {
+        self.execute_by(command, arguments, Instant::now() + self.patience)
+    }
+
+    fn execute_by<T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        arguments: &Value,
+        deadline: Instant,
+    ) -> Result<T, ClientError> {
+        let line = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
         let sent = self.stream.set_write_timeout(Some(left(deadline)?));
         sent.and_then(|()| self.stream.write_all(line.as_bytes())).map_err(ClientError::Lost)?;
         loop {

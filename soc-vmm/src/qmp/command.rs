@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::cdrom::{BlockdevChangeMedium, Eject};
 use super::types::{CommandInfo, Empty, KvmInfo, NameInfo, OutboardVm, StatusInfo, VersionInfo};
 use super::{ErrorClass, QmpError};
 use crate::control::{Counters, ShutdownCause, VmHandle};
@@ -67,6 +68,8 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<SystemReset>(),
     Entry::of::<SystemPowerdown>(),
     Entry::of::<Quit>(),
+    Entry::of::<Eject>(),
+    Entry::of::<BlockdevChangeMedium>(),
     Entry::of::<QueryName>(),
     Entry::of::<QueryVersion>(),
     Entry::of::<QueryCommands>(),

@@ -4,6 +4,7 @@
 //! [`crate::control::VmHandle`] ([`command`]), and [`Server`] moves both over UNIX sockets. What a peer can make this process
 //! hold or wait for is bounded everywhere: see the constants.
 
+mod cdrom;
 mod client;
 pub mod command;
 mod error;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use super::machine::BuildError;
 use super::media::{Disk, Net};
 use crate::acpi::{Hotplug, PciConfig, PortConfig};
-use crate::ahci::{self, Ahci, CdDrive};
+use crate::ahci::{self, Ahci, CdDrive, CdHandle, TrayListener};
 use crate::block::BlockBackend;
 use crate::bus::Wake;
 use crate::devices::AcpiPm;
@@ -42,15 +42,17 @@ pub(super) struct PciParts<'a> {
     pub(super) nets: Vec<Net>,
     /// What is in the CD-ROM drive; there is none without it.
     pub(super) cdrom: Option<Arc<dyn BlockBackend>>,
+    /// Hears of its tray.
+    pub(super) tray: Arc<dyn TrayListener>,
     pub(super) wake: Arc<dyn Wake>,
 }
 
 /// Makes a device behind a root port.
 type Make = Box<dyn FnOnce(Plumbing<'_>) -> io::Result<Box<dyn PciFunction>>>;
 
-/// Puts it together.
-pub(super) fn build(parts: PciParts<'_>) -> Result<Arc<Mutex<Fabric>>, BuildError> {
-    let PciParts { prepared, layout, platform, messages, lines, memory, acpi, disks, nets, cdrom, wake } = parts;
+/// Puts it together; the fabric, and the CD-ROM drive.
+pub(super) fn build(parts: PciParts<'_>) -> Result<(Arc<Mutex<Fabric>>, Option<CdHandle>), BuildError> {
+    let PciParts { prepared, layout, platform, messages, lines, memory, acpi, disks, nets, cdrom, tray, wake } = parts;
     let mut fabric = Fabric::new(prepared.then(|| Apertures::above(layout.high_end())), platform);
     let pirqs = Arc::new(Pirqs::new(lines));
     fabric.plug(None, LPC, Box::new(LpcBridge::new(acpi, pirqs.clone(), prepared)))?;
@@ -76,12 +78,12 @@ pub(super) fn build(parts: PciParts<'_>) -> Result<Arc<Mutex<Fabric>>, BuildErro
         }
     }
     let mut drives: [Option<CdDrive>; ahci::PORTS] = Default::default();
-    drives[CDROM_PORT] = cdrom.map(|medium| CdDrive { medium: Some(medium), listener: None });
+    drives[CDROM_PORT] = cdrom.map(|medium| CdDrive { medium: Some(medium), listener: Some(tray) });
     let plumbing = ahci::Plumbing { memory, messages, line: pirqs.wire(AHCI >> 3), wake };
-    let (controller, _) = Ahci::new(drives, plumbing).map_err(BuildError::Thread)?;
+    let (controller, [_, _, drive, ..]) = Ahci::new(drives, plumbing).map_err(BuildError::Thread)?;
     fabric.plug(None, AHCI, Box::new(controller))?;
     fabric.prepare()?;
-    Ok(Arc::new(Mutex::new(fabric)))
+    Ok((Arc::new(Mutex::new(fabric)), drive))
 }
 
 fn disk(Disk { image, id }: Disk) -> Make {

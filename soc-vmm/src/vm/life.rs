@@ -20,6 +20,7 @@ use super::messages::Messages;
 use super::shape::Shape;
 use super::state;
 use super::worker::{Command, Serving, Waker, Worker};
+use crate::ahci::{CdHandle, TrayListener};
 use crate::boot::{BootError, BootPlan, Entry};
 use crate::cli::{ExitStatus, Failure, RunConfig, with_causes};
 use crate::console::Attached;
@@ -47,6 +48,8 @@ pub(super) struct Blueprint<'a> {
     pub(super) layout: MemoryLayout,
     pub(super) plan: BootPlan,
     pub(super) media: Media,
+    /// Hears of the CD-ROM drive's tray.
+    pub(super) tray: Arc<dyn TrayListener>,
     pub(super) streams: Streams,
     pub(super) waker: Arc<Waker>,
     /// Where what must outlive the process is kept.
@@ -62,6 +65,7 @@ pub(super) struct Vm<F: SocFunction> {
     pristine: (Vec<Vec<u8>>, Vec<u8>),
     signature: u32,
     acpi: AcpiHandle,
+    cdrom: Option<CdHandle>,
     worker: Serving,
     guest: Receiver<GuestEvent>,
     counters: Arc<Counters>,
@@ -126,7 +130,7 @@ impl<F: SocFunction> Vm<F> {
         crossings: Arc<Crossings>,
         blueprint: Blueprint<'_>,
     ) -> Result<Self, LifeError> {
-        let Blueprint { config, layout, mut plan, media, streams, waker, state_dir } = blueprint;
+        let Blueprint { config, layout, mut plan, media, tray, streams, waker, state_dir } = blueprint;
         let vcpus = u32::from(config.cpus);
         // Without firmware the chipset is as firmware would leave it.
         let prepared = plan.roms().is_empty();
@@ -179,6 +183,7 @@ impl<F: SocFunction> Vm<F> {
             wake: waker.clone(),
             media,
             flash: arranger.clone(),
+            tray,
         };
         // Flash goes to its memory by DMA.
         let machine = tokio::task::block_in_place(|| Machine::new(parts))?;
@@ -205,8 +210,19 @@ impl<F: SocFunction> Vm<F> {
             commands: receiver,
         };
         let worker = worker.start(commands).map_err(LifeError::Thread)?;
-        let vm =
-            Self { host, arranger, plan, pristine, signature, acpi: machine.acpi, worker, guest, counters, crossings };
+        let vm = Self {
+            host,
+            arranger,
+            plan,
+            pristine,
+            signature,
+            acpi: machine.acpi,
+            cdrom: machine.cdrom,
+            worker,
+            guest,
+            counters,
+            crossings,
+        };
         vm.start_state().await?;
         Ok(vm)
     }
@@ -265,9 +281,12 @@ impl<F: SocFunction> Vm<F> {
     }
 
     /// Lets it run, if it shall: from here on it leaves traces.
-    async fn begin(&self, consoles: &[Attached], control: &mut VmControl) -> Result<(), Failure> {
+    async fn begin(&mut self, consoles: &[Attached], control: &mut VmControl) -> Result<(), Failure> {
         for console in consoles {
             console.begin().map_err(|e| Failure::of(ExitStatus::Usage, "", &e))?;
+        }
+        if let Some(drive) = self.cdrom.take() {
+            control.has_cdrom(drive);
         }
         if control.autostart() {
             self.host.run().await.map_err(|e| LifeError::Call(e).failure())?;

@@ -9,6 +9,7 @@ use super::media::Media;
 use super::shape::Shape;
 use super::worker::Buses;
 use crate::acpi::{self, AcpiError};
+use crate::ahci::{CdHandle, TrayListener};
 use crate::bus::{Bus, Claim, Device, MapError, Wake};
 use crate::devices::fw_cfg::FwCfgError;
 use crate::devices::{
@@ -58,6 +59,8 @@ pub(super) struct Parts<'a> {
     pub(super) media: Media,
     /// Where the guest reads flash.
     pub(super) flash: Arc<dyn FlashMemory>,
+    /// Hears of the CD-ROM drive's tray.
+    pub(super) tray: Arc<dyn TrayListener>,
 }
 
 /// A built machine.
@@ -66,6 +69,8 @@ pub(super) struct Machine {
     pub(super) buses: Buses,
     /// Its power button.
     pub(super) acpi: AcpiHandle,
+    /// Its CD-ROM drive, if it has one.
+    pub(super) cdrom: Option<CdHandle>,
     /// What the host may post.
     pub(super) posted: Vec<PostedRange>,
 }
@@ -94,6 +99,7 @@ impl Machine {
             wake,
             media,
             flash,
+            tray,
         } = parts;
         let line = |gsi| InterruptLine::new(gsi, lines.clone());
         let mut builder = Builder::default();
@@ -107,7 +113,7 @@ impl Machine {
         builder.add(&DelayPort::RANGES, DelayPort)?;
         let (acpi_pm, acpi) =
             AcpiPm::new(tsc_khz.into(), PmTimerWidth::Bits32, clock, line(SCI_GSI), power.clone(), wake.clone());
-        let fabric = chipset::build(PciParts {
+        let (fabric, cdrom) = chipset::build(PciParts {
             prepared,
             layout,
             platform,
@@ -119,6 +125,7 @@ impl Machine {
             disks: media.disks,
             nets: media.nets,
             cdrom: media.cdrom,
+            tray,
         })?;
         builder.add(&FwCfg::RANGES, fw_cfg(&shape, physical_bits, cpuid, memory, &fabric)?)?;
         builder.add(&Pvpanic::RANGES, Pvpanic::new(crash))?;
@@ -140,7 +147,7 @@ impl Machine {
         let [ports, rest] = FabricSide::both(&fabric);
         builder.buses.ports.insert_rest(Box::new(ports));
         builder.buses.memory.insert_rest(Box::new(rest));
-        Ok(Self { buses: builder.buses, acpi, posted: builder.posted })
+        Ok(Self { buses: builder.buses, acpi, cdrom, posted: builder.posted })
     }
 }
 

@@ -1,5 +1,8 @@
 //! The files that a VM is made from, opened and examined before anything is touched: images to boot, disks, media, flash.
 
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::shape::Shape;
@@ -41,6 +44,20 @@ pub(super) struct Net {
     pub(super) backend: Box<dyn NetBackend>,
     pub(super) mac: Mac,
     pub(super) id: String,
+}
+
+/// What a file is if it is one that the VM's devices hold.
+pub(super) fn role_of(config: &RunConfig, file: &File) -> Option<&'static str> {
+    let this = file.metadata().ok()?;
+    let nvram = match &config.boot {
+        BootSource::Firmware { nvram, .. } => nvram.as_ref(),
+        BootSource::Kernel { .. } => None,
+    };
+    let disks = config.disks.iter().map(|disk| ("disk image", &disk.image.path));
+    let cdrom = config.cdrom.iter().map(|cdrom| ("CD-ROM's image", &cdrom.image.path));
+    let mut all = disks.chain(cdrom).chain(nvram.map(|path| ("variable store", path)));
+    let is_it = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (this.dev(), this.ino()));
+    all.find(|(_, path)| is_it(path)).map(|(role, _)| role)
 }
 
 /// Opens all that `config` names.

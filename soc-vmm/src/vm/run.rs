@@ -67,8 +67,10 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         // Its output would destroy it.
         let is_no_image = |option: &str, file: Option<&File>| {
             let role = file.and_then(|file| file.metadata().ok()).and_then(|file| plan.role_of(&file));
+            let role = role.map(|role| format!("{role} image"));
+            let role = role.or_else(|| file.and_then(|file| media::role_of(config, file)).map(str::to_owned));
             role.map_or(Ok(()), |role| {
-                let why = format!("{option}: the file is the {role} image of this VM; give another one");
+                let why = format!("{option}: the file is the {role} of this VM; give another one");
                 Err(Failure::new(ExitStatus::Usage, why))
             })
         };
@@ -83,7 +85,8 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
             debugcon = Some(output);
         }
         let streams = Streams { serial: (output, input), debugcon };
-        let blueprint = Blueprint { config, layout, plan, media, streams, waker, state_dir: claim.state_dir() };
+        let tray = control.tray_listener();
+        let blueprint = Blueprint { config, layout, plan, media, tray, streams, waker, state_dir: claim.state_dir() };
         let setup = Setup { blueprint, control, consoles: &consoles };
         let ended = function::open(&config.function, Role::Vm, setup).await;
         for console in consoles {

@@ -85,6 +85,42 @@ fn disc() -> Vec<u8> {
 }
 
 #[test]
+fn a_medium_is_taken_out_and_another_put_in_while_the_vm_runs() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let [iso, other, firmware] = ["a.iso", "b.iso", "firmware"].map(|name| directory.path().join(name));
+    std::fs::write(&iso, disc()).unwrap();
+    std::fs::write(&other, disc()).unwrap();
+    // A jump to itself at the reset vector.
+    let mut code = vec![0; 0x1_0000];
+    code[0xfff0..0xfff2].copy_from_slice(&[0xeb, 0xfe]);
+    std::fs::write(&firmware, code).unwrap();
+    let name = format!("cd-{}", std::process::id());
+    let files = ["--firmware", firmware.to_str().unwrap(), "--cdrom", iso.to_str().unwrap()];
+    let mut vm = Vm::run(&[&files[..], &["--memory", "16M", "--name", &name]].concat());
+    vm.wait_until("it runs", |vm| vm.try_command(&["status"]).is_ok_and(|said| said.contains("running")));
+    let open_files = |vm: &Vm| {
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap();
+        let links = fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+        let names = links.filter_map(|link| Some(link.file_name()?.to_str()?.to_owned()));
+        names.filter(|name| name.ends_with(".iso")).collect::<Vec<_>>()
+    };
+    assert_eq!(open_files(&vm), ["a.iso"]);
+    vm.soc_vmm(&["insert", &name, other.to_str().unwrap()]).unwrap();
+    vm.wait_until("the first is closed", |vm| open_files(vm) == ["b.iso"]);
+    vm.soc_vmm(&["eject", &name]).unwrap();
+    vm.wait_until("the second is closed", |vm| open_files(vm).is_empty());
+    let refused = vm.soc_vmm(&["insert", &name, "/no/such/image"]).unwrap_err();
+    assert!(refused.contains("/no/such/image") && refused.lines().count() == 1, "{refused}");
+    vm.soc_vmm(&["insert", &name, iso.to_str().unwrap()]).unwrap();
+    assert_eq!(open_files(&vm), ["a.iso"]);
+    vm.command(&["quit"]);
+    assert_eq!(vm.wait().status.code(), Some(0));
+}
+
+#[test]
 fn seabios_boots_from_a_cd() {
     if !kvm(&test_name()) {
         return;

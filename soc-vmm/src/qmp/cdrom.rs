@@ -1,0 +1,98 @@
+//! Commands to the CD-ROM drive.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::command::Command;
+use super::types::Empty;
+use super::{ErrorClass, QmpError};
+use crate::ahci::{CdHandle, TrayLocked};
+use crate::block::{self, ImageFormat, ImageSpec};
+use crate::control::{CDROM_ID, VmHandle};
+
+/// QMP `eject`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Eject {
+    /// The drive, by its old name.
+    device: Option<String>,
+    /// The drive.
+    id: Option<String>,
+    /// Also where the guest has locked the tray.
+    #[serde(default)]
+    force: bool,
+}
+
+impl Command for Eject {
+    const NAME: &'static str = "eject";
+    type Reply = Empty;
+
+    async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
+        let medium = drive(&vm, self.id.or(self.device).as_deref())?.eject(self.force)?;
+        // Closing a file may take its time.
+        tokio::task::spawn_blocking(move || drop(medium));
+        Ok(Empty {})
+    }
+}
+
+/// QMP `blockdev-change-medium`: the medium is only ever read.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct BlockdevChangeMedium {
+    /// The drive, by its old name.
+    device: Option<String>,
+    /// The drive.
+    id: Option<String>,
+    /// The image.
+    filename: PathBuf,
+    /// `raw` or `qcow2`.
+    format: Option<String>,
+    /// Also where the guest has locked the tray.
+    #[serde(default)]
+    force: bool,
+    /// `retain` or `read-only`.
+    read_only_mode: Option<String>,
+}
+
+impl Command for BlockdevChangeMedium {
+    const NAME: &'static str = "blockdev-change-medium";
+    type Reply = Empty;
+
+    async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
+        let drive = drive(&vm, self.id.or(self.device).as_deref())?;
+        let format = match self.format.as_deref() {
+            None => None,
+            Some("raw") => Some(ImageFormat::Raw),
+            Some("qcow2") => Some(ImageFormat::Qcow2),
+            Some(other) => return Err(QmpError::generic(format!("Images are raw or qcow2, not '{other}'"))),
+        };
+        if self.read_only_mode.as_deref() == Some("read-write") {
+            return Err(QmpError::generic("A CD-ROM can't be written"));
+        }
+        let spec = ImageSpec { format, ..ImageSpec::read_only(self.filename) };
+        // A file may be far away.
+        let opened = tokio::task::spawn_blocking(move || block::open(&spec)).await;
+        let medium = opened
+            .map_err(|e| QmpError::generic(e.to_string()))?
+            .map_err(|e| QmpError::generic(crate::cli::with_causes(&e)))?;
+        let old = drive.change(medium, self.force)?;
+        tokio::task::spawn_blocking(move || drop(old));
+        Ok(Empty {})
+    }
+}
+
+fn drive<'a>(vm: &'a VmHandle, name: Option<&str>) -> Result<&'a CdHandle, QmpError> {
+    let Some(name) = name else { return Err(QmpError::generic("Name the drive by 'id'")) };
+    let drive = vm.cdrom().filter(|_| name == CDROM_ID);
+    drive.ok_or_else(|| QmpError {
+        class: ErrorClass::DeviceNotFound,
+        desc: format!("There is no removable drive '{name}'"),
+    })
+}
+
+impl From<TrayLocked> for QmpError {
+    fn from(e: TrayLocked) -> Self {
+        Self::generic(e.to_string())
+    }
+}
