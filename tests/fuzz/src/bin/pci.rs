@@ -25,10 +25,27 @@ const FUNCTIONS: [u16; 6] = [0, 8, 9, 0xf8, 1 << 8, 2 << 8];
 
 #[derive(Arbitrary, Debug)]
 enum Step {
-    Config { function: u8, register: u8, off: u8, by_memory: bool, len: u8, data: Option<u64> },
+    Config {
+        function: u8,
+        register: u8,
+        off: u8,
+        by_memory: bool,
+        len: u8,
+        data: Option<u64>,
+    },
     /// Where the last window was seen.
-    Window { off: u16, io: bool, len: u8, data: Option<u64> },
-    Any { at: u64, io: bool, len: u8, data: Option<u64> },
+    Window {
+        off: u16,
+        io: bool,
+        len: u8,
+        data: Option<u64>,
+    },
+    Any {
+        at: u64,
+        io: bool,
+        len: u8,
+        data: Option<u64>,
+    },
     Poll,
     Pull,
     Plug,
@@ -157,9 +174,8 @@ impl Machine {
         let clock = Arc::new(SystemClock);
         let (acpi, _) = AcpiPm::new(1_000_000, PmTimerWidth::Bits32, clock, line, Arc::new(Quiet), Arc::new(Quiet));
         fabric.plug(None, LPC, Box::new(LpcBridge::new(acpi, pirqs.clone(), prepared))).expect("a free place");
-        let mut plug = |devfn| {
-            fabric.plug(None, devfn, Box::new(RootPort::new(1, pirqs.wire(1), &Quiet))).expect("a free place")
-        };
+        let mut plug =
+            |devfn| fabric.plug(None, devfn, Box::new(RootPort::new(1, pirqs.wire(1), &Quiet))).expect("a free place");
         let port = plug(8);
         plug(9);
         let device = fabric.plug(Some(port), 0, Box::new(Endpoint::new())).expect("a free place");
@@ -181,7 +197,9 @@ impl Machine {
             Some(data) => side.write(&access, at, data, reply),
         };
         match answer {
-            Answer::Deferred => assert!(matches!(self.answers.try_recv(), Ok(LateAnswer { answer: Answer::Done(_), .. }))),
+            Answer::Deferred => {
+                assert!(matches!(self.answers.try_recv(), Ok(LateAnswer { answer: Answer::Done(_), .. })))
+            }
             Answer::Failed(why) => panic!("{why}"),
             Answer::Done(_) | Answer::Unclaimed => {}
         }
@@ -222,7 +240,8 @@ impl Machine {
             Step::Plug => {
                 if self.device.is_none() {
                     let port = self.port;
-                    self.device = Some(self.fabric().plug(Some(port), 0, Box::new(Endpoint::new())).expect("a free place"));
+                    self.device =
+                        Some(self.fabric().plug(Some(port), 0, Box::new(Endpoint::new())).expect("a free place"));
                 }
             }
             Step::Reset => self.sides.iter_mut().for_each(Device::reset),
