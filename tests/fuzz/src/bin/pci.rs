@@ -190,16 +190,15 @@ impl Machine {
         let len = if io { [1, 2, 4][usize::from(len % 3)] } else { len % 8 + 1 };
         let at = if io { at & 0xffff } else { at };
         let access = Access { vcpu: 0, host_tsc: 0, len };
-        let reply = Deferred::new(RequestId { vcpu: 0, sequence: 1 }, &self.late, &self.wake);
-        let side = &mut self.sides[usize::from(!io)];
+        let Self { sides, late, wake, answers, .. } = self;
+        let reply = Deferred::new(RequestId { vcpu: 0, sequence: 1 }, late, wake);
+        let side = &mut sides[usize::from(!io)];
         let answer = match data {
             None => side.read(&access, at, reply),
             Some(data) => side.write(&access, at, data, reply),
         };
         match answer {
-            Answer::Deferred => {
-                assert!(matches!(self.answers.try_recv(), Ok(LateAnswer { answer: Answer::Done(_), .. })))
-            }
+            Answer::Deferred => assert!(matches!(answers.try_recv(), Ok(LateAnswer { answer: Answer::Done(_), .. }))),
             Answer::Failed(why) => panic!("{why}"),
             Answer::Done(_) | Answer::Unclaimed => {}
         }
@@ -239,9 +238,8 @@ impl Machine {
             }
             Step::Plug => {
                 if self.device.is_none() {
-                    let port = self.port;
-                    self.device =
-                        Some(self.fabric().plug(Some(port), 0, Box::new(Endpoint::new())).expect("a free place"));
+                    let plugged = self.fabric().plug(Some(self.port), 0, Box::new(Endpoint::new()));
+                    self.device = Some(plugged.expect("a free place"));
                 }
             }
             Step::Reset => self.sides.iter_mut().for_each(Device::reset),
