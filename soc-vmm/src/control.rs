@@ -350,7 +350,13 @@ impl VmControl {
         });
     }
 
-    /// The VM stopped by itself: [`RunState::IoError`], [`RunState::GuestPanicked`] from running, [`RunState::InternalError`].
+    /// The guest was woken from its sleep, and runs.
+    pub fn woke(&mut self) {
+        self.enter(RunState::Running);
+    }
+
+    /// The VM stopped by itself: [`RunState::Suspended`], [`RunState::IoError`], [`RunState::GuestPanicked`] from running,
+    /// [`RunState::InternalError`].
     ///
     /// # Panics
     /// `state` may not follow the present one.
@@ -369,18 +375,23 @@ impl VmControl {
 
     fn was_reset(&mut self, reason: ShutdownCause) {
         self.tell(EventKind::Reset { guest: reason.by_guest(), reason });
-        if self.state().may_become(RunState::Prelaunch) {
-            self.enter(RunState::Prelaunch);
+        match self.state() {
+            // A reset wakes it: it runs.
+            RunState::Suspended => self.enter(RunState::Running),
+            state if state.may_become(RunState::Prelaunch) => self.enter(RunState::Prelaunch),
+            _ => {}
         }
     }
 
     fn enter(&mut self, next: RunState) {
         let before = self.state.send_replace(next);
         assert!(before.may_become(next), "a VM that is {before} can't become {next}");
-        if next.is_running() {
-            self.tell(EventKind::Resume);
-        } else if before.is_running() {
-            self.tell(EventKind::Stop);
+        match (before, next) {
+            (RunState::Suspended, RunState::Running) => self.tell(EventKind::Wakeup),
+            (_, RunState::Suspended) => self.tell(EventKind::Suspend),
+            (_, RunState::Running) => self.tell(EventKind::Resume),
+            (RunState::Running, _) => self.tell(EventKind::Stop),
+            _ => {}
         }
     }
 
@@ -401,7 +412,8 @@ fn decide(command: Command, state: RunState) -> Decision {
         Command::Count => Decision::Do(Action::Count),
         Command::Stop if !state.is_running() => Decision::Answer(Ok(())),
         Command::Stop => Decision::Do(Action::Pause),
-        Command::Cont if state.is_running() => Decision::Answer(Ok(())),
+        // A sleeping guest waits for what it sleeps for.
+        Command::Cont if state.is_running() || state == RunState::Suspended => Decision::Answer(Ok(())),
         Command::Cont if state.needs_reset() => {
             Decision::Answer(Err(ControlError::Refused("Resetting the Virtual Machine is required".into())))
         }

@@ -7,6 +7,10 @@ pub enum PowerEvent {
     Reset,
     /// Power off (ACPI S5).
     PowerOff,
+    /// Suspend to RAM (ACPI S3).
+    Suspend,
+    /// What the guest sleeps for has come: go on. No vCPU runs.
+    WakeUp,
     /// isa-debug-exit: ends soc-vmm with the status `(value << 1) | 1`.
     DebugExit(u8),
 }

@@ -173,7 +173,7 @@ impl BzImage {
             (boot_data::CMDLINE, cmdline),
             (boot_data::INFO, self.zero_page(low_word(at), initrd, handover.map, handover.rsdp)),
         ];
-        Ok(Plan { loads, blobs, entry })
+        Ok(Plan { loads, blobs, entry, facs: None })
     }
 
     /// `struct boot_params` (Linux Documentation/arch/x86/zero-page.rst).

@@ -156,6 +156,15 @@ impl Entry {
         }
     }
 
+    /// The state in which a waking processor starts (ACPI 6.5 §16.3.2): real mode at the FACS's waking vector.
+    pub fn waking(signature: u32, vector: u32) -> Self {
+        let mut entry = Self::reset(signature);
+        entry.regs.rip = (vector & 0xf).into();
+        entry.segments.cs.selector = (vector >> 4) as u16;
+        entry.segments.cs.base = u64::from(vector & !0xf);
+        entry
+    }
+
     /// The state of an application processor: as after reset, and it waits.
     pub fn application_processor(signature: u32) -> Self {
         Self { start: Start::WaitForSipi, ..Self::reset(signature) }

@@ -115,7 +115,7 @@ impl BootPlan {
         let code = ImageFile::open(Role::Firmware, code)?;
         let (low, high) = flash::place(variables, code.size())?;
         let roms = vec![Rom { start: high, len: code.size() }, Rom { start: low, len: variables }];
-        let plan = Plan { loads: Vec::new(), blobs: Vec::new(), entry: Entry::reset(0) };
+        let plan = Plan { loads: Vec::new(), blobs: Vec::new(), entry: Entry::reset(0), facs: None };
         Ok(Self { first: code, initrd: None, plan, roms })
     }
 
@@ -138,6 +138,12 @@ impl BootPlan {
     /// The state in which the boot processor starts. The others start as [`Entry::application_processor`].
     pub fn entry(&self) -> &Entry {
         &self.plan.entry
+    }
+
+    /// Where the guest leaves its waking vector (ACPI 6.5 §5.2.10): a physical address of 4 bytes; none where firmware has it.
+    pub fn waking_vector(&self) -> Option<u64> {
+        const IN_FACS: u64 = 12;
+        Some(self.plan.facs? + IN_FACS)
     }
 
     /// Read-only memory that the images need beside RAM: first what ends at 4 GiB. None: no firmware starts.
@@ -226,5 +232,5 @@ fn place_firmware(size: u64) -> Result<(Plan, Rom), ImageError> {
     }
     let rom = Rom { start: FOUR_GIB - size, len: size };
     let loads = vec![plan::Load { from: Role::Firmware, offset: 0, file_len: size, to: rom.start, mem_len: size }];
-    Ok((Plan { loads, blobs: Vec::new(), entry: Entry::reset(0) }, rom))
+    Ok((Plan { loads, blobs: Vec::new(), entry: Entry::reset(0), facs: None }, rom))
 }

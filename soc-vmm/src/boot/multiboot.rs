@@ -134,7 +134,7 @@ pub(super) fn plan(
         (boot_data::INFO, information(handover.map, module)),
         (boot_data::CMDLINE, cmdline_bytes(handover.cmdline, usize::MAX)?),
     ];
-    Ok(Plan { loads, blobs, entry })
+    Ok(Plan { loads, blobs, entry, facs: None })
 }
 
 /// The information structure (§3.3) with its lists behind it.

@@ -23,6 +23,8 @@ pub struct Plan {
     pub(super) blobs: Vec<(u64, Vec<u8>)>,
     /// State of the boot processor.
     pub(super) entry: Entry,
+    /// Where the FACS is, if the loader placed one.
+    pub(super) facs: Option<u64>,
 }
 
 /// A piece of a file and its place in guest memory.
@@ -105,6 +107,7 @@ impl Plan {
                 (None, None) => return Err(ImageError::UnknownFormat.into()),
             }
         };
+        plan.facs = Some(acpi.nvs());
         plan.blobs.extend(acpi.pieces().map(|(to, bytes)| (to, bytes.to_vec())));
         Ok(plan)
     }

@@ -97,5 +97,5 @@ pub(super) fn plan(elf: &Elf, handover: &Handover<'_>, mut space: Space) -> Resu
         (boot_data::INFO, bytes),
         (boot_data::CMDLINE, cmdline_bytes(handover.cmdline, usize::MAX)?),
     ];
-    Ok(Plan { loads, blobs, entry })
+    Ok(Plan { loads, blobs, entry, facs: None })
 }

@@ -35,6 +35,10 @@ pub enum EventKind {
         /// Why.
         reason: ShutdownCause,
     },
+    /// The guest sleeps.
+    Suspend,
+    /// The guest was woken.
+    Wakeup,
     /// The power button was pressed by command.
     Powerdown,
     /// The guest's kernel panicked.

@@ -9,10 +9,11 @@ use serde::{Deserialize, Serialize};
 ///             ▼                                   │
 ///  ──▶ prelaunch ──▶ running ──▶ paused ──────────┤
 ///                     ▲    │                      │
+///                     │    ├──▶ suspended ────────┤
 ///                     │    ├──▶ io-error ─────────┤
 ///                     │    ├──▶ guest-panicked ───┤
 ///          cont from  │    ├──▶ shutdown ─────────┤
-///          the upper three └──▶ internal-error ───┘
+///          the upper four  └──▶ internal-error ───┘
 /// ```
 ///
 /// Besides, a VM that doesn't run can still power off or fail: the access that asks for it may be the last one served
@@ -26,6 +27,8 @@ pub enum RunState {
     Running,
     /// Stopped by command.
     Paused,
+    /// The guest sleeps in S3.
+    Suspended,
     /// The guest powered off.
     Shutdown,
     /// The VM can't go on: a failed entry, a lost function.
@@ -38,10 +41,11 @@ pub enum RunState {
 
 impl RunState {
     /// Every state.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Prelaunch,
         Self::Running,
         Self::Paused,
+        Self::Suspended,
         Self::Shutdown,
         Self::InternalError,
         Self::IoError,
@@ -60,11 +64,11 @@ impl RunState {
 
     /// Whether `next` may follow. A state does not follow itself.
     pub fn may_become(self, next: Self) -> bool {
-        use RunState::{GuestPanicked, InternalError, IoError, Paused, Prelaunch, Running, Shutdown};
+        use RunState::{GuestPanicked, InternalError, IoError, Paused, Prelaunch, Running, Shutdown, Suspended};
         match next {
             Prelaunch => !matches!(self, Prelaunch | Running),
-            Running => matches!(self, Prelaunch | Paused | IoError | GuestPanicked),
-            Paused | IoError | GuestPanicked => self == Running,
+            Running => matches!(self, Prelaunch | Paused | Suspended | IoError | GuestPanicked),
+            Paused | Suspended | IoError | GuestPanicked => self == Running,
             Shutdown => !matches!(self, Shutdown | InternalError),
             InternalError => self != InternalError,
         }
@@ -86,7 +90,7 @@ mod tests {
         let names: Vec<String> = RunState::ALL.iter().map(ToString::to_string).collect();
         assert_eq!(
             names,
-            ["prelaunch", "running", "paused", "shutdown", "internal-error", "io-error", "guest-panicked"]
+            ["prelaunch", "running", "paused", "suspended", "shutdown", "internal-error", "io-error", "guest-panicked"]
         );
     }
 

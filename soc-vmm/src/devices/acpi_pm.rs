@@ -7,7 +7,7 @@
 mod timer;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -39,8 +39,10 @@ pub const SMI_COMMAND: u16 = 0xb2;
 pub const ACPI_ENABLE: u8 = 0x02;
 /// What turns it off.
 pub const ACPI_DISABLE: u8 = 0x03;
-/// SLP_TYP of S5 (soft off) for the DSDT's `_S5`; other types do nothing.
+/// SLP_TYP of S5 (soft off) for the DSDT's `_S5`.
 pub const SLEEP_TYPE_S5: u8 = 0;
+/// SLP_TYP of S3 (suspend to RAM), where the machine can wake up from it: QEMU's.
+const SLEEP_TYPE_S3: u8 = 1;
 /// The SCI's GSI: level, active high, shared.
 pub const SCI_GSI: u32 = 9;
 
@@ -63,6 +65,10 @@ mod event {
     pub(super) const POWER_BUTTON: u16 = 1 << 8;
     pub(super) const SLEEP_BUTTON: u16 = 1 << 9;
     pub(super) const RTC: u16 = 1 << 10;
+    /// Status alone: the guest slept, and was woken.
+    pub(super) const WAKE: u16 = 1 << 15;
+    /// What wakes a guest that enabled it.
+    pub(super) const WAKERS: u16 = POWER_BUTTON | RTC;
     pub(super) const ENABLES: u16 = TIMER | GLOBAL | POWER_BUTTON | SLEEP_BUTTON | RTC;
 }
 
@@ -89,6 +95,15 @@ pub struct AcpiPm {
     clock: Arc<dyn Clock>,
     power: Arc<dyn PowerSink>,
     sci: Wire,
+    sleep: Sleep,
+}
+
+/// Whether the guest can sleep in S3, and whether it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sleep {
+    Never,
+    Awake,
+    Asleep,
 }
 
 /// Saved state of an [`AcpiPm`].
@@ -144,6 +159,9 @@ impl Registers {
 #[derive(Debug, Default)]
 struct Pending {
     power_button: AtomicBool,
+    rtc_alarm: AtomicBool,
+    /// PM1 status bits that the machine woke up by.
+    woken_by: AtomicU16,
     gpes: AtomicU64,
 }
 
@@ -158,6 +176,19 @@ impl AcpiHandle {
     /// Presses the power button. What follows is the guest's decision.
     pub fn press_power_button(&self) {
         self.pending.power_button.store(true, Ordering::Release);
+        self.wake.wake();
+    }
+
+    /// The RTC interrupts: in S3 that wakes the guest, if it wants it.
+    pub fn rtc_alarm(&self) {
+        self.pending.rtc_alarm.store(true, Ordering::Release);
+        self.wake.wake();
+    }
+
+    /// The machine has woken up and was reset: shows by what.
+    pub fn woke(&self) {
+        let by = self.pending.woken_by.load(Ordering::Acquire);
+        self.pending.woken_by.store(by | event::WAKE, Ordering::Release);
         self.wake.wake();
     }
 
@@ -186,7 +217,14 @@ impl AcpiPm {
         let handle = AcpiHandle { pending: pending.clone(), wake };
         let timer = PmTimer::new(tsc_khz.max(1), width);
         let registers = Registers::default();
-        (Self { registers, timer, deadline: None, pending, clock, power, sci: Wire::new(sci) }, handle)
+        let sci = Wire::new(sci);
+        (Self { registers, timer, deadline: None, pending, clock, power, sci, sleep: Sleep::Never }, handle)
+    }
+
+    /// The same, where the guest may suspend to RAM: who takes [`PowerEvent::Suspend`] can bring it back.
+    #[must_use]
+    pub fn with_sleep(self) -> Self {
+        Self { sleep: Sleep::Awake, ..self }
     }
 
     /// Makes the PM timer show `count` at host TSC `host_tsc`: after a restore on a host whose TSC is another.
@@ -221,8 +259,8 @@ impl AcpiPm {
                 let value = bytes::put(registers.control.into(), offset - CONTROL, byte) as u16;
                 registers.control = value & control::KEPT;
                 let kind = (value & control::SLEEP_TYPE) >> control::SLEEP_TYPE_SHIFT;
-                if value & control::SLEEP != 0 && kind == u16::from(SLEEP_TYPE_S5) {
-                    self.power.power(PowerEvent::PowerOff);
+                if value & control::SLEEP != 0 {
+                    self.fall_asleep(kind as u8);
                 }
             }
             GPE_STATUS..GPE_ENABLE => registers.gpe_status &= !bytes::put(0, offset - GPE_STATUS, byte),
@@ -238,6 +276,28 @@ impl AcpiPm {
                 registers.apm[(offset - APM) as usize % 2] = byte;
             }
             _ => {}
+        }
+    }
+
+    fn fall_asleep(&mut self, kind: u8) {
+        match kind {
+            SLEEP_TYPE_S5 => self.power.power(PowerEvent::PowerOff),
+            SLEEP_TYPE_S3 if self.sleep == Sleep::Awake => {
+                self.sleep = Sleep::Asleep;
+                self.pending.rtc_alarm.store(false, Ordering::Release);
+                self.power.power(PowerEvent::Suspend);
+            }
+            _ => {}
+        }
+    }
+
+    /// Wakes the guest up, if what it sleeps for is there.
+    fn wake_up(&mut self) {
+        let by = self.registers.status & self.registers.enable & event::WAKERS;
+        if self.sleep == Sleep::Asleep && by != 0 {
+            self.sleep = Sleep::Awake;
+            self.pending.woken_by.store(by, Ordering::Release);
+            self.power.power(PowerEvent::WakeUp);
         }
     }
 
@@ -286,6 +346,13 @@ impl Device for AcpiPm {
         if self.pending.power_button.swap(false, Ordering::AcqRel) {
             self.registers.status |= event::POWER_BUTTON;
         }
+        if self.pending.rtc_alarm.swap(false, Ordering::AcqRel) && self.sleep == Sleep::Asleep {
+            self.registers.status |= event::RTC;
+        }
+        if self.pending.woken_by.load(Ordering::Acquire) & event::WAKE != 0 {
+            self.registers.status |= self.pending.woken_by.swap(0, Ordering::AcqRel);
+        }
+        self.wake_up();
         self.registers.gpe_status |= self.pending.gpes.swap(0, Ordering::AcqRel);
         if self.deadline.is_some_and(|deadline| deadline <= self.clock.monotonic()) {
             self.deadline = None;
@@ -305,6 +372,9 @@ impl Device for AcpiPm {
         self.pending.gpes.store(0, Ordering::Release);
         self.registers = Registers::default();
         self.deadline = None;
+        if self.sleep == Sleep::Asleep {
+            self.sleep = Sleep::Awake;
+        }
         self.sci.set(false);
     }
 }

@@ -80,7 +80,10 @@ impl Relay {
 
 impl PowerSink for Relay {
     fn power(&self, event: PowerEvent) {
-        self.park.store(true, Ordering::Relaxed);
+        // No vCPU asked to be woken: none is in the guest.
+        if event != PowerEvent::WakeUp {
+            self.park.store(true, Ordering::Relaxed);
+        }
         self.tell(GuestEvent::Power(event));
     }
 }

@@ -29,7 +29,7 @@ use crate::cpuid::{CpuidConfig, CpuidError, Processor};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::layout::{LayoutError, MemoryLayout};
 use crate::link::{CallError, Channel, Link, LinkError, Notice};
-use crate::memory::MemoryError;
+use crate::memory::{GuestMemory, MemoryError};
 use crate::pci::MemoryView;
 use crate::power::{CrashEvent, PowerEvent};
 use crate::smbios::{SMBIOS_START, Smbios};
@@ -235,10 +235,15 @@ impl<F: SocFunction> Vm<F> {
         while tokio::task::block_in_place(|| loading.step(&self.host.ram.loader()))? {
             tokio::task::yield_now().await;
         }
+        self.set_processors(self.first_entry()).await
+    }
+
+    /// Puts chips and vCPUs into the state of a reset, the boot processor at `first`.
+    async fn set_processors(&self, first: Entry) -> Result<(), LifeError> {
         let (cpus, chips) = &self.pristine;
         self.host.set_chips(state::chips(chips)?).await?;
         for (vcpu, pristine) in cpus.iter().enumerate() {
-            let entry = if vcpu == 0 { self.first_entry() } else { Entry::application_processor(self.signature) };
+            let entry = if vcpu == 0 { first } else { Entry::application_processor(self.signature) };
             self.host.set_state(vcpu as u32, state::start(pristine, &entry)?).await?;
         }
         Ok(())
@@ -255,11 +260,15 @@ impl<F: SocFunction> Vm<F> {
 
     /// Resets the machine, of which every vCPU is out of the guest.
     async fn reset(&self) -> Result<(), LifeError> {
+        self.reset_devices().await;
+        self.start_state().await
+    }
+
+    async fn reset_devices(&self) {
         let (done, waits) = tokio::sync::oneshot::channel();
         self.worker.command(Command::Reset(done));
         // The worker ends only when the function is lost, which is reported on its own.
         let _ = waits.await;
-        self.start_state().await
     }
 
     /// Keeps the VM until it ends; how it ended.
@@ -369,13 +378,27 @@ impl<F: SocFunction> Vm<F> {
         self.host.pause().await?;
         let reset = async {
             self.reset().await?;
-            if control.state().is_running() { Ok(self.host.run().await?) } else { Ok(()) }
+            let runs = control.state().is_running() || control.state() == RunState::Suspended;
+            if runs { Ok(self.host.run().await?) } else { Ok(()) }
         };
         let outcome = reset.await;
         if outcome.is_err() && control.state().may_become(RunState::InternalError) {
             control.stopped(RunState::InternalError);
         }
         outcome
+    }
+
+    /// Goes on after S3: the machine is reset, memory is as it was, and the boot processor starts where the guest said.
+    async fn wake_up(&self) -> Result<(), LifeError> {
+        self.reset_devices().await;
+        self.acpi.woke();
+        self.arranger.settled().await;
+        let mut vector = [0; 4];
+        if let Some(at) = self.plan.waking_vector() {
+            tokio::task::block_in_place(|| self.host.ram.read(at, &mut vector)).map_err(BootError::from)?;
+        }
+        self.set_processors(Entry::waking(self.signature, u32::from_le_bytes(vector))).await?;
+        Ok(self.host.run().await?)
     }
 
     async fn hear(&self, event: GuestEvent, control: &mut VmControl) -> Result<Option<ExitStatus>, Failure> {
@@ -390,6 +413,21 @@ impl<F: SocFunction> Vm<F> {
             GuestEvent::Power(PowerEvent::Reset) => {
                 self.reset_and_run(control).await.map_err(|e| e.failure())?;
                 control.guest_reset();
+                Ok(None)
+            }
+            GuestEvent::Power(PowerEvent::Suspend) => {
+                // Ordered to stop while it fell asleep, it sleeps stopped.
+                if control.state().is_running() {
+                    self.host.pause().await.map_err(|e| LifeError::from(e).failure())?;
+                    control.stopped(RunState::Suspended);
+                }
+                Ok(None)
+            }
+            GuestEvent::Power(PowerEvent::WakeUp) => {
+                if control.state() == RunState::Suspended {
+                    self.wake_up().await.map_err(|e| e.failure())?;
+                    control.woke();
+                }
                 Ok(None)
             }
             GuestEvent::Power(PowerEvent::PowerOff) => {

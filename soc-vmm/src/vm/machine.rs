@@ -106,13 +106,22 @@ impl Machine {
         let (layout, cpus) = (shape.layout, shape.topology.cpus() as u16);
         let cmos = Cmos { ram_below_4g: layout.low_end(), ram_above_4g: layout.high_bytes(), cpus, boot: [None; 3] };
         let clock = Arc::new(SystemClock);
-        builder.add(&Rtc::RANGES, Rtc::new(&cmos, clock.clone(), line(8)))?;
         builder.add(&I8042::RANGES, I8042::new(line(1), line(12), power.clone()))?;
         builder.add(&Port92::RANGES, Port92::new(power.clone()))?;
         builder.add(&ResetControl::RANGES, ResetControl::new(power.clone()))?;
         builder.add(&DelayPort::RANGES, DelayPort)?;
-        let (acpi_pm, acpi) =
-            AcpiPm::new(tsc_khz.into(), PmTimerWidth::Bits32, clock, line(SCI_GSI), power.clone(), wake.clone());
+        let (acpi_pm, acpi) = AcpiPm::new(
+            tsc_khz.into(),
+            PmTimerWidth::Bits32,
+            clock.clone(),
+            line(SCI_GSI),
+            power.clone(),
+            wake.clone(),
+        );
+        // Without firmware the loader's FACS is there to wake up by.
+        let acpi_pm = if prepared { acpi_pm.with_sleep() } else { acpi_pm };
+        let alarm = Arc::new(RtcLine { lines: lines.clone(), acpi: acpi.clone() });
+        builder.add(&Rtc::RANGES, Rtc::new(&cmos, clock, InterruptLine::new(RTC_GSI, alarm)))?;
         let (fabric, cdrom) = chipset::build(PciParts {
             prepared,
             layout,
@@ -148,6 +157,24 @@ impl Machine {
         builder.buses.ports.insert_rest(Box::new(ports));
         builder.buses.memory.insert_rest(Box::new(rest));
         Ok(Self { buses: builder.buses, acpi, cdrom, posted: builder.posted })
+    }
+}
+
+/// The RTC's interrupt.
+const RTC_GSI: u32 = 8;
+
+/// The RTC's interrupt line, of which ACPI hears too: it wakes a sleeping guest.
+struct RtcLine {
+    lines: Arc<dyn LineSink>,
+    acpi: AcpiHandle,
+}
+
+impl LineSink for RtcLine {
+    fn set_level(&self, gsi: u32, high: bool) {
+        self.lines.set_level(gsi, high);
+        if high {
+            self.acpi.rtc_alarm();
+        }
     }
 }
 

@@ -48,6 +48,38 @@ fn s5_powers_off() {
 }
 
 #[test]
+fn a_guest_in_s3_is_woken_by_what_it_enabled() {
+    const RTC: u64 = 1 << 10;
+    const WAKE: u64 = 1 << 15;
+    let mut rig = Rig::new();
+    enable_acpi(&mut rig);
+    // Awake, an alarm is the RTC's own interrupt alone.
+    rig.out(ENABLE, 2, RTC);
+    rig.acpi_handle.rtc_alarm();
+    rig.settle();
+    assert_eq!((rig.inp(STATUS, 2), rig.power.take()), (0, vec![]));
+    rig.out(CONTROL, 2, 1 << 10 | SLP_EN);
+    assert_eq!(rig.power.take(), [PowerEvent::Suspend]);
+    rig.acpi_handle.press_power_button();
+    rig.settle();
+    assert_eq!(rig.power.take(), [], "the button is not enabled");
+    rig.acpi_handle.rtc_alarm();
+    rig.settle();
+    assert_eq!(rig.power.take(), [PowerEvent::WakeUp]);
+    rig.ports.reset();
+    rig.acpi_handle.woke();
+    rig.settle();
+    assert_eq!(rig.inp(STATUS, 2), RTC | WAKE);
+    // A reset ends sleep too.
+    rig.out(CONTROL, 2, 1 << 10 | SLP_EN);
+    rig.ports.reset();
+    rig.out(ENABLE, 2, RTC);
+    rig.acpi_handle.rtc_alarm();
+    rig.settle();
+    assert_eq!(rig.power.take(), [PowerEvent::Suspend]);
+}
+
+#[test]
 fn power_button_is_an_sci() {
     let mut rig = Rig::new();
     enable_acpi(&mut rig);

@@ -190,6 +190,7 @@ impl Rig {
         let (debug_output, debug_out) = output_pipe(ROOM, wakes.clone());
         let (acpi, acpi_handle) =
             AcpiPm::new(TSC_KHZ, width, clock.clone(), line(SCI_GSI), power.clone(), wakes.clone());
+        let acpi = acpi.with_sleep();
         let mut rig = Self {
             ports: Bus::default(),
             memory: Bus::default(),
