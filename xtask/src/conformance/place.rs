@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::libc::SIGKILL;
@@ -23,8 +22,6 @@ const LOOK: Duration = Duration::from_millis(200);
 const STUCK: &str = "KVM internal error";
 /// The server's RAM: the largest test's, and the files.
 const SERVER_MIB: u32 = 4096;
-/// Under emulation a test takes that many times as long.
-const SLOWER: u32 = 4;
 
 /// How a program ended.
 #[derive(Clone, Debug)]
@@ -106,7 +103,7 @@ impl Place {
         let words: Vec<&str> = words.iter().chain(arguments).map(String::as_str).collect();
         match self {
             Self::Here { dir, .. } => run_here(&words, limit, &dir.path().join("output")),
-            Self::Server { machine, .. } => run_there(machine, &words, limit * SLOWER),
+            Self::Server { machine, .. } => run_there(machine, &words, limit),
         }
     }
 }
@@ -146,7 +143,6 @@ fn run_there(machine: &Machine, words: &[&str], limit: Duration) -> Result<Ended
             machine.wait_for_exit(pid, limit).map_err(|e| with_sources(&e))?;
             break None;
         }
-        sleep(Duration::ZERO);
     };
     Ok(Ended { status, output: text() })
 }
