@@ -1,6 +1,6 @@
 //! A Debian on a disk of its own, unchanged, on an emulated server: through SeaBIOS and GRUB, through OVMF and GRUB, and by its
-//! kernel alone. It is logged into on its serial line, mounts a CD-ROM, fetches a page through passt, and finds nothing to
-//! complain about in the machine.
+//! kernel alone, the last of these from an Arm SoC too. It is logged into on its serial line, mounts a CD-ROM, fetches a page
+//! through passt, and finds nothing to complain about in the machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -64,7 +64,16 @@ fn debian_boots_through_ovmf_and_grub_and_what_it_tells_the_firmware_stays() {
 
 #[test]
 fn debian_boots_by_its_kernel() {
-    let Some(place) = Place::new("debian-direct") else { return };
+    boots_by_its_kernel(Place::new("debian-direct"));
+}
+
+#[test]
+fn debian_boots_from_an_arm_soc() {
+    boots_by_its_kernel(Place::on_an_arm_soc("debian-arm"));
+}
+
+fn boots_by_its_kernel(place: Option<Place>) {
+    let Some(place) = place else { return };
     let (kernel, initrd) = (path(&place.image.kernel), path(&place.image.initrd));
     let mut vm = place.run(&["--kernel", kernel, "--initrd", initrd, "--cmdline", COMMAND_LINE]);
     let mut guest = vm.log_in();
@@ -77,13 +86,17 @@ fn debian_boots_by_its_kernel() {
 
 const MIN_PERIOD: &str = "/sys/module/kvm/parameters/min_timer_period_us";
 
-/// An emulated server, and what a VM on it is started with.
+/// An emulated server, and what a VM on it is started with, as soc-vmm finds it where it runs.
 struct Place {
     /// The VM's: that of no other test, on this machine or of another user's.
     name: String,
     bed: Bed,
-    page: PageServer,
     image: Image,
+    cd: PathBuf,
+    /// The port of the page's server.
+    page: u16,
+    /// That server, unless it is the SoC's.
+    _server: Option<PageServer>,
     tools: Tools,
     dir: tempfile::TempDir,
 }
@@ -92,20 +105,27 @@ struct Place {
 const TEXT: &str = "an unlikely text, 6d1f0c52";
 
 impl Place {
+    /// Where soc-vmm runs on this machine.
     fn new(name: &str) -> Option<Self> {
-        if !testbed::machines_or_skip(&test_name()) {
-            return None;
-        }
-        let (image, tools) = (debian::image().unwrap(), debian::tools().unwrap());
-        let dir = testbed::scratch::dir().unwrap();
-        image.copy_disk(&dir.path().join("disk")).unwrap();
-        let content = dir.path().join("content");
-        fs::create_dir(&content).unwrap();
-        fs::write(content.join("text"), TEXT).unwrap();
-        tools.iso("OUTBOARD", &content, &dir.path().join("cd")).unwrap();
+        let Parts { image, cd, tools, dir } = Parts::new()?;
+        let disk = dir.path().join("disk");
+        image.copy_disk(&disk).unwrap();
+        let image = Image { disk, ..image };
         let bed = BedConfig::new(name, 1).start().unwrap();
+        let server = PageServer::start(TEXT).unwrap();
         let name = format!("{name}-{}", std::process::id());
-        Some(Self { name, bed, page: PageServer::start(TEXT).unwrap(), image, tools, dir })
+        Some(Self { name, bed, image, cd, page: server.port(), _server: Some(server), tools, dir })
+    }
+
+    /// Where soc-vmm, passt and the page's server run on an Arm SoC.
+    fn on_an_arm_soc(name: &str) -> Option<Self> {
+        let Parts { image, cd, tools, dir } = Parts::new()?;
+        let mut config = BedConfig::new(name, 1).with_arm_soc();
+        let image = debian::equip(config.soc.as_mut().unwrap(), &image, &cd).unwrap();
+        let bed = config.start().unwrap();
+        let page = debian::serve_page(bed.soc.as_ref().unwrap(), TEXT).unwrap();
+        let name = name.to_owned();
+        Some(Self { name, bed, image, cd: debian::SOC_CD.into(), page, _server: None, tools, dir })
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -114,15 +134,40 @@ impl Place {
 
     /// Runs a VM that boots as `boot` says.
     fn run(&self, boot: &[&str]) -> Vm<'_> {
-        let (disk, cd, socket) = (self.file("disk"), self.file("cd"), self.file("passt"));
-        let passt = Passt::start(&self.tools, socket).unwrap();
-        let disk = format!("file={}", disk.display());
+        let passt = match &self.bed.soc {
+            Some(soc) => Passt::start_on(soc).unwrap(),
+            None => Passt::start(&self.tools, self.file("passt")).unwrap(),
+        };
+        let disk = format!("file={}", self.image.disk.display());
         let net = format!("stream={}", passt.socket().display());
         let mut args = boot.to_vec();
-        args.extend(["--disk", &disk, "--cdrom", path(&cd), "--net", &net]);
+        args.extend(["--disk", &disk, "--cdrom", path(&self.cd), "--net", &net]);
         let args = args.into_iter().map(str::to_owned).collect();
         let config = VmConfig { boot: Boot::AsTold, args, ..VmConfig::new(&self.name, 0) };
-        Vm { vmm: Vmm::run(&self.bed, &config).unwrap(), page: self.page.port(), _passt: passt }
+        Vm { vmm: Vmm::run(&self.bed, &config).unwrap(), page: self.page, _passt: passt }
+    }
+}
+
+/// What every place is made of.
+struct Parts {
+    image: Image,
+    cd: PathBuf,
+    tools: Tools,
+    dir: tempfile::TempDir,
+}
+
+impl Parts {
+    fn new() -> Option<Self> {
+        if !testbed::machines_or_skip(&test_name()) {
+            return None;
+        }
+        let (image, tools) = (debian::image().unwrap(), debian::tools().unwrap());
+        let dir = testbed::scratch::dir().unwrap();
+        let (content, cd) = (dir.path().join("content"), dir.path().join("cd"));
+        fs::create_dir(&content).unwrap();
+        fs::write(content.join("text"), TEXT).unwrap();
+        tools.iso("OUTBOARD", &content, &cd).unwrap();
+        Some(Self { image, cd, tools, dir })
     }
 }
 

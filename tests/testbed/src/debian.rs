@@ -5,6 +5,7 @@
 //! | part | what |
 //! | --- | --- |
 //! | `debian-tools` | what makes the disk (GRUB, e2fsprogs, mtools, sfdisk), the firmware that boots it (SeaBIOS, OVMF), and what a test sets beside it (passt, xorriso) |
+//! | `soc-programs` | passt and busybox for an Arm SoC whose soc-vmm boots the disk |
 //! | `debian` | `disk.raw` (GPT: BIOS boot, ESP, ext4), and beside it `vmlinuz` and `initrd`, the same as on the disk, for direct boot |
 //!
 //! One disk boots through a BIOS (GRUB in the BIOS boot partition), through UEFI (GRUB on the ESP), and by its kernel alone.
@@ -17,6 +18,7 @@ mod disk;
 mod passt;
 mod root;
 mod shell;
+mod soc;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,6 +29,7 @@ use crate::process::run;
 
 pub use passt::Passt;
 pub use shell::{Answer, Line, Shell};
+pub use soc::{SOC_CD, equip, serve_page, soc_programs};
 
 /// Who logs in.
 pub const USER: &str = "root";

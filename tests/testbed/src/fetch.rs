@@ -6,6 +6,7 @@
 //! | [`kernel`] | Debian 13's cloud kernels | the server, its guests, the Arm SoC |
 //! | [`cross`] | Debian 12 | rustc and the standard library for aarch64, a cross linker, qemu-user |
 //! | [`debian::image`] | Debian 12 | a disk with a Debian on it, and what boots it |
+//! | [`debian::soc_programs`] | Debian 13 | passt and busybox for the Arm SoC |
 //!
 //! Packages come through apt with its state in a directory of its own (its mirror, proxy and keys are the machine's) and are
 //! only unpacked: nothing is installed and no root is needed. Programs of another Debian release run by that release's own
@@ -87,6 +88,7 @@ pub fn everything() -> Result<(), Error> {
     kernel(Arch::Arm64)?;
     cross()?;
     debian::image()?;
+    debian::soc_programs()?;
     Ok(())
 }
 

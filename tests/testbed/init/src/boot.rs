@@ -1,6 +1,9 @@
 //! From a bare kernel to a machine whose functions are bound.
 
+use std::env::set_current_dir;
 use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::chroot;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -10,6 +13,22 @@ use nix::sys::reboot::{RebootMode, reboot};
 use testbed_init::{Module, PciId};
 
 use crate::inspect;
+
+/// Goes from the kernel's first root to another mount of the same files: pivot_root(2) refuses to replace the first one, and
+/// programs that lock themselves in call it, as passt does.
+pub(crate) fn leave_first_root() -> Result<(), String> {
+    const PLACE: &str = "/root";
+    let bind = |from, to, how| mount(Some(from), to, None::<&str>, how, None::<&str>);
+    let leave = || -> io::Result<()> {
+        fs::create_dir_all(PLACE)?;
+        bind("/", PLACE, MsFlags::MS_BIND)?;
+        set_current_dir(PLACE)?;
+        bind(".", "/", MsFlags::MS_MOVE)?;
+        chroot(".")?;
+        set_current_dir("/")
+    };
+    leave().map_err(|e| format!("mounting the root once more: {e}"))
+}
 
 /// Mounts the kernel's file systems, and hugetlbfs where the kernel has it.
 pub(crate) fn mount_all() -> Result<(), String> {

@@ -34,6 +34,7 @@ fn main() -> ExitCode {
 }
 
 fn serve() -> Result<(), String> {
+    boot::leave_first_root()?;
     boot::mount_all()?;
     let config = read_config()?;
     boot::name_machine(&config.name)?;

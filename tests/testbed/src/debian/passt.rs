@@ -5,36 +5,56 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::fetch::Error;
+use crate::fetch;
+use crate::machine::{Error, Machine};
 use crate::process::Child;
 
+use super::soc::SOC_PASST;
 use super::{PASST, Tools, command};
 
 /// How long it may take to listen.
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// Addresses of its own, so that it doesn't matter which ones its machine has. Where that has none, passt gives the guest
+/// link-local ones instead, with a router of another address; [`Passt::HOST`] is mapped all the same.
+const ARGUMENTS: [&str; 14] = [
+    "--foreground",
+    "--one-off",
+    "--ipv4-only",
+    "--no-dhcp-dns",
+    "--dns",
+    "none",
+    "--address",
+    "10.0.2.15",
+    "--netmask",
+    "24",
+    "--gateway",
+    Passt::HOST,
+    "--map-host-loopback",
+    Passt::HOST,
+];
+
 /// A running passt, for one VMM's connection: it ends with that, or with this handle.
 #[derive(Debug)]
 pub struct Passt {
     socket: PathBuf,
-    // Kept for its end.
-    _process: Child,
+    // Kept for its end. One on a SoC ends with that.
+    _process: Option<Child>,
 }
 
 impl Passt {
-    /// What the guest is to reach this machine's loopback interface by: its router.
+    /// What the guest reaches the loopback interface of passt's machine by.
     pub const HOST: &str = "10.0.2.2";
 
-    /// Starts it, listening at `socket`.
+    /// Starts it on this machine, listening at `socket`.
     ///
     /// # Errors
     /// It can't be started, or doesn't listen.
-    pub fn start(tools: &Tools, socket: PathBuf) -> Result<Self, Error> {
+    pub fn start(tools: &Tools, socket: PathBuf) -> Result<Self, fetch::Error> {
         let mut passt = command(&tools.dir.join(PASST), "usr/bin/passt");
-        // Addresses of its own, so that it doesn't matter which ones this machine has, if any.
         passt
-            .args(["--foreground", "--quiet", "--one-off", "--ipv4-only", "--no-dhcp-dns", "--dns", "none"])
-            .args(["--address", "10.0.2.15", "--netmask", "24", "--gateway", Self::HOST, "--socket"])
+            .args(ARGUMENTS)
+            .args(["--quiet", "--socket"])
             .arg(&socket)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -42,12 +62,28 @@ impl Passt {
         let mut process = Child::spawn(passt)?;
         let end = Instant::now() + LIMIT;
         while !socket.exists() {
-            let status = process.wait(Duration::from_millis(20)).map_err(|e| Error::file(&socket, e))?;
+            let status = process.wait(Duration::from_millis(20)).map_err(|e| fetch::Error::file(&socket, e))?;
             if status.is_some() || Instant::now() >= end {
-                return Err(Error::file(&socket, io::ErrorKind::NotConnected.into()));
+                return Err(fetch::Error::file(&socket, io::ErrorKind::NotConnected.into()));
             }
         }
-        Ok(Self { socket, _process: process })
+        Ok(Self { socket, _process: Some(process) })
+    }
+
+    /// Starts it on a SoC that was equipped for it (see [`super::equip`]).
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_on(soc: &Machine) -> Result<Self, Error> {
+        const SOCKET: &str = "/tmp/passt";
+        // Started by root it becomes somebody else, whom it would look for in /etc/passwd.
+        let own = ["--runas", "65534:65534", "--socket", SOCKET];
+        let pid = soc.run(SOC_PASST, &[&ARGUMENTS[..], &own].concat(), None)?;
+        if soc.control().wait_for_output(pid, "UNIX domain socket bound at", LIMIT).is_none() {
+            let said = soc.control().output(pid).join("\n");
+            return Err(Error::file(SOC_PASST)(io::Error::new(io::ErrorKind::NotConnected, said)));
+        }
+        Ok(Self { socket: SOCKET.into(), _process: None })
     }
 
     /// Where a VMM connects.
