@@ -1,7 +1,10 @@
-//! The i8042 keyboard controller (IBM PS/2 Technical Reference, "Keyboard and Auxiliary Device Controller"), nothing plugged in.
+//! The i8042 keyboard controller (IBM PS/2 Technical Reference, "Keyboard and Auxiliary Device Controller") with a keyboard that
+//! nobody types at, and no mouse.
 //!
-//! The controller answers; a byte sent to the keyboard or the mouse is answered as real controllers do where nobody is: a
-//! timeout with 0xfe in the output buffer, at once, so that no guest waits for a device that will not come.
+//! A byte sent to the mouse is answered as real controllers do where nobody is: a timeout with 0xfe in the output buffer, at
+//! once, so that no guest waits for a device that will not come.
+
+mod keyboard;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,6 +16,8 @@ use super::{Persist, Ranges, RestoreError, bytes, check, claim};
 use crate::bus::{Access, Answer, Deferred, Device};
 use crate::interrupt::InterruptLine;
 use crate::power::{PowerEvent, PowerSink};
+
+pub use keyboard::Keyboard;
 
 mod status {
     pub(super) const OUTPUT_FULL: u8 = 1 << 0;
@@ -30,6 +35,8 @@ mod mode {
     pub(super) const AUX_INT: u8 = 1 << 1;
     pub(super) const KEYBOARD_OFF: u8 = 1 << 4;
     pub(super) const AUX_OFF: u8 = 1 << 5;
+    /// Scan codes of set 2 reach the guest as set 1.
+    pub(super) const TRANSLATE: u8 = 1 << 6;
 }
 
 mod port {
@@ -92,6 +99,8 @@ pub struct I8042State {
     pub awaited: Option<u8>,
     /// Bytes to be read, the first one in the output buffer.
     pub output: VecDeque<I8042Byte>,
+    /// The keyboard.
+    pub keyboard: Keyboard,
 }
 
 /// A byte for port 0x60.
@@ -113,6 +122,7 @@ impl I8042State {
             outport: port::RESET | port::A20 | port::ONES,
             awaited: None,
             output: VecDeque::new(),
+            keyboard: Keyboard::power_on(),
         }
     }
 
@@ -138,6 +148,15 @@ impl I8042State {
 
     fn reply(&mut self, value: u8) {
         self.push(value, false, false);
+    }
+
+    /// A byte for the keyboard, whose line is opened by it.
+    fn send(&mut self, byte: u8) {
+        self.mode &= !mode::KEYBOARD_OFF;
+        let translate = self.mode & mode::TRANSLATE != 0;
+        let mut keyboard = self.keyboard;
+        keyboard.take(byte, |said| self.reply(if translate { keyboard::translated(said) } else { said }));
+        self.keyboard = keyboard;
     }
 
     /// Levels of the keyboard's and the mouse's line.
@@ -211,7 +230,7 @@ impl I8042 {
                 }
             }
             Some(command::WRITE_AUX) => state.push(RESEND, true, true),
-            _ => state.push(RESEND, false, true),
+            _ => state.send(byte),
         }
     }
 
@@ -264,6 +283,7 @@ impl Persist for I8042 {
     fn restore(&mut self, state: &I8042State) -> Result<(), RestoreError> {
         check(state.status & !status::KEPT == 0, "i8042", "status has bits that are no state")?;
         check(state.output.len() <= QUEUE, "i8042", "too many bytes wait to be read")?;
+        check(state.keyboard.is_lawful(), "i8042", "the keyboard is in no state of its own")?;
         self.state = state.clone();
         let (keyboard, aux) = self.state.levels();
         self.keyboard_irq.force(keyboard);

@@ -53,7 +53,7 @@ pub use debug_console::DebugConsole;
 pub use debug_exit::DebugExit;
 pub use delay_port::DelayPort;
 pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgState};
-pub use i8042::{I8042, I8042State};
+pub use i8042::{I8042, I8042State, Keyboard};
 pub use pc_testdev::{PcTestMemory, PcTestMemoryState, PcTestPorts, PcTestPortsState};
 pub use pci_hotplug::{
     BANK as PCI_HOTPLUG_BANK, EjectSink, PCI_HOTPLUG_GPE, PCI_HOTPLUG_LEN, PCI_HOTPLUG_PORT, PCI_HOTPLUG_SLOTS,

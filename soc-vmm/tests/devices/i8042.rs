@@ -1,4 +1,4 @@
-//! Keyboard controller: SeaBIOS' and Linux' sequences with nothing plugged in.
+//! Keyboard controller: SeaBIOS' and Linux' sequences, with a keyboard and no mouse.
 
 use soc_vmm::devices::Persist;
 use soc_vmm::power::PowerEvent;
@@ -41,10 +41,10 @@ fn seabios_sets_up_the_controller() {
     // Both devices off, no interrupts.
     command(&mut rig, 0x60);
     rig.outb(DATA, 0x30);
-    // Keyboard reset: nobody answers.
+    // Keyboard reset: it answers, and has passed its test.
     rig.outb(DATA, 0xff);
-    assert_eq!(rig.inb(STATUS) & 0x61, 0x41, "timeout, keyboard");
-    assert_eq!(reply(&mut rig), 0xfe);
+    assert_eq!(rig.inb(STATUS) & 0x61, 0x01, "keyboard, no timeout");
+    assert_eq!([reply(&mut rig), reply(&mut rig)], [0xfa, 0xaa]);
     assert!(rig.lines.all_high().is_empty());
 }
 
@@ -84,12 +84,14 @@ fn linux_probes_the_controller() {
     assert_eq!(rig.lines.all_high(), [12]);
     assert_eq!(rig.inb(STATUS) & 0x61, 0x61, "timeout, mouse");
     assert_eq!(reply(&mut rig), 0xfe);
-    // Likewise the keyboard.
-    command(&mut rig, 0x60);
-    rig.outb(DATA, 0x01);
-    rig.outb(DATA, 0xf2);
-    assert_eq!(rig.lines.all_high(), [1]);
-    assert_eq!(reply(&mut rig), 0xfe);
+    // The keyboard says what it is; where scan codes are translated, so is that.
+    for (mode, last) in [(0x01, 0x83), (0x41, 0x41)] {
+        command(&mut rig, 0x60);
+        rig.outb(DATA, mode);
+        rig.outb(DATA, 0xf2);
+        assert_eq!(rig.lines.all_high(), [1]);
+        assert_eq!([reply(&mut rig), reply(&mut rig), reply(&mut rig)], [0xfa, 0xab, last]);
+    }
 }
 
 #[test]
@@ -111,12 +113,14 @@ fn a_command_ends_the_wait_for_the_last_ones_data() {
     assert_eq!(reply(&mut rig), 0x00);
     rig.outb(DATA, 0x00);
     assert_eq!(rig.power.take(), [], "no output port: a byte for the keyboard");
-    assert_eq!(reply(&mut rig), 0xfe);
+    assert_eq!(reply(&mut rig), 0xfe, "which doesn't know it");
 }
 
 #[test]
 fn an_awaited_byte_moves_with_the_state() {
     let mut from = Rig::new();
+    from.outb(DATA, 0xf0);
+    assert_eq!(reply(&mut from), 0xfa);
     command(&mut from, 0xd3);
     let state = from.i8042.lock().unwrap().save();
     let mut to = Rig::new();
@@ -124,6 +128,8 @@ fn an_awaited_byte_moves_with_the_state() {
     to.outb(DATA, 0x77);
     assert_eq!(to.inb(STATUS) & 0x21, 0x21);
     assert_eq!(reply(&mut to), 0x77);
+    to.outb(DATA, 0x00);
+    assert_eq!([reply(&mut to), reply(&mut to)], [0xfa, 0x02], "the keyboard's scan code set");
 }
 
 #[test]
