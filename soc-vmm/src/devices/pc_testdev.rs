@@ -68,7 +68,8 @@ impl Device for PcTestPorts {
     fn write(&mut self, access: &Access, offset: u64, data: u64, _: Deferred<'_>) -> Answer {
         bytes::write(access, offset, end(offset), data, |at, byte| match at {
             WORD..FLUSH | BYTES..IRQ => self.word = bytes::put(self.word.into(), at % 4, byte) as u32,
-            IRQ..END => self.lines[(at - IRQ) as usize].set(byte != 0),
+            // Said even where it is no change: a second vCPU that lowers a line relies on it as the first one does.
+            IRQ..END => self.lines[(at - IRQ) as usize].force(byte != 0),
             _ => {}
         });
         Answer::Done(0)

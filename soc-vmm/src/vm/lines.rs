@@ -34,6 +34,40 @@ struct State {
     gathered: [Option<LineChange>; 2],
 }
 
+/// What becomes of a level that was set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Set {
+    /// The host has it, or will.
+    Known,
+    /// It goes with the completion of the access that is being served.
+    Waits,
+    /// It goes now.
+    Goes(LineChange),
+}
+
+impl State {
+    /// Sets a GSI's level; `waits` if an access is being served.
+    ///
+    /// A level that is no change goes with the completion all the same: the change itself may be in another vCPU's completion, and
+    /// that vCPU may be later. Whichever comes first applies it, and neither vCPU goes on under the old level.
+    fn set(&mut self, gsi: u16, high: bool, waits: bool) -> Set {
+        let (sequence, level) = self.gsis.entry(gsi).or_default();
+        let is_change = *level != high;
+        if is_change {
+            (*sequence, *level) = (sequence.wrapping_add(1), high);
+        }
+        let change = LineChange { gsi, high, sequence: *sequence };
+        match self.gathered.iter_mut().find(|slot| waits && slot.is_none()) {
+            Some(free) => {
+                *free = Some(change);
+                Set::Waits
+            }
+            None if is_change => Set::Goes(change),
+            None => Set::Known,
+        }
+    }
+}
+
 impl<F: SocFunction> Lines<F> {
     /// All lines low.
     pub(super) fn new(channel: Channel<F>) -> Arc<Self> {
@@ -89,23 +123,47 @@ impl<F: SocFunction> Lines<F> {
 impl<F: SocFunction> LineSink for Lines<F> {
     fn set_level(&self, gsi: u32, high: bool) {
         let Ok(gsi) = u16::try_from(gsi) else { return };
-        let change = {
-            let mut state = self.state();
-            let (sequence, level) = state.gsis.entry(gsi).or_default();
-            if *level == high {
-                return;
-            }
-            (*sequence, *level) = (sequence.wrapping_add(1), high);
-            let change = LineChange { gsi, high, sequence: *sequence };
-            let waits =
-                self.gathering.load(Ordering::Relaxed) && self.worker.get() == Some(&std::thread::current().id());
-            if let Some(free) = state.gathered.iter_mut().find(|slot| waits && slot.is_none()) {
-                *free = Some(change);
-                self.any.store(true, Ordering::Relaxed);
-                return;
-            }
-            change
-        };
-        self.send(vec![change.to_word()]);
+        let waits = self.gathering.load(Ordering::Relaxed) && self.worker.get() == Some(&std::thread::current().id());
+        let mut state = self.state();
+        let set = state.set(gsi, high, waits);
+        if set == Set::Waits {
+            self.any.store(true, Ordering::Relaxed);
+        }
+        drop(state);
+        if let Set::Goes(change) = set {
+            self.send(vec![change.to_word()]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GSI: u16 = 14;
+
+    fn change(high: bool, sequence: u32) -> LineChange {
+        LineChange { gsi: GSI, high, sequence }
+    }
+
+    #[test]
+    fn a_level_that_another_completion_carries_is_carried_again() {
+        let mut state = State::default();
+        assert_eq!(state.set(GSI, true, false), Set::Goes(change(true, 1)));
+        for _ in 0..2 {
+            assert_eq!(state.set(GSI, false, true), Set::Waits);
+            assert_eq!(std::mem::take(&mut state.gathered), [Some(change(false, 2)), None]);
+        }
+        assert_eq!(state.set(GSI, false, false), Set::Known, "no completion to go with");
+    }
+
+    #[test]
+    fn what_finds_no_place_in_the_completion_goes_at_once() {
+        let mut state = State::default();
+        for high in [true, false] {
+            assert_eq!(state.set(GSI, high, true), Set::Waits);
+        }
+        assert_eq!(state.set(GSI, true, true), Set::Goes(change(true, 3)));
+        assert_eq!(state.set(GSI, true, true), Set::Known);
     }
 }
