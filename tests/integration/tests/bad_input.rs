@@ -169,7 +169,7 @@ fn processors_that_can_t_be() {
     let kernel = trial.file("kernel", &kernel());
     for (args, option) in [
         (["--cpus", "0"], "--cpus"),
-        (["--cpus", "256"], "--cpus"),
+        (["--cpus", "1025"], "--cpus"),
         (["--cpus", "two"], "--cpus"),
         (["--cpu", "Skylake"], "--cpu"),
         (["--cpu-affinity", "1=0"], "--cpu-affinity"),

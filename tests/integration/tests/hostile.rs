@@ -13,7 +13,7 @@ const MOST: Duration = Duration::from_secs(40);
 /// Most memory that soc-vmm may have had, in KiB: unoptimized, it takes some 30 MiB for a small VM.
 const MOST_MEMORY: u64 = 96 << 10;
 /// Calls that make a VM of one vCPU and start it.
-const CALLS: u32 = 11;
+const CALLS: u32 = 13;
 /// Attacks of each kind.
 const SEEDS: u64 = 4;
 
