@@ -67,10 +67,10 @@ mod tests {
     #[test]
     fn parameters_are_translated() {
         let told = arguments(
-            &entry("a.flat", &["-cpu", "max,host-phys-bits,+x2apic,vendor=GenuineIntel", "-m", "2048"]),
+            &entry("a.flat", &["-cpu", "max,host-phys-bits,+x2apic,-smap,vendor=GenuineIntel", "-m", "2048"]),
             "/a",
         );
-        let line = "run --kernel /a --cmdline a.flat b c --cpus 1 --memory 2048 --debug-exit --cpu max,+x2apic";
+        let line = "run --kernel /a --cmdline a.flat b c --cpus 1 --memory 2048 --debug-exit --cpu host,-smap";
         assert_eq!(told.join(" "), line);
     }
 
