@@ -202,6 +202,11 @@ fn summary(rows: &[Row]) -> ExitCode {
     for row in rows.iter().filter(|row| row.is_worse()) {
         println!("worse  {}: {}", row.name, shown(&row.soc_vmm));
     }
+    for row in rows.iter().filter(|row| row.qemu == Verdict::Passed) {
+        if let Verdict::Left(what) = &row.soc_vmm {
+            println!("lacks  {}: {what}", row.name);
+        }
+    }
     if rows.iter().any(Row::is_worse) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
