@@ -29,8 +29,13 @@ fn what_holds_no_disk_is_refused_at_once() {
 #[test]
 fn an_image_that_cannot_be_written_says_what_to_do() {
     if nix::unistd::geteuid().is_root() {
-        // Nothing keeps root from writing a file; a running program does.
-        let text = refusal(&ImageSpec::new(std::env::current_exe().unwrap()));
+        // Nothing keeps root from writing a file; a running program does. (This one may run under an emulator.)
+        let dir = Dir::new();
+        let program = dir.path("sleep");
+        std::fs::copy("/bin/sleep", &program).unwrap();
+        let mut running = std::process::Command::new(&program).arg("60").spawn().unwrap();
+        let text = refusal(&ImageSpec::new(&program));
+        running.kill().and_then(|()| running.wait()).unwrap();
         assert!(text.contains("or say readonly=on"), "{text}");
         return;
     }
