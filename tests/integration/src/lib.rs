@@ -8,6 +8,8 @@ pub mod soc;
 pub mod trace;
 mod vm;
 
+use testbed::fetch;
+
 pub use programs::{optimized_program, program};
 pub use vm::{Ended, Vm};
 
@@ -19,6 +21,25 @@ pub fn kvm(test: &str) -> bool {
             testbed::skip(test, &format!("/dev/kvm can't be opened: {e}"));
             false
         }
+    }
+}
+
+/// SeaBIOS, where VMs can run on this machine. If they can't, or it can't be fetched, says that the running test is skipped and why.
+///
+/// # Panics
+/// What was fetched is not what it should be.
+pub fn seabios() -> Option<String> {
+    let test = test_name();
+    if !kvm(&test) {
+        return None;
+    }
+    match fetch::qemu() {
+        Ok(root) => Some(root.seabios().to_str().expect("a UTF-8 path").to_owned()),
+        Err(error @ fetch::Error::Unreachable(_)) => {
+            testbed::skip(&test, &error.to_string());
+            None
+        }
+        Err(error) => panic!("{error:?}"),
     }
 }
 

@@ -2,8 +2,7 @@
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use integration::{Vm, kvm, test_name};
-use testbed::fetch;
+use integration::{Vm, kvm, seabios, test_name};
 
 const SECTOR: usize = 2048;
 /// Where things lie on the disc, in sectors; the first three are the standard's (ECMA-119 §6.7, El Torito 1.0 §2).
@@ -122,22 +121,11 @@ fn a_medium_is_taken_out_and_another_put_in_while_the_vm_runs() {
 
 #[test]
 fn seabios_boots_from_a_cd() {
-    if !kvm(&test_name()) {
-        return;
-    }
-    let root = match fetch::qemu() {
-        Ok(root) => root,
-        Err(error @ fetch::Error::Unreachable(_)) => {
-            testbed::skip(&test_name(), &error.to_string());
-            return;
-        }
-        Err(error) => panic!("{error:?}"),
-    };
-    let firmware = root.seabios();
+    let Some(firmware) = seabios() else { return };
     let directory = tempfile::tempdir().unwrap();
     let iso = directory.path().join("disc.iso");
     std::fs::write(&iso, disc()).unwrap();
-    let args = ["--firmware", firmware.to_str().unwrap(), "--memory", "64M", "--debug-exit"];
+    let args = ["--firmware", &firmware, "--memory", "64M", "--debug-exit"];
     let ended = Vm::run(&[&args[..], &["--cdrom", iso.to_str().unwrap()]].concat()).wait();
     assert!(ended.debugcon.contains("Outboard CD-ROM"), "{}", ended.debugcon);
     assert!(ended.debugcon.contains("read from the disc\n"), "{}", ended.debugcon);

@@ -4,9 +4,8 @@ use std::path::Path;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use integration::{Ended, Vm, kvm, test_name};
+use integration::{Ended, Vm, seabios};
 use tempfile::TempDir;
-use testbed::fetch;
 
 const SECTOR: usize = 512;
 const SECTORS: usize = 4096;
@@ -100,19 +99,8 @@ fn overlay(dir: &TempDir, backing: &Path) -> std::path::PathBuf {
 
 /// Boots from a disk; none where that can't be had here.
 fn boot(disk: &str) -> Option<Ended> {
-    if !kvm(&test_name()) {
-        return None;
-    }
-    let root = match fetch::qemu() {
-        Ok(root) => root,
-        Err(error @ fetch::Error::Unreachable(_)) => {
-            testbed::skip(&test_name(), &error.to_string());
-            return None;
-        }
-        Err(error) => panic!("{error:?}"),
-    };
-    let firmware = root.seabios();
-    let args = ["--firmware", firmware.to_str().unwrap(), "--memory", "64M", "--debug-exit", "--disk", disk];
+    let firmware = seabios()?;
+    let args = ["--firmware", &firmware, "--memory", "64M", "--debug-exit", "--disk", disk];
     Some(Vm::run(&args).wait())
 }
 

@@ -1,23 +1,11 @@
 //! Real firmware: SeaBIOS comes up, and looks for something to boot from.
 
-use integration::{Vm, kvm, test_name};
-use testbed::fetch;
+use integration::{Vm, seabios};
 
 #[test]
 fn seabios_finds_no_bootable_device() {
-    if !kvm(&test_name()) {
-        return;
-    }
-    let root = match fetch::qemu() {
-        Ok(root) => root,
-        Err(error @ fetch::Error::Unreachable(_)) => {
-            testbed::skip(&test_name(), &error.to_string());
-            return;
-        }
-        Err(error) => panic!("{error:?}"),
-    };
-    let firmware = root.seabios();
-    let mut vm = Vm::run(&["--firmware", firmware.to_str().unwrap(), "--memory", "512M"]);
+    let Some(firmware) = seabios() else { return };
+    let mut vm = Vm::run(&["--firmware", &firmware, "--memory", "512M"]);
     vm.debugcon_has("No bootable device");
     let said = std::fs::read_to_string(vm.file("debugcon")).unwrap();
     assert!(said.starts_with("SeaBIOS (version "), "{said}");
