@@ -3,6 +3,7 @@
 //! The files are opened here, and the header is looked at here first: so that a FIFO blocks nothing, a backing file is opened by the
 //! same rules as any image, and what imago doesn't know (encryption) or names in its own words (features) is refused in ours.
 
+mod guard;
 mod header;
 
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use super::error::{BlockError, ImageProblem};
 use super::file::{self, Opened};
 use super::spec::ImageFormat;
 use super::{BlockBackend, check_range, write_zeros};
+use guard::Guarded;
 use header::Header;
 
 /// Files of a chain: more than anyone has, few enough to open.
@@ -28,7 +30,7 @@ const WRITE: &str = "write it (check the disk that it is on, and the image with 
 #[derive(Debug)]
 pub(super) struct Qcow2 {
     /// Locked to write where clusters are taken away, since no other call may be using them then.
-    image: RwLock<FormatAccess<File>>,
+    image: RwLock<FormatAccess<Guarded>>,
     path: PathBuf,
     size: u64,
     read_only: bool,
@@ -42,7 +44,7 @@ impl Qcow2 {
         Ok(Self { image: RwLock::new(image), path, size, read_only })
     }
 
-    fn image(&self) -> RwLockReadGuard<'_, FormatAccess<File>> {
+    fn image(&self) -> RwLockReadGuard<'_, FormatAccess<Guarded>> {
         self.image.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -114,7 +116,7 @@ impl BlockBackend for Qcow2 {
 }
 
 /// Opens the image and all that it stands on; `above` are the files that stand on it.
-fn open_qcow2(opened: Opened, above: &mut Vec<(u64, u64)>) -> Result<FormatAccess<File>, ImageProblem> {
+fn open_qcow2(opened: Opened, above: &mut Vec<(u64, u64)>) -> Result<FormatAccess<Guarded>, ImageProblem> {
     let header = Header::read(&opened)?;
     above.push(opened.identity);
     let backing = match header.backing {
@@ -132,8 +134,8 @@ fn open_qcow2(opened: Opened, above: &mut Vec<(u64, u64)>) -> Result<FormatAcces
         }
     };
     let writable = !opened.read_only;
-    let image = storage(opened).and_then(|file| {
-        qcow2::Qcow2::<File>::builder(file).write(writable).backing(backing).open(DenyImplicitOpenGate::default())
+    let image = storage(opened, header.cluster).and_then(|file| {
+        qcow2::Qcow2::<Guarded>::builder(file).write(writable).backing(backing).open(DenyImplicitOpenGate::default())
     });
     image.map(FormatAccess::new).map_err(|source| ImageProblem::Io { action: OPEN, source })
 }
@@ -143,7 +145,7 @@ fn open_backing(
     path: &Path,
     format: Option<ImageFormat>,
     above: &mut Vec<(u64, u64)>,
-) -> Result<FormatAccess<File>, ImageProblem> {
+) -> Result<FormatAccess<Guarded>, ImageProblem> {
     if above.len() == DEPTH {
         return Err(ImageProblem::BackingDepth(DEPTH + 1));
     }
@@ -154,15 +156,17 @@ fn open_backing(
     match file::format_of(&opened, format)? {
         ImageFormat::Qcow2 => open_qcow2(opened, above),
         ImageFormat::Raw => {
-            let image = storage(opened).and_then(|file| raw::Raw::builder(file).open(DenyImplicitOpenGate::default()));
+            let image =
+                storage(opened, 0).and_then(|file| raw::Raw::builder(file).open(DenyImplicitOpenGate::default()));
             image.map(FormatAccess::new).map_err(|source| ImageProblem::Io { action: file::READ, source })
         }
     }
 }
 
-fn storage(opened: Opened) -> std::io::Result<File> {
+/// The file for imago; its first `header` bytes hold the header.
+fn storage(opened: Opened, header: u64) -> std::io::Result<Guarded> {
     let options = StorageOpenOptions::new().write(!opened.read_only).filename(&opened.path);
-    File::from_open_file(opened.file, options)
+    File::from_open_file(opened.file, options).map(|file| Guarded::new(file, header))
 }
 
 /// Where a backing file lies: its name is meant from where the image lies that names it.

@@ -1,11 +1,15 @@
 //! The header of a qcow2 file (QEMU `docs/interop/qcow2.txt`, "Header"), as far as it decides whether the image can be opened.
 
+use std::os::unix::fs::FileExt;
+
 use crate::block::error::ImageProblem;
 use crate::block::file::{Opened, QCOW2_MAGIC};
 
 /// Bytes of the header of version 2, and of the fixed part of version 3.
-const LEN_2: usize = 72;
+pub(super) const LEN_2: usize = 72;
 const LEN_3: usize = 104;
+/// Where its autoclear features are.
+const AUTOCLEAR: u64 = 88;
 /// Extensions: the end, and the backing file's format.
 const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
@@ -25,6 +29,8 @@ const FEATURES: [(u64, &str, &str); 5] = [
 /// What is in a header.
 #[derive(Debug)]
 pub(super) struct Header {
+    /// Bytes of a cluster; the first is the header's.
+    pub(super) cluster: u64,
     /// What it stands on.
     pub(super) backing: Option<Backing>,
 }
@@ -80,8 +86,19 @@ impl Header {
         sane("size", size, size != 0 && size.is_multiple_of(512) && size <= i64::MAX as u64)?;
         within("table of clusters", long(40), u64::from(word(36)) * 8)?;
         within("table of reference counts", long(48), u64::from(word(56)) << cluster_bits)?;
+        let aligned = |offset: u64| offset != 0 && offset.is_multiple_of(cluster);
+        sane("l1_table_offset", long(40), aligned(long(40)))?;
+        sane("refcount_table_offset", long(48), aligned(long(48)))?;
+        sane("refcount_table_clusters", word(56).into(), word(56) != 0)?;
+        if !opened.read_only {
+            let mut block = [0; 8];
+            opened.read_up_to(&mut block, long(48))?;
+            let block = u64::from_be_bytes(block);
+            sane("refcount_table[0]", block, aligned(block))?;
+            clear_autoclear(opened, version, long(AUTOCLEAR as usize))?;
+        }
         if long(8) == 0 {
-            return Ok(Self { backing: None });
+            return Ok(Self { cluster, backing: None });
         }
         let (at, len) = (long(8), word(16));
         sane("backing_file_size", len.into(), (1..=NAME_MAX).contains(&len))?;
@@ -91,8 +108,17 @@ impl Header {
         opened.read_up_to(&mut name, at)?;
         let name = String::from_utf8(name)
             .map_err(|name| ImageProblem::BackingName(String::from_utf8_lossy(name.as_bytes()).into_owned()))?;
-        Ok(Self { backing: Some(Backing { name, format: backing_format(opened, header_len, cluster)? }) })
+        Ok(Self { cluster, backing: Some(Backing { name, format: backing_format(opened, header_len, cluster)? }) })
     }
+}
+
+/// Clears the features that hold only while nobody writes who doesn't know them.
+fn clear_autoclear(opened: &Opened, version: u32, features: u64) -> Result<(), ImageProblem> {
+    if version == 2 || features == 0 {
+        return Ok(());
+    }
+    let done = opened.file.write_all_at(&[0; 8], AUTOCLEAR);
+    done.map_err(|source| ImageProblem::Io { action: super::WRITE, source })
 }
 
 /// The backing file's format, by its header extension.

@@ -31,9 +31,14 @@ fn an_image_that_cannot_be_written_says_what_to_do() {
     if nix::unistd::geteuid().is_root() {
         // Nothing keeps root from writing a file; a running program does. (This one may run under an emulator.)
         let dir = Dir::new();
-        let program = dir.path("sleep");
+        let program = dir.0.path().canonicalize().unwrap().join("sleep");
         std::fs::copy("/bin/sleep", &program).unwrap();
         let mut running = std::process::Command::new(&program).arg("60").spawn().unwrap();
+        // Under an emulator a start doesn't wait until the program runs.
+        let link = format!("/proc/{}/exe", running.id());
+        while std::fs::read_link(&link).unwrap() != program {
+            std::thread::yield_now();
+        }
         let text = refusal(&ImageSpec::new(&program));
         running.kill().and_then(|()| running.wait()).unwrap();
         assert!(text.contains("or say readonly=on"), "{text}");
@@ -96,7 +101,9 @@ fn a_bad_qcow2_header_is_named() {
         (72, &bit(2), "it keeps its data in another file"),
         (72, &bit(4), "it has extended L2 entries"),
         (72, &bit(60), "features that are not known here (bits 0x1000000000000000)"),
-        (40, &[0, 0, 0, 0, 0, 0, 0, 1], "can't open it as qcow2"),
+        (40, &[0, 0, 0, 0, 0, 0, 0, 1], "(l1_table_offset is 0x1)"),
+        (48, &[0; 8], "(refcount_table_offset is 0x0)"),
+        (56, &[0; 4], "(refcount_table_clusters is 0x0)"),
     ] {
         let text = changed(&[(at, new)]);
         assert!(text.contains(words), "{text}");

@@ -35,6 +35,53 @@ fn what_was_not_written_is_the_backing_files() {
     assert_eq!(std::fs::read(base).unwrap(), [7; 8192]);
 }
 
+/// A big-endian word of a file.
+fn word(bytes: &[u8], at: u64) -> u64 {
+    let at = at as usize;
+    u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+#[test]
+fn an_image_that_calls_its_own_header_free_keeps_it() {
+    let dir = Dir::new();
+    let path = dir.qcow2("disk.qcow2", 1 << 20, None);
+    let good = std::fs::read(&path).unwrap();
+    let table = word(&good, 48);
+    let block = word(&good, table);
+
+    let mut bytes = good.clone();
+    bytes[block as usize..][..2].fill(0);
+    std::fs::write(&path, &bytes).unwrap();
+    let image = opened(&path);
+    let texts: Vec<_> =
+        (0..4).filter_map(|n| image.write_at(&[1; 4096], n << 16).err()).map(|e| with_causes(&e)).collect();
+    assert!(
+        !texts.is_empty() && texts.iter().all(|text| text.contains("call the cluster of its header free")),
+        "{texts:?}"
+    );
+    drop(image);
+    assert_eq!(std::fs::read(&path).unwrap()[..4096], bytes[..4096]);
+
+    bytes[table as usize..][..8].fill(0);
+    std::fs::write(&path, &bytes).unwrap();
+    assert!(refusal(&ImageSpec::new(&path)).contains("(refcount_table[0] is 0x0): repair it"));
+    open(&ImageSpec::read_only(&path)).unwrap();
+}
+
+#[test]
+fn features_that_hold_while_nobody_writes_are_cleared_by_who_may_write() {
+    let dir = Dir::new();
+    let path = dir.qcow2("disk.qcow2", 1 << 20, None);
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[88..96].copy_from_slice(&1u64.to_be_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    let features = || word(&std::fs::read(&path).unwrap(), 88);
+    open(&ImageSpec::read_only(&path)).unwrap();
+    assert_eq!(features(), 1);
+    opened(&path);
+    assert_eq!(features(), 0);
+}
+
 #[test]
 fn a_read_only_image_is_not_written() {
     let dir = Dir::new();

@@ -23,7 +23,8 @@ const MARK: &str = "OUTBOARD_TRIAL";
 pub struct Trial {
     directory: TempDir,
     mark: String,
-    started: Mutex<Vec<u32>>,
+    /// The process id of each program whose VM, if it has one, is named after it.
+    started: Mutex<Vec<Option<u32>>>,
 }
 
 /// A program of a trial; killed when dropped.
@@ -153,7 +154,8 @@ impl Trial {
             .stderr(File::create(&stderr).expect("a file for standard error"))
             .spawn()
             .expect("the program starts");
-        started.push(child.id());
+        // A process id comes back, and a killed VM's files stay: nothing of that name belongs to a VM that has another.
+        started.push(command.get_args().all(|arg| arg != "--name").then(|| child.id()));
         Running { child, stderr }
     }
 
@@ -193,7 +195,7 @@ impl Trial {
             false => self.path("run/outboard"),
         };
         let started = self.started.lock().expect("no panic holds it");
-        let unnamed = started.iter().map(|pid| format!("vm-{pid}."));
+        let unnamed = started.iter().flatten().map(|pid| format!("vm-{pid}."));
         let ours: Vec<_> = unnamed.chain([format!("{}-", self.mark)]).collect();
         let entries = std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
         let is_ours = |path: &PathBuf| {
