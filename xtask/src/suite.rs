@@ -143,8 +143,7 @@ impl Suite {
     fn arm(&mut self) -> Result<(), String> {
         let command = match build::cargo(Arch::Arm64) {
             Ok(mut command) => {
-                // Unoptimized, property tests would take minutes under emulation.
-                command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "1").env("CARGO_PROFILE_DEV_DEBUG", "false");
+                command.env("CARGO_PROFILE_DEV_DEBUG", "false");
                 command.args(["test", "--no-fail-fast", "--lib", "--bins"]);
                 for package in ON_ARM {
                     command.args(["--package", package]);

@@ -28,7 +28,7 @@ use crate::fetch::{self, Error};
 use crate::process::run;
 
 pub use passt::Passt;
-pub use shell::{Answer, Line, Shell};
+pub use shell::{Answer, Shell};
 pub use soc::{SOC_CD, equip, serve_page, soc_programs};
 
 /// Who logs in.
@@ -41,6 +41,8 @@ pub const ROOT_PARTITION: u32 = 3;
 pub const EFI_PARTITION: u32 = 2;
 /// GRUB on the ESP, where Debian's installer puts it. A copy of it is at the path that UEFI takes by default.
 pub const EFI_LOADER: &str = r"\EFI\debian\grubx64.efi";
+/// What GRUB says, before where it was loaded from: `(hd0,gpt2)/EFI/debian` by the boot entry of [`EFI_LOADER`].
+pub const GRUB_SAYS: &str = "GRUB of ";
 /// What the kernel is told when it is booted without GRUB, which says the same.
 pub const COMMAND_LINE: &str = "root=/dev/vda3 ro console=ttyS0 quiet";
 

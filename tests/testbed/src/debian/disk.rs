@@ -14,7 +14,7 @@ use crate::fetch::Error;
 use crate::process::{Child, run};
 
 use super::root::DebianKernel;
-use super::{COMMAND_LINE, Tools};
+use super::{COMMAND_LINE, GRUB_SAYS, Tools};
 
 const SECTOR: u64 = 512;
 const MIB: u64 = 1 << 20;
@@ -29,12 +29,23 @@ const ROOT: (u64, u64) = (12288, DISK - 12288 - 2048);
 const LABEL: &str = "outboard";
 
 /// What GRUB can do without loading anything: read the table and the file system, and start Linux.
-const GRUB_MODULES: [&str; 10] =
-    ["part_gpt", "ext2", "normal", "linux", "boot", "search", "search_label", "configfile", "serial", "terminal"];
+const GRUB_MODULES: [&str; 11] = [
+    "part_gpt",
+    "ext2",
+    "normal",
+    "linux",
+    "boot",
+    "search",
+    "search_label",
+    "configfile",
+    "serial",
+    "terminal",
+    "echo",
+];
 
 /// What the disk is made of, as text: where it differs, the disk does.
 pub(super) fn recipe() -> String {
-    format!("{DISK} {BIOS_BOOT:?} {ESP:?} {ROOT:?} {GRUB_MODULES:?} {COMMAND_LINE}")
+    format!("{DISK} {BIOS_BOOT:?} {ESP:?} {ROOT:?} {GRUB_MODULES:?} {}", grub_configuration(""))
 }
 
 /// Makes the disk `to` with the file system `tree`, to which it adds GRUB's configuration.
@@ -154,18 +165,23 @@ fn efi_partition(tools: &Tools, loader: &Path, to: &Path) -> Result<(), Error> {
 fn configure_grub(tree: &Path, version: &str) -> Result<(), Error> {
     let dir = tree.join("boot/grub");
     fs::create_dir_all(&dir).map_err(|e| Error::file(&dir, e))?;
-    let text = format!(
+    let text = grub_configuration(version);
+    let file = dir.join("grub.cfg");
+    fs::write(&file, text).map_err(|e| Error::file(&file, e))
+}
+
+fn grub_configuration(version: &str) -> String {
+    format!(
         "serial --unit=0 --speed=115200\n\
          terminal_input serial\n\
          terminal_output serial\n\
+         echo \"{GRUB_SAYS}$cmdpath\"\n\
          set timeout=0\n\
          menuentry Debian {{\n    \
              linux /boot/vmlinuz-{version} {COMMAND_LINE}\n    \
              initrd /boot/initrd.img-{version}\n\
          }}\n"
-    );
-    let file = dir.join("grub.cfg");
-    fs::write(&file, text).map_err(|e| Error::file(&file, e))
+    )
 }
 
 /// ext4 without a journal: a test's copy of it is never used twice.

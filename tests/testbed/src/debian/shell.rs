@@ -19,44 +19,19 @@ pub struct Answer {
     pub output: String,
 }
 
-/// A serial line with a machine at its other end.
-pub trait Line {
-    /// Waits, at most for `limit`, until the machine has printed `text`; what it printed before that since the last call.
-    ///
-    /// # Errors
-    /// It hasn't by then, or never will.
-    fn read_until(&mut self, text: &str, limit: Duration) -> Result<String, Error>;
-
-    /// Types `text`.
-    ///
-    /// # Errors
-    /// Nobody is there.
-    fn type_text(&mut self, text: &str) -> Result<(), Error>;
-}
-
-impl Line for Vmm<'_> {
-    fn read_until(&mut self, text: &str, limit: Duration) -> Result<String, Error> {
-        Vmm::read_until(self, text, limit)
-    }
-
-    fn type_text(&mut self, text: &str) -> Result<(), Error> {
-        Vmm::type_text(self, text)
-    }
-}
-
 /// A shell on a serial console.
 #[derive(Debug)]
-pub struct Shell<'a, L> {
-    line: &'a mut L,
+pub struct Shell<'a, 'v> {
+    line: &'a mut Vmm<'v>,
     commands: u32,
 }
 
-impl<'a, L: Line> Shell<'a, L> {
+impl<'a, 'v> Shell<'a, 'v> {
     /// Waits for the login prompt, at most for `boot_limit`, and logs in.
     ///
     /// # Errors
     /// No prompt, or no shell behind it.
-    pub fn log_in(line: &'a mut L, boot_limit: Duration) -> Result<Self, Error> {
+    pub fn log_in(line: &'a mut Vmm<'v>, boot_limit: Duration) -> Result<Self, Error> {
         line.read_until("login: ", boot_limit)?;
         line.type_text(&format!("{USER}\n"))?;
         line.read_until("Password: ", PROMPT_LIMIT)?;
