@@ -38,8 +38,11 @@ fn linux_lives(config: &BedConfig) {
     vmm.type_text("reboot -f\n").unwrap();
     is_up(&mut vmm, vm.cpus);
 
-    does(&vmm, &["reset"]);
-    is_up(&mut vmm, vm.cpus);
+    // Both resets take the same way on an Arm SoC, and a boot takes longest there.
+    if bed.soc.is_none() {
+        does(&vmm, &["reset"]);
+        is_up(&mut vmm, vm.cpus);
+    }
 
     // Paused, so that both sides count the same exits.
     does(&vmm, &["pause"]);

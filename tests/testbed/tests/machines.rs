@@ -36,27 +36,10 @@ fn the_server_has_kvm_and_nothing_but_us() {
 
     programs_are_driven(&server);
     a_person_is_served(&server);
-    ends_when_told(server);
+    leaves_nothing_behind_when_dropped(server);
 }
 
-#[test]
-fn the_arm_soc_comes_up() {
-    if !testbed::machines_or_skip("the_arm_soc_comes_up") {
-        return;
-    }
-    let soc = SocConfig::new("test-soc").start().unwrap();
-    let inventory = soc.inventory().unwrap();
-    assert_eq!(inventory.cpu.count, 2);
-    assert!(inventory.cpu.flags.iter().any(|flag| flag == "asimd"));
-    ends_when_told(soc);
-}
-
-#[test]
-fn a_dropped_server_leaves_nothing_behind() {
-    if !testbed::machines_or_skip("a_dropped_server_leaves_nothing_behind") {
-        return;
-    }
-    let server = ServerConfig::new("test-drop").start().unwrap();
+fn leaves_nothing_behind_when_dropped(server: Machine) {
     let qemu = Pid::from_raw(i32::try_from(server.id()).unwrap());
     let socket = server.console().socket().to_path_buf();
     assert!(socket.exists());
@@ -107,6 +90,9 @@ fn the_cards_functions_reach_vfio_on_both_sides() {
     soc.basics.cards = card.soc_sockets();
     soc.basics.bind = vec![SOC_VM, SOC_HOST];
     let soc = soc.start().unwrap();
+    let inventory = soc.inventory().unwrap();
+    assert_eq!(inventory.cpu.count, 2);
+    assert!(inventory.cpu.flags.iter().any(|flag| flag == "asimd"));
     functions_are_isolated(&soc, &[SOC_VM; FUNCTIONS as usize], SOC_HOST);
     ends_when_told(soc);
 }
