@@ -89,6 +89,17 @@ impl Image {
     }
 }
 
+/// Debian's firmware.
+#[derive(Clone, Debug)]
+pub struct Firmware {
+    /// SeaBIOS.
+    pub seabios: PathBuf,
+    /// OVMF's code.
+    pub ovmf_code: PathBuf,
+    /// A fresh store of OVMF's variables, to be copied.
+    pub ovmf_vars: PathBuf,
+}
+
 /// Programs and firmware of Debian 12, unpacked.
 #[derive(Clone, Debug)]
 pub struct Tools {
@@ -109,22 +120,14 @@ pub fn tools() -> Result<Tools, Error> {
 }
 
 impl Tools {
-    /// Debian's SeaBIOS.
+    /// The firmware that boots the disk.
     #[must_use]
-    pub fn seabios(&self) -> PathBuf {
-        self.dir.join("usr/share/seabios/bios-256k.bin")
-    }
-
-    /// OVMF's code.
-    #[must_use]
-    pub fn ovmf_code(&self) -> PathBuf {
-        self.dir.join("usr/share/OVMF/OVMF_CODE_4M.fd")
-    }
-
-    /// A fresh store of OVMF's variables, to be copied.
-    #[must_use]
-    pub fn ovmf_vars(&self) -> PathBuf {
-        self.dir.join("usr/share/OVMF/OVMF_VARS_4M.fd")
+    pub fn firmware(&self) -> Firmware {
+        Firmware {
+            seabios: self.dir.join("usr/share/seabios/bios-256k.bin"),
+            ovmf_code: self.dir.join("usr/share/OVMF/OVMF_CODE_4M.fd"),
+            ovmf_vars: self.dir.join("usr/share/OVMF/OVMF_VARS_4M.fd"),
+        }
     }
 
     /// Makes an ISO 9660 image (with Rock Ridge) of the directory `from`.

@@ -10,7 +10,7 @@ use crate::machine::{Error, Machine};
 use crate::protocol::Status;
 use crate::soc::SocConfig;
 
-use super::{Image, PASST};
+use super::{Firmware, Image, PASST};
 
 /// Where the CD-ROM is on the SoC.
 pub const SOC_CD: &str = "/dev/vdb";
@@ -43,21 +43,37 @@ pub fn soc_programs() -> Result<PathBuf, fetch::Error> {
     })
 }
 
-/// Gives a SoC that is to be started the disk of `image`, the CD-ROM `cd`, and the programs of [`soc_programs`]. The answer is
-/// where the SoC has the image; what is written to its disk ends with the SoC.
+/// Gives a SoC that is to be started the disk of `image`, the CD-ROM `cd`, `firmware`, and the programs of [`soc_programs`]. The answer
+/// is where the SoC has them; what is written to its disk ends with the SoC.
 ///
 /// # Errors
 /// [`fetch::Error`].
-pub fn equip(soc: &mut SocConfig, image: &Image, cd: &Path) -> Result<Image, fetch::Error> {
+pub fn equip(
+    soc: &mut SocConfig,
+    image: &Image,
+    cd: &Path,
+    firmware: &Firmware,
+) -> Result<(Image, Firmware), fetch::Error> {
     let programs = soc_programs()?;
     let there = Image { disk: "/dev/vda".into(), kernel: "/debian/vmlinuz".into(), initrd: "/debian/initrd".into() };
+    let firmware_there = Firmware {
+        seabios: "/firmware/bios-256k.bin".into(),
+        ovmf_code: "/firmware/OVMF_CODE_4M.fd".into(),
+        ovmf_vars: "/firmware/OVMF_VARS_4M.fd".into(),
+    };
     soc.drives = vec![image.disk.clone(), cd.to_owned()];
     let files = &mut soc.basics.files;
     files.extend(FILES.map(|(there, here)| (there.to_owned(), programs.join(here))));
-    for (there, here) in [(&there.kernel, &image.kernel), (&there.initrd, &image.initrd)] {
+    for (there, here) in [
+        (&there.kernel, &image.kernel),
+        (&there.initrd, &image.initrd),
+        (&firmware_there.seabios, &firmware.seabios),
+        (&firmware_there.ovmf_code, &firmware.ovmf_code),
+        (&firmware_there.ovmf_vars, &firmware.ovmf_vars),
+    ] {
         files.push((there.display().to_string(), here.clone()));
     }
-    Ok(there)
+    Ok((there, firmware_there))
 }
 
 /// Serves `page` on the loopback interface of an equipped SoC for as long as that runs; the answer is the port.
