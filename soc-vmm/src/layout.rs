@@ -11,6 +11,7 @@
 //! | 0xb0000000 | 0xc0000000 | ECAM, reserved |
 //! | 0xc0000000 | 0xfec00000 | 32-bit PCI memory |
 //! | 0xfec00000 | | I/O APIC |
+//! | 0xfed90000 | 0xfed91000 | IOMMU, if there is one |
 //! | 0xfee00000 | | local APICs |
 //! | 4 GiB − size | 4 GiB | firmware, read-only |
 //! | 4 GiB | [`MemoryLayout::high_end`] | RAM |
@@ -36,6 +37,8 @@ pub const ECAM: u64 = 0xb000_0000;
 pub const ECAM_SIZE: u64 = 0x1000_0000;
 /// I/O APIC registers.
 pub const IO_APIC: u64 = 0xfec0_0000;
+/// Registers of the IOMMU.
+pub const IOMMU: u64 = 0xfed9_0000;
 /// Local APIC registers at reset.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Four pages that the host's KVM needs where the processor has no real mode of its own: nothing may be placed there (as with QEMU).

@@ -17,6 +17,7 @@ pub mod flash;
 mod function;
 pub mod interrupt;
 pub mod inventory;
+pub mod iommu;
 pub mod layout;
 pub mod link;
 pub mod memory;

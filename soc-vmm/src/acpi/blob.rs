@@ -2,7 +2,7 @@
 
 use acpi_tables::facs::FACS;
 
-use super::{AcpiConfig, OEM_ID, bytes_of, dsdt, fadt, madt, mcfg, srat, table};
+use super::{AcpiConfig, OEM_ID, bytes_of, dmar, dsdt, fadt, madt, mcfg, srat, table};
 use crate::layout::PAGE_SIZE;
 
 /// Where the FACS ends: it has a page of its own, which stays when the tables' memory is freed.
@@ -61,6 +61,9 @@ impl Blob {
         ];
         if let Some(ecam) = config.pci.as_ref().and_then(|pci| pci.ecam()) {
             tables.push(blob.add(&mcfg::build(ecam), &[]));
+        }
+        if config.iommu {
+            tables.push(blob.add(&dmar::build(), &[]));
         }
         if !config.numa.is_empty() {
             tables.push(blob.add(&srat::build(config), &[]));

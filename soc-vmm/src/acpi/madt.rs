@@ -23,7 +23,7 @@ const LINT1: u8 = 1;
 pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
     let mut body = Vec::new();
     body.extend((LOCAL_APIC as u32).to_le_bytes());
-    body.extend(PCAT_COMPAT.to_le_bytes());
+    body.extend(if config.iommu { 0 } else { PCAT_COMPAT }.to_le_bytes());
     let mut has_x2apic = false;
     for (uid, &apic_id) in (0u32..).zip(&config.apic_ids) {
         match (u8::try_from(uid), u8::try_from(apic_id)) {

@@ -11,6 +11,7 @@ use blob::{Blob, FACS_PAGE};
 
 mod aml;
 mod blob;
+mod dmar;
 mod dsdt;
 mod fadt;
 mod loader;
@@ -46,6 +47,8 @@ pub struct AcpiConfig {
     pub pvpanic: bool,
     /// PCI; none: there is none.
     pub pci: Option<PciConfig>,
+    /// Whether there is an Intel IOMMU. Then there are no 8259s.
+    pub iommu: bool,
     /// NUMA nodes; none: nothing is told of them.
     pub numa: Vec<NumaNode>,
 }

@@ -8,8 +8,10 @@ use tracing::level_filters::LevelFilter;
 
 use super::cpu::Cpus;
 use super::disk::{CdromSpec, DiskSpec};
+use super::iommu::IommuModel;
 use super::net::NetSpec;
 use super::numa::NumaNode;
+use super::test_device::TestDevice;
 use super::values::{CpuAffinity, DebugconSpec, FunctionSpec, Memory, QmpSocket, SerialSpec};
 use crate::control::VmName;
 use crate::cpuid::CpuSpec;
@@ -136,6 +138,12 @@ pub(super) struct RunArgs {
     /// A network interface: stream=SOCKET[,mac=M][,id=I]
     #[arg(long, value_name = "SPEC")]
     pub(super) net: Vec<NetSpec>,
+    /// An IOMMU: intel
+    #[arg(long, value_name = "MODEL")]
+    pub(super) iommu: Option<IommuModel>,
+    /// A device for tests: edu
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) test_device: Vec<TestDevice>,
     /// Serial port: stdio, null, pty, file:FILE, unix:SOCKET
     #[arg(long, value_name = "SPEC", default_value = "stdio")]
     pub(super) serial: SerialSpec,

@@ -5,8 +5,10 @@ mod client;
 mod cpu;
 mod disk;
 mod exit;
+mod iommu;
 mod net;
 mod numa;
+mod test_device;
 mod values;
 
 use std::ffi::OsString;
@@ -27,7 +29,9 @@ pub use client::{list, perform, print};
 pub use disk::{CdromSpec, DiskSpec};
 pub use exit::{ExitStatus, Failure};
 pub(crate) use exit::{one_line, with_causes};
+pub use iommu::IommuModel;
 pub use net::{Mac, NetSpec};
+pub use test_device::TestDevice;
 pub use values::{Bdf, CpuAffinity, DebugconSpec, FunctionSpec, HugePages, Memory, SerialSpec, ValueError};
 
 /// What a command line asks for.
@@ -119,6 +123,10 @@ pub struct RunConfig {
     pub cdrom: Option<CdromSpec>,
     /// Network interfaces.
     pub nets: Vec<NetSpec>,
+    /// The IOMMU, if there is one; firmware isn't booted then.
+    pub iommu: Option<IommuModel>,
+    /// Devices for tests, each once.
+    pub test_devices: Vec<TestDevice>,
     /// The other end of COM1.
     pub serial: SerialSpec,
     /// The debug console, if there is one.
@@ -211,6 +219,17 @@ impl RunConfig {
         if let Some(id) = ids.iter().enumerate().find_map(|(i, id)| ids[..i].contains(id).then_some(id)) {
             return usage(format!("id={id} is there twice: give each device its own"));
         }
+        let tests = &args.test_device;
+        if let Some(twice) =
+            tests.iter().enumerate().find_map(|(i, device)| tests[..i].contains(device).then_some(device))
+        {
+            return usage(format!("--test-device {twice} is there twice: once is enough"));
+        }
+        if args.iommu.is_some() && args.firmware.is_some() {
+            return usage(
+                "--iommu needs --kernel: with an IOMMU the machine has no 8259 and no PIT, which firmware counts on",
+            );
+        }
         let boot = match (args.kernel, args.firmware) {
             (Some(kernel), _) => {
                 let given = args.cmdline.filter(|cmdline| !cmdline.is_empty());
@@ -235,6 +254,8 @@ impl RunConfig {
             disks: args.disk,
             cdrom: args.cdrom,
             nets: args.net,
+            iommu: args.iommu,
+            test_devices: args.test_device,
             serial: args.serial,
             debugcon: args.debugcon,
             debug_exit: args.debug_exit,

@@ -16,9 +16,12 @@
 //! | [`FwCfg`] | 0x510–0x511, 0x514–0x51b | | none |
 //! | [`PcTestPorts`] | 0xe0–0xeb, 0x2000–0x2017 | 0–23 | none |
 //! | [`PcTestMemory`] | 0xff000000–0xff00ffff | | none |
+//! | [`IoApic`], with an IOMMU only | 0xfec00000–0xfec00fff | (it takes them) | none |
 //!
-//! PIC, IOAPIC, PIT and port 0x61 are not here: KVM's in-kernel irqchip and PIT (with `KVM_PIT_SPEAKER_DUMMY`) answer those, KVM
-//! api.rst §4.71.
+//! Else PIC, IOAPIC, PIT and port 0x61 are not here: KVM's in-kernel irqchip and PIT (with `KVM_PIT_SPEAKER_DUMMY`) answer those, KVM
+//! api.rst §4.71. With an IOMMU KVM has the local APICs alone, and there is no PIC and no PIT.
+//!
+//! [`Edu`] is no platform device but a PCI function, for tests.
 //!
 //! Each device lives on the thread that serves IOREQs. What other threads have for it (input, a button) goes through a handle
 //! into a bounded queue and wakes that thread, which polls the device; timers are deadlines that the same thread keeps. A device
@@ -30,8 +33,10 @@ mod clock;
 mod debug_console;
 mod debug_exit;
 mod delay_port;
+mod edu;
 pub mod fw_cfg;
 mod i8042;
+mod io_apic;
 mod pc_testdev;
 mod pci_hotplug;
 mod pipe;
@@ -52,8 +57,10 @@ pub use clock::{Clock, SystemClock};
 pub use debug_console::DebugConsole;
 pub use debug_exit::DebugExit;
 pub use delay_port::DelayPort;
+pub use edu::{Edu, EduState};
 pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgState};
 pub use i8042::{I8042, I8042State, Keyboard};
+pub use io_apic::{IO_APIC_PINS, IoApic, IoApicState};
 pub use pc_testdev::{PcTestMemory, PcTestMemoryState, PcTestPorts, PcTestPortsState};
 pub use pci_hotplug::{
     BANK as PCI_HOTPLUG_BANK, EjectSink, PCI_HOTPLUG_GPE, PCI_HOTPLUG_LEN, PCI_HOTPLUG_PORT, PCI_HOTPLUG_SLOTS,

@@ -23,3 +23,9 @@ pub trait MessageRoute: Send + Sync {
     /// Raises the message.
     fn raise(&self);
 }
+
+impl<S: MessageSink + ?Sized> MessageSink for &S {
+    fn route(&self) -> Box<dyn MessageRoute> {
+        (**self).route()
+    }
+}

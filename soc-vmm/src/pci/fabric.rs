@@ -10,6 +10,7 @@ use super::bar::Window;
 use super::config::ConfigSpace;
 use super::function::PciFunction;
 use super::host_bridge::{HostBridge, MemoryView};
+use super::requester::Requester;
 use super::window::Gate;
 use crate::bus::{Access, Answer, Deferred, Device, Ticket};
 
@@ -41,6 +42,7 @@ struct Node {
     parent: Option<usize>,
     /// Slot × 8 + function.
     devfn: u8,
+    requester: Requester,
 }
 
 /// A window that answers, and whose it is.
@@ -129,7 +131,7 @@ impl Fabric {
         if index == self.nodes.len() {
             self.nodes.push(None);
         }
-        self.nodes[index] = Some(Node { function, parent, devfn });
+        self.nodes[index] = Some(Node { function, parent, devfn, requester: Requester::default() });
         let of_slot = |node: &Node| node.parent == parent && node.devfn >> 3 == devfn >> 3;
         if self.nodes.iter().flatten().any(|node| of_slot(node) && node.devfn & 7 != 0) {
             for node in self.nodes.iter_mut().flatten().filter(|node| of_slot(node)) {
@@ -138,6 +140,14 @@ impl Fabric {
         }
         self.settle();
         Ok(NodeId(index))
+    }
+
+    /// Keeps `requester` at the ID of a function that is plugged in, whatever number the guest gives its bus.
+    pub fn identify(&mut self, NodeId(index): NodeId, requester: Requester) {
+        if let Some(node) = self.nodes.get_mut(index).and_then(Option::as_mut) {
+            node.requester = requester;
+        }
+        self.settle();
     }
 
     /// Takes a function out.
@@ -239,6 +249,8 @@ impl Fabric {
         let (mut memory, mut ports, mut posted) = (Vec::new(), Vec::new(), Vec::new());
         for (index, node) in self.nodes.iter().enumerate() {
             let Some(node) = node else { continue };
+            let bus = node.parent.and_then(|bridge| self.numbers(bridge)).map_or(0, |(_, secondary, _)| secondary);
+            node.requester.place(bus, node.devfn);
             let gates = self.gates(node);
             let open = |window: &Window| gates.iter().all(|gate| gate.lets(window));
             for window in node.function.windows().into_iter().filter(open) {
@@ -291,7 +303,8 @@ impl Fabric {
     /// Bus, slot and function, and offset of an access to the data port.
     fn in_data_port(&self, addr: u64) -> Option<(u8, u8, u16)> {
         let at = addr.checked_sub(CONFIG_DATA).filter(|at| *at < 4 && self.latch & CONFIG_ENABLE != 0)?;
-        Some(((self.latch >> 16) as u8, (self.latch >> 8) as u8, (self.latch & 0xfc) as u16 + at as u16))
+        // Hardware ignores the address's lowest two bits; QEMU doesn't, and kvm-unit-tests count on that.
+        Some(((self.latch >> 16) as u8, (self.latch >> 8) as u8, (self.latch & 0xff) as u16 | at as u16))
     }
 
     fn read(&mut self, io: bool, access: &Access, addr: u64, reply: Deferred<'_>) -> Answer {
@@ -309,7 +322,7 @@ impl Fabric {
 
     fn write(&mut self, io: bool, access: &Access, addr: u64, data: u64, reply: Deferred<'_>) -> Answer {
         if io && addr == CONFIG_ADDRESS && access.len == 4 {
-            self.latch = data as u32 & !0x7f00_0003;
+            self.latch = data as u32 & !0x7f00_0000;
             return Answer::Done(0);
         }
         if let Some((bus, devfn, offset)) = if io { self.in_data_port(addr) } else { self.in_ecam(addr) } {

@@ -13,6 +13,7 @@ mod host_bridge;
 mod lpc;
 mod msi;
 mod msix;
+mod requester;
 mod root_port;
 mod routing;
 #[cfg(test)]
@@ -30,5 +31,6 @@ pub use host_bridge::{HostBridge, MemoryView, PAM_SEGMENTS, Shadow};
 pub use lpc::{LPC, LpcBridge};
 pub use msi::Msi;
 pub use msix::{CAP_MSIX, Msix, MsixLayout, MsixState, MsixVectors};
+pub use requester::Requester;
 pub use root_port::{RootPort, slot_control};
 pub use routing::{PIRQ_GSI, PIRQS, Pirqs, pirq_of};

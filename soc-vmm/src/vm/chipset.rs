@@ -9,19 +9,26 @@ use crate::acpi::{Hotplug, PciConfig, PortConfig};
 use crate::ahci::{self, Ahci, CdDrive, CdHandle, TrayListener};
 use crate::block::BlockBackend;
 use crate::bus::Wake;
-use crate::devices::AcpiPm;
+use crate::cli::TestDevice;
+use crate::devices::{AcpiPm, Edu};
 use crate::interrupt::{LineSink, MessageSink};
+use crate::iommu::Iommu;
 use crate::layout::{ECAM, ECAM_SIZE, MemoryLayout};
 use crate::memory::GuestMemory;
-use crate::pci::{Apertures, Fabric, LPC, LpcBridge, PciFunction, Pirqs, Platform, RootPort};
+use crate::pci::{
+    Apertures, ConfigSpace, Fabric, LPC, LpcBridge, PIRQ_GSI, PciFunction, Pirqs, Platform, Requester, RootPort,
+    header, pirq_of,
+};
 use crate::virtio::block::BlockConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::{self, Plumbing};
 
 /// The first slot of root ports on the root bus: eight in each.
 const FIRST_PORT_SLOT: u8 = 1;
-/// The last: the chipset's own follow.
+/// The last: devices for tests follow, and the chipset's own.
 const LAST_PORT_SLOT: u8 = 24;
+/// The first slot of devices for tests.
+const FIRST_TEST_SLOT: u8 = LAST_PORT_SLOT + 1;
 /// Where the AHCI controller sits: slot × 8 + function.
 const AHCI: u8 = 0x1f << 3 | 2;
 /// The controller's port with the CD-ROM drive, as QEMU's `-cdrom` has it.
@@ -35,6 +42,8 @@ pub(super) struct PciParts<'a> {
     pub(super) layout: MemoryLayout,
     pub(super) platform: Arc<dyn Platform>,
     pub(super) messages: &'a dyn MessageSink,
+    /// What functions' requests go through, if there is an IOMMU.
+    pub(super) iommu: Option<Arc<Iommu>>,
     pub(super) lines: Arc<dyn LineSink>,
     pub(super) memory: Arc<dyn GuestMemory>,
     pub(super) acpi: AcpiPm,
@@ -45,6 +54,7 @@ pub(super) struct PciParts<'a> {
     /// Hears of its tray.
     pub(super) tray: Arc<dyn TrayListener>,
     pub(super) wake: Arc<dyn Wake>,
+    pub(super) test_devices: &'a [TestDevice],
 }
 
 /// Makes a device behind a root port.
@@ -52,7 +62,9 @@ type Make = Box<dyn FnOnce(Plumbing<'_>) -> io::Result<Box<dyn PciFunction>>>;
 
 /// Puts it together; the fabric, and the CD-ROM drive.
 pub(super) fn build(parts: PciParts<'_>) -> Result<(Arc<Mutex<Fabric>>, Option<CdHandle>), BuildError> {
-    let PciParts { prepared, layout, platform, messages, lines, memory, acpi, disks, nets, cdrom, tray, wake } = parts;
+    let PciParts { prepared, layout, platform, messages, iommu, lines, memory, acpi, .. } = parts;
+    let PciParts { disks, nets, cdrom, tray, wake, test_devices, .. } = parts;
+    let ways = Ways { messages, memory, iommu };
     let mut fabric = Fabric::new(prepared.then(|| Apertures::above(layout.high_end())), platform);
     let pirqs = Arc::new(Pirqs::new(lines));
     fabric.plug(None, LPC, Box::new(LpcBridge::new(acpi, pirqs.clone(), prepared)))?;
@@ -66,24 +78,76 @@ pub(super) fn build(parts: PciParts<'_>) -> Result<(Arc<Mutex<Fabric>>, Option<C
     for PortConfig { devfn, slot } in ports {
         // The device in the port's one slot has the port's own wire.
         let wire = || pirqs.wire(devfn >> 3);
-        let mut port = RootPort::new(slot, wire(), messages);
-        let device = devices.next().map(|make| make(Plumbing { memory: memory.clone(), messages, line: wire() }));
+        let (way, of_device) = (ways.of_function(), ways.of_function());
+        let mut port = RootPort::new(slot, wire(), &*way.messages);
+        ways.show_line(port.config_mut(), devfn >> 3);
+        // Virtio's DMA goes past an IOMMU unless the driver agrees to VIRTIO_F_ACCESS_PLATFORM (virtio 1.2 §6.1), which isn't offered.
+        let memory = ways.memory.clone();
+        let device = devices.next().map(|make| make(Plumbing { memory, messages: &*of_device.messages, line: wire() }));
         let device = device.transpose().map_err(BuildError::Thread)?;
         if device.is_some() {
             port.occupy();
         }
         let port = fabric.plug(None, devfn, Box::new(port))?;
-        if let Some(device) = device {
-            fabric.plug(Some(port), 0, device)?;
+        fabric.identify(port, way.requester);
+        if let Some(mut device) = device {
+            ways.show_line(device.config_mut(), devfn >> 3);
+            let device = fabric.plug(Some(port), 0, device)?;
+            fabric.identify(device, of_device.requester);
         }
     }
     let mut drives: [Option<CdDrive>; ahci::PORTS] = Default::default();
     drives[CDROM_PORT] = cdrom.map(|medium| CdDrive { medium: Some(medium), listener: Some(tray) });
-    let plumbing = ahci::Plumbing { memory, messages, line: pirqs.wire(AHCI >> 3), wake };
-    let (controller, [_, _, drive, ..]) = Ahci::new(drives, plumbing).map_err(BuildError::Thread)?;
-    fabric.plug(None, AHCI, Box::new(controller))?;
+    let way = ways.of_function();
+    let plumbing = ahci::Plumbing { memory: way.memory, messages: &*way.messages, line: pirqs.wire(AHCI >> 3), wake };
+    let (mut controller, [_, _, drive, ..]) = Ahci::new(drives, plumbing).map_err(BuildError::Thread)?;
+    ways.show_line(controller.config_mut(), AHCI >> 3);
+    let controller = fabric.plug(None, AHCI, Box::new(controller))?;
+    fabric.identify(controller, way.requester);
+    for (device, slot) in test_devices.iter().zip(FIRST_TEST_SLOT..) {
+        let way = ways.of_function();
+        let mut function = match device {
+            TestDevice::Edu => Box::new(Edu::new(way.memory, &*way.messages, pirqs.wire(slot))),
+        };
+        ways.show_line(function.config_mut(), slot);
+        let function = fabric.plug(None, slot << 3, function)?;
+        fabric.identify(function, way.requester);
+    }
     fabric.prepare()?;
     Ok((Arc::new(Mutex::new(fabric)), drive))
+}
+
+/// What functions send their DMA and their messages by.
+struct Ways<'a> {
+    messages: &'a dyn MessageSink,
+    memory: Arc<dyn GuestMemory>,
+    iommu: Option<Arc<Iommu>>,
+}
+
+/// The same for one function, which is to be known by this ID.
+struct Way<'a> {
+    requester: Requester,
+    messages: Box<dyn MessageSink + 'a>,
+    memory: Arc<dyn GuestMemory>,
+}
+
+impl<'a> Ways<'a> {
+    fn of_function(&self) -> Way<'a> {
+        let requester = Requester::default();
+        let (messages, memory) = match &self.iommu {
+            None => (Box::new(self.messages) as Box<dyn MessageSink + 'a>, self.memory.clone()),
+            Some(iommu) => (iommu.messages_of(requester.clone(), self.messages), iommu.memory_of(requester.clone())),
+        };
+        Way { requester, messages, memory }
+    }
+
+    /// Where there are no 8259s, whose inputs the register names by rights, it has the GSI: a guest that looks at nothing else finds its
+    /// interrupt.
+    fn show_line(&self, config: &mut ConfigSpace, slot: u8) {
+        if self.iommu.is_some() {
+            config.set(header::INTERRUPT_LINE, &[PIRQ_GSI as u8 + pirq_of(slot, 0) as u8]);
+        }
+    }
 }
 
 fn disk(Disk { image, id }: Disk) -> Make {

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, Extent, Groups, HostInfo, Irqchip, Name, RamRequest, StateRequest, Statistic, VCPU_ALL,
-    VM, VmCreated,
+    Call, CpuidEntry, CreateVm, Extent, Groups, HostInfo, Name, RamRequest, StateRequest, Statistic, VCPU_ALL, VM,
+    VmCreated,
 };
 use api_channel::codec::Reader;
 use ioreq_ring::wire::{LINE, POSTED_RING, STRING_PAGE};
@@ -21,6 +21,7 @@ use pcie_function::{Mapping, Reach, SocFunction, Window, Windowed};
 use super::arranger::Arranger;
 use super::memory_plan::{MemoryPlan, Request};
 use super::ram::GuestRam;
+use super::split;
 use super::view::{Backing, Memory};
 use super::worker::Lane;
 use crate::boot::Rom;
@@ -79,7 +80,8 @@ impl<F: SocFunction> HostVm<F> {
     ) -> Result<(Self, Arc<Arranger<F>>), HostError> {
         let vcpus = u32::from(config.cpus);
         let name = Name::new(config.name.as_str());
-        let create = CreateVm { vcpus, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 0, name };
+        let irqchip = split::irqchip(config);
+        let create = CreateVm { vcpus, irqchip: irqchip as u32, flags: 0, spin_ns: 0, name };
         let reply = channel.call(&Call::CreateVm(create)).await?;
         let created: VmCreated = Reader::new(&reply.payload).take().map_err(CallError::from)?;
         if !is_sound(&created, vcpus) {

@@ -18,6 +18,7 @@ use super::machine::{BuildError, Machine, Parts};
 use super::media::Media;
 use super::messages::Messages;
 use super::shape::Shape;
+use super::split::{self, Split};
 use super::state;
 use super::worker::{Command, Serving, Waker, Worker};
 use crate::ahci::{CdHandle, TrayListener};
@@ -158,7 +159,8 @@ impl<F: SocFunction> Vm<F> {
 
         let (relay, guest) = Relay::new();
         let relay = Arc::new(relay);
-        let messages = Messages::new(link.function.clone(), channel.clone(), &host.created);
+        let messages =
+            Messages::new(link.function.clone(), channel.clone(), &host.created, split::irqchip(config), waker.clone());
         let lines = Lines::new(channel);
         let counters = Arc::new(Counters::default());
         let (shape, cpuid) = (Shape::new(config, &layout), processor.table(0));
@@ -169,6 +171,7 @@ impl<F: SocFunction> Vm<F> {
             prepared,
             platform: arranger.clone(),
             messages: &messages,
+            split: config.iommu.map(|_| Split { pins: messages.pins(), settling: messages.settling() }),
             memory: host.ram.clone(),
             physical_bits,
             shape,
@@ -176,7 +179,8 @@ impl<F: SocFunction> Vm<F> {
             tsc_khz: host.created.tsc_khz,
             serial: streams.serial,
             debugcon: streams.debugcon,
-            test_devices: config.debug_exit,
+            debug_exit: config.debug_exit,
+            test_devices: &config.test_devices,
             lines: lines.clone(),
             power: relay.clone(),
             crash: relay.clone(),
@@ -203,6 +207,7 @@ impl<F: SocFunction> Vm<F> {
             vectors: (0..vcpus).map(|lane| host.created.vector_of(lane)).collect(),
             idle: SocIdle::new(flag.ok_or(LifeError::Records)?),
             buses: machine.buses,
+            io_apic: machine.io_apic,
             lines,
             relay,
             counters: counters.clone(),

@@ -7,17 +7,20 @@ use api_channel::call::{CpuidEntry, PostedRange};
 use super::chipset::{self, PciParts};
 use super::media::Media;
 use super::shape::Shape;
+use super::split::{Remapped, Split};
 use super::worker::Buses;
 use crate::acpi::{self, AcpiError};
 use crate::ahci::{CdHandle, TrayListener};
 use crate::bus::{Bus, Claim, Device, MapError, Wake};
+use crate::cli::TestDevice;
 use crate::devices::fw_cfg::FwCfgError;
 use crate::devices::{
-    AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, FwCfg, I8042, InputQueue, OutputQueue,
+    AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, FwCfg, I8042, InputQueue, IoApic, OutputQueue,
     PcTestMemory, PcTestPorts, PmTimerWidth, Port92, Pvpanic, Ranges, ResetControl, Rtc, SCI_GSI, Serial, SystemClock,
 };
 use crate::flash::{Flash, FlashMemory};
 use crate::interrupt::{InterruptLine, LineSink, MessageSink};
+use crate::iommu::VtdRegisters;
 use crate::memory::GuestMemory;
 use crate::pci::{Fabric, FabricSide, NoRoom, Platform, PlugError};
 use crate::power::{CrashSink, PowerSink};
@@ -31,6 +34,8 @@ pub(super) struct Parts<'a> {
     pub(super) platform: Arc<dyn Platform>,
     /// Where messages go.
     pub(super) messages: &'a dyn MessageSink,
+    /// With an IOMMU, what the host leaves of its interrupt controllers.
+    pub(super) split: Option<Split>,
     /// Guest memory, for devices that use DMA.
     pub(super) memory: Arc<dyn GuestMemory>,
     /// The guest's physical address bits.
@@ -45,8 +50,10 @@ pub(super) struct Parts<'a> {
     pub(super) serial: (OutputQueue, InputQueue),
     /// The debug console's, if there is one.
     pub(super) debugcon: Option<OutputQueue>,
-    /// Whether the test devices are there: isa-debug-exit and pc-testdev.
-    pub(super) test_devices: bool,
+    /// Whether isa-debug-exit and pc-testdev are there.
+    pub(super) debug_exit: bool,
+    /// More devices for tests.
+    pub(super) test_devices: &'a [TestDevice],
     /// Where interrupts go.
     pub(super) lines: Arc<dyn LineSink>,
     /// Where power events go.
@@ -71,6 +78,8 @@ pub(super) struct Machine {
     pub(super) acpi: AcpiHandle,
     /// Its CD-ROM drive, if it has one.
     pub(super) cdrom: Option<CdHandle>,
+    /// Its I/O APIC, if it is not the host's.
+    pub(super) io_apic: Option<IoApic>,
     /// What the host may post.
     pub(super) posted: Vec<PostedRange>,
 }
@@ -85,6 +94,7 @@ impl Machine {
             prepared,
             platform,
             messages,
+            split,
             memory,
             physical_bits,
             shape,
@@ -92,6 +102,7 @@ impl Machine {
             tsc_khz,
             serial,
             debugcon,
+            debug_exit,
             test_devices,
             lines,
             power,
@@ -101,8 +112,17 @@ impl Machine {
             flash,
             tray,
         } = parts;
-        let line = |gsi| InterruptLine::new(gsi, lines.clone());
         let mut builder = Builder::default();
+        let remapped = split.map(|split| split.remap(memory.clone(), messages, wake.clone()));
+        let (lines, iommu, io_apic) = match remapped {
+            None => (lines, None, None),
+            Some(Remapped { io_apic, iommu, registers }) => {
+                builder.add(&IoApic::RANGES, io_apic.clone())?;
+                builder.add(&VtdRegisters::RANGES, registers)?;
+                (Arc::new(io_apic.clone()) as Arc<dyn LineSink>, Some(iommu), Some(io_apic))
+            }
+        };
+        let line = |gsi| InterruptLine::new(gsi, lines.clone());
         let (layout, cpus) = (shape.layout, shape.topology.cpus() as u16);
         let cmos = Cmos { ram_below_4g: layout.low_end(), ram_above_4g: layout.high_bytes(), cpus, boot: [None; 3] };
         let clock = Arc::new(SystemClock);
@@ -127,6 +147,7 @@ impl Machine {
             layout,
             platform,
             messages,
+            iommu,
             lines: lines.clone(),
             memory: memory.clone(),
             acpi: acpi_pm,
@@ -135,6 +156,7 @@ impl Machine {
             nets: media.nets,
             cdrom: media.cdrom,
             tray,
+            test_devices,
         })?;
         builder.add(&FwCfg::RANGES, fw_cfg(&shape, physical_bits, cpuid, memory, &fabric)?)?;
         builder.add(&Pvpanic::RANGES, Pvpanic::new(crash))?;
@@ -143,7 +165,7 @@ impl Machine {
         if let Some(output) = debugcon {
             builder.add(&DebugConsole::RANGES, DebugConsole::new(output))?;
         }
-        if test_devices {
+        if debug_exit {
             builder.add(&DebugExit::RANGES, DebugExit::new(power))?;
             builder.add(&PcTestPorts::RANGES, PcTestPorts::new(&lines))?;
             builder.add(&PcTestMemory::RANGES, PcTestMemory::new())?;
@@ -156,7 +178,7 @@ impl Machine {
         let [ports, rest] = FabricSide::both(&fabric);
         builder.buses.ports.insert_rest(Box::new(ports));
         builder.buses.memory.insert_rest(Box::new(rest));
-        Ok(Self { buses: builder.buses, acpi, cdrom, posted: builder.posted })
+        Ok(Self { buses: builder.buses, acpi, cdrom, io_apic, posted: builder.posted })
     }
 }
 

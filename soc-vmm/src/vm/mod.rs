@@ -14,6 +14,7 @@ mod messages;
 mod ram;
 mod run;
 mod shape;
+mod split;
 mod state;
 mod string;
 mod view;

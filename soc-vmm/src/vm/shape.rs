@@ -23,13 +23,16 @@ pub(super) struct Shape {
     pub(super) numa: Numa,
     /// Devices behind root ports.
     pub(super) devices: usize,
+    /// Whether there is an IOMMU.
+    pub(super) iommu: bool,
 }
 
 impl Shape {
     /// The machine that `config` asks for.
     pub(super) fn new(config: &RunConfig, layout: &MemoryLayout) -> Self {
         let numa = Numa::new(&config.numa, layout);
-        Self { layout: *layout, topology: config.topology, numa, devices: Media::devices(config) }
+        let (devices, iommu) = (Media::devices(config), config.iommu.is_some());
+        Self { layout: *layout, topology: config.topology, numa, devices, iommu }
     }
 
     /// What ACPI tells; `physical_bits` are the guest's, where its firmware will ask for tables.
@@ -41,6 +44,7 @@ impl Shape {
             fw_cfg: true,
             pvpanic: true,
             pci: Some(chipset::acpi(&self.layout, self.devices, physical_bits)),
+            iommu: self.iommu,
             numa: self.numa.acpi(),
         }
     }

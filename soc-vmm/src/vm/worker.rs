@@ -19,6 +19,7 @@ use super::guest::Relay;
 use super::lines::Lines;
 use super::string::StringAccess;
 use crate::bus::{Access, Answer, Bus, Deferred, LateAnswer, RequestId, Wake};
+use crate::devices::IoApic;
 
 /// Polling goes on for at most this long without work, where work used to come soon.
 const SPIN_MOST: Duration = Duration::from_micros(200);
@@ -120,6 +121,8 @@ pub(super) struct Worker<F: SocFunction> {
     pub(super) vectors: Vec<u32>,
     pub(super) idle: SocIdle<F::Remote>,
     pub(super) buses: Buses,
+    /// The I/O APIC, if it is not the host's.
+    pub(super) io_apic: Option<IoApic>,
     pub(super) lines: Arc<Lines<F>>,
     pub(super) relay: Arc<Relay>,
     pub(super) counters: Arc<Counters>,
@@ -252,7 +255,12 @@ impl<F: SocFunction> Worker<F> {
                 self.relay.report(lane, &request);
                 Answer::Done(0)
             }
-            Kind::EOI => Answer::Done(0),
+            Kind::EOI => {
+                if let Some(io_apic) = &self.io_apic {
+                    io_apic.end(request.address as u8);
+                }
+                Answer::Done(0)
+            }
             _ => {
                 return self.finish(lane, Completion { status: Status::UNKNOWN_KIND, ..Completion::ok(u64::MAX) });
             }

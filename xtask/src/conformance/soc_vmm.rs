@@ -6,10 +6,9 @@ use super::entries::Entry;
 const MEMORY: &str = "128M";
 
 /// What soc-vmm doesn't carry, by a word of QEMU's parameters.
-const MISSING: [(&str, &str); 4] = [
+const MISSING: [(&str, &str); 3] = [
     ("hv_passthrough", "Hyper-V's interfaces"),
     ("hyperv-testdev", "Hyper-V's interfaces"),
-    ("intel-iommu", "an emulated IOMMU"),
     ("vmport=on", "VMware's port"),
 ];
 
@@ -28,12 +27,14 @@ pub(crate) fn missing(entry: &Entry) -> Option<&'static str> {
 pub(crate) fn arguments(entry: &Entry, image: &str) -> Vec<String> {
     let mut memory = MEMORY.to_owned();
     let mut cpu = None;
+    let mut devices = Vec::new();
     let mut parameters = entry.qemu.iter();
     while let Some(parameter) = parameters.next() {
         // What else stands there chooses an accelerator, or switches something off that isn't there or does no harm.
         match parameter.as_str() {
             "-m" => memory = parameters.next().cloned().unwrap_or(memory),
             "-cpu" => cpu = parameters.next().map(|model| model_of(model)),
+            "-device" => devices.extend(parameters.next().and_then(|device| device_of(device))),
             _ => {}
         }
     }
@@ -45,7 +46,17 @@ pub(crate) fn arguments(entry: &Entry, image: &str) -> Vec<String> {
     if let Some(cpu) = &cpu {
         arguments.extend(["--cpu", cpu]);
     }
+    arguments.extend(devices.into_iter().flatten());
     arguments.into_iter().map(str::to_owned).collect()
+}
+
+/// A device of QEMU's by the option that gives the machine the same. Its properties choose what is so anyway.
+fn device_of(device: &str) -> Option<[&'static str; 2]> {
+    match device.split(',').next() {
+        Some("intel-iommu") => Some(["--iommu", "intel"]),
+        Some("edu") => Some(["--test-device", "edu"]),
+        _ => None,
+    }
 }
 
 /// The host's own processor, less what the entry takes away. QEMU warns of what a named model has and the host hasn't, and goes on; soc-vmm
@@ -71,6 +82,17 @@ mod tests {
             "/a",
         );
         let line = "run --kernel /a --cmdline a.flat b c --cpus 1 --memory 2048 --debug-exit --cpu host,-smap";
+        assert_eq!(told.join(" "), line);
+    }
+
+    #[test]
+    fn devices_are_translated() {
+        let told = arguments(
+            &entry("a.flat", &["-M", "q35,kernel-irqchip=split", "-device", "intel-iommu,eim=off", "-device", "edu"]),
+            "/a",
+        );
+        let line =
+            "run --kernel /a --cmdline a.flat b c --cpus 1 --memory 128M --debug-exit --iommu intel --test-device edu";
         assert_eq!(told.join(" "), line);
     }
 
