@@ -150,6 +150,22 @@ fn lines_that_differ_from_isa_are_told() {
 }
 
 #[test]
+fn an_iommu_is_told_and_then_there_are_no_8259s() {
+    let tables = |iommu| AcpiTables::new(&AcpiConfig { iommu, ..config(1) }, 0x2000_0000).unwrap();
+    let (with, without) = (tables(true), tables(false));
+    let flags = |tables: &AcpiTables| u32_at(Guest(tables).find(b"APIC"), 40);
+    assert_eq!((flags(&with), flags(&without)), (0, 1));
+    assert!(Guest(&without).tables().iter().all(|table| !table.starts_with(b"DMAR")));
+    let guest = Guest(&with);
+    let dmar = guest.find(b"DMAR");
+    assert_eq!((dmar.len(), dmar[36], dmar[37]), (72, 47, 1));
+    // One unit, of all functions, and of the I/O APIC as the MADT has it.
+    let unit = &dmar[48..];
+    assert_eq!((unit[..8].to_vec(), u64_at(unit, 8)), (vec![0, 0, 24, 0, 1, 0, 0, 0], 0xfed9_0000));
+    assert_eq!(unit[16..], [3, 8, 0, 0, 0, 0xff, 0, 0]);
+}
+
+#[test]
 fn devices_are_told_as_configured() {
     let has = |config: &AcpiConfig, name: &[u8]| {
         let tables = AcpiTables::new(config, 0x2000_0000).unwrap();

@@ -32,6 +32,7 @@ fn defaults_are_the_promised_ones() {
     );
     assert_eq!((config.serial, config.function, config.debugcon), (SerialSpec::Stdio, FunctionSpec::Local, None));
     assert!(!config.paused && !config.debug_exit && config.qmp.is_empty());
+    assert!(config.iommu.is_none() && config.test_devices.is_empty());
 }
 
 #[test]
@@ -57,6 +58,10 @@ fn everything_at_once() {
         "--debugcon",
         "file:d",
         "--debug-exit",
+        "--iommu",
+        "intel",
+        "--test-device",
+        "edu",
         "--qmp",
         "unix:/a",
         "--qmp",
@@ -78,6 +83,7 @@ fn everything_at_once() {
     assert_eq!(config.function.to_string(), "pci:0000:01:00.1");
     assert_eq!(config.log, LevelFilter::DEBUG);
     assert!(config.paused && config.debug_exit);
+    assert_eq!((config.iommu, &config.test_devices[..]), (Some(IommuModel::Intel), &[TestDevice::Edu][..]));
     assert_eq!(run(&["--firmware", "bios"]).boot, BootSource::Firmware { code: "bios".into(), nvram: None });
 }
 
@@ -100,7 +106,7 @@ fn what_is_not_there_yet_is_refused_by_name() {
 
 #[test]
 fn refusals_name_the_option_and_the_reason() {
-    let cases: [(&[&str], &[&str]); 18] = [
+    let cases: [(&[&str], &[&str]); 22] = [
         (&[], &["--help"]),
         (&["run"], &["--kernel", "--firmware"]),
         (&["launch"], &["'launch'", "--help"]),
@@ -118,6 +124,10 @@ fn refusals_name_the_option_and_the_reason() {
         (&["run", "--kernel", "k", "--function", "pci:x"], &["--function", "0000:01:00.0"]),
         (&["run", "--kernel", "k", "--log", "loud"], &["--log", "loud"]),
         (&["run", "--kernel", "k", "--frob\n\x1b"], &["frob"]),
+        (&["run", "--kernel", "k", "--iommu", "amd"], &["--iommu", "'amd'", "intel"]),
+        (&["run", "--firmware", "f", "--iommu", "intel"], &["--iommu needs --kernel", "8259"]),
+        (&["run", "--kernel", "k", "--test-device", "nil"], &["--test-device", "'nil'", "edu"]),
+        (&["run", "--kernel", "k", "--test-device", "edu", "--test-device", "edu"], &["--test-device edu", "twice"]),
         (&["pause"], &["NAME"]),
     ];
     for (line, words) in cases {
@@ -178,9 +188,9 @@ proptest! {
 fn word() -> impl Strategy<Value = String> {
     prop_oneof![
         3 => "run|host|list|status|quit|migrate",
-        6 => "--(name|cpus|cpu|cpu-affinity|memory|kernel|initrd|cmdline|firmware|serial|debugcon|qmp|function|log|disk|json)",
+        6 => "--(name|cpus|cpu|cpu-affinity|memory|kernel|initrd|cmdline|firmware|serial|debugcon|qmp|function|log|disk|iommu|test-device|json)",
         2 => "--(debug-exit|paused|help)|-h|-V|--",
-        3 => "[0-9]{1,4}(,sockets=2)?|512M|host|EPYC,-avx|local|null|file:f|unix:s|pool|0=1",
+        3 => "[0-9]{1,4}(,sockets=2)?|512M|host|intel|edu|EPYC,-avx|local|null|file:f|unix:s|pool|0=1",
         2 => ".{0,10}",
     ]
 }

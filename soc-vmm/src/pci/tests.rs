@@ -127,6 +127,9 @@ fn configuration_space_is_reached_both_ways() {
     assert_eq!(rig.config(4 << 3, 0, 4, None), Some(0xffff_ffff));
     assert_eq!(rig.config(1 << 8, 0, 1, None), Some(0xff));
     assert_eq!(rig.read(true, 0xcf8, 4), Some(0x8001_0000));
+    // The address's lowest bits count too.
+    assert!(matches!(rig.access(true, 0xcf8, 4, Some(0x8000_1802)), Answer::Done(_)));
+    assert_eq!(rig.read(true, 0xcfc, 2), Some(0x1234));
     // Without the enable bit the data port is nobody's.
     assert!(matches!(rig.access(true, 0xcf8, 4, Some(0)), Answer::Done(_)));
     assert_eq!((rig.read(true, 0xcfc, 4), rig.read(true, 0xcf8, 2)), (None, None));
@@ -159,12 +162,15 @@ fn windows_answer_where_the_guest_puts_them() {
 #[test]
 fn a_bridge_lets_through_what_its_windows_hold() {
     let rig = Rig::new(None);
+    let (port_id, id) = (Requester::default(), Requester::default());
     {
         let mut fabric = rig.fabric.lock().unwrap();
         let pirqs = Pirqs::new(Arc::new(NoLines));
         let port =
             fabric.plug(None, 8, Box::new(RootPort::new(1, pirqs.wire(1), &test_sink::TestSink::default()))).unwrap();
-        fabric.plug(Some(port), 0, Probe::new(7, &[(0, MEM32)])).unwrap();
+        let device = fabric.plug(Some(port), 0, Probe::new(7, &[(0, MEM32)])).unwrap();
+        fabric.identify(port, port_id.clone());
+        fabric.identify(device, id.clone());
         assert_eq!(fabric.plug(Some(port), 8, Probe::new(8, &[])), Err(PlugError::NoSlot { devfn: 8 }));
         assert_eq!(fabric.plug(Some(port), 0, Probe::new(8, &[])), Err(PlugError::Taken { devfn: 0 }));
     }
@@ -172,6 +178,10 @@ fn a_bridge_lets_through_what_its_windows_hold() {
     assert_eq!(rig.config(there, 0, 2, None), Some(0xffff));
     rig.config(8, 0x18, 4, Some(0x00_06_05_00));
     assert_eq!(rig.config(there, 0, 2, None), Some(0x1af4));
+    assert_eq!((port_id.id(), id.id()), (8, 5 << 8));
+    rig.config(8, 0x18, 4, Some(0x00_06_06_00));
+    assert_eq!(id.id(), 6 << 8);
+    rig.config(8, 0x18, 4, Some(0x00_06_05_00));
     rig.config(there, 0x10, 4, Some(0xfe00_0000));
     rig.config(there, 4, 2, Some(7));
     assert_eq!(rig.read(false, 0xfe00_0000, 4), None);
