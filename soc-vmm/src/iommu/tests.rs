@@ -141,7 +141,7 @@ impl Rig {
                 return self.ram.put(entry, to | rights | large);
             }
             if self.ram.get(entry) == 0 {
-                self.ram.put(entry, PAGES + self.tables * 0x1000 | 3);
+                self.ram.put(entry, (PAGES + self.tables * 0x1000) | 3);
                 self.tables += 1;
             }
             table = self.ram.get(entry) & !0xfff;
