@@ -68,8 +68,10 @@ const SWITCHES: u32 = TRANSLATE | QUEUE | REMAP | COMPATIBLE;
 const EXTENDED: u64 = 1 << 11;
 const INTERRUPT_TABLE_BITS: u64 = PAGE_MASK | EXTENDED | 0xf;
 
-/// Descriptors that are served in one go, before other vCPUs' accesses have their turn.
-const AT_ONCE: usize = 256;
+/// What is served in one go, before other vCPUs' accesses have their turn: so many descriptors, …
+const AT_ONCE: u32 = 256;
+/// … of which one that looks at every wired message counts for more.
+const COST_OF_ENTRIES: u32 = 64;
 
 /// The unit on the bus.
 pub struct VtdRegisters {
@@ -261,7 +263,8 @@ impl VtdRegisters {
 
     /// Serves the queue, as far as it can be now.
     fn serve(&mut self) {
-        for _ in 0..AT_ONCE {
+        let mut left = AT_ONCE;
+        while left > 0 {
             if self.values.status & QUEUE == 0 || self.iommu.faults().status() & status::QUEUE != 0 {
                 return;
             }
@@ -275,21 +278,23 @@ impl VtdRegisters {
                 Ok(Some(at)) => walk::entry(&*self.iommu.memory, at, 0).and_then(Descriptor::parse),
                 Err(_) => None,
             };
-            if next.and_then(|descriptor| self.perform(descriptor)).is_none() {
+            let Some(cost) = next.and_then(|descriptor| self.perform(descriptor)) else {
                 return self.iommu.faults().queue_stands();
-            }
+            };
             self.values.queue.advance();
+            left = left.saturating_sub(cost);
         }
         self.wake.wake();
     }
 
-    /// Does what a descriptor asks for; none: it can't be done.
-    fn perform(&mut self, descriptor: Descriptor) -> Option<()> {
+    /// Does what a descriptor asks for; what it cost. None: it can't be done.
+    fn perform(&mut self, descriptor: Descriptor) -> Option<u32> {
         match descriptor {
             Descriptor::Translations => self.iommu.translation_mut().forget(),
             Descriptor::AllEntries | Descriptor::Entries { .. } => {
                 self.iommu.invalidate_entries(|index| descriptor.is_meant(index));
                 self.behind = Some(self.waiters.mark());
+                return Some(COST_OF_ENTRIES);
             }
             Descriptor::Wait { status, interrupt } => {
                 if let Some((at, value)) = status {
@@ -300,7 +305,7 @@ impl VtdRegisters {
                 }
             }
         }
-        Some(())
+        Some(1)
     }
 }
 

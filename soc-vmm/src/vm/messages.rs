@@ -59,7 +59,7 @@ struct Slot {
 }
 
 impl<F: SocFunction> Messages<F> {
-    /// None yet; `created` says which vectors are free. `wake` is called each time that routes have settled.
+    /// None yet; `created` says which vectors are free. `wake` is called each time that routes have settled, if the machine has the I/O APIC.
     pub(super) fn new(
         function: Arc<F>,
         channel: Channel<F>,
@@ -134,7 +134,10 @@ impl<F: SocFunction> Shared<F> {
 
     fn settled(&self, mark: u64) {
         self.settling.settle(mark);
-        self.wake.wake();
+        // Nobody waits where the host has all the chips.
+        if self.irqchip == Irqchip::Split {
+            self.wake.wake();
+        }
     }
 
     /// The GSI of the first slot.

@@ -61,6 +61,24 @@ fn it_goes_round() {
 }
 
 #[test]
+fn a_long_queue_is_served_in_turns() {
+    let mut rig = Rig::new();
+    rig.write(0x90, QUEUE | 1);
+    rig.command(1 << 26);
+    for (n, descriptor) in (0..300).map(|n| (n, wait(n as u32))) {
+        rig.ram.put_entry(QUEUE + 16 * n, descriptor);
+    }
+    rig.write(0x88, 300 << 4);
+    assert_eq!(rig.read(0x80), 256 << 4);
+    rig.unit.poll();
+    assert_eq!((rig.read(0x80), rig.ram.get(STATUS)), (300 << 4, 299));
+    // Those that look at every message are dear.
+    (300..310).for_each(|n| rig.ram.put_entry(QUEUE + 16 * n, 4));
+    rig.write(0x88, 310 << 4);
+    assert_eq!(rig.read(0x80), 304 << 4);
+}
+
+#[test]
 fn it_stands_at_what_it_does_not_understand_until_that_is_mended() {
     let mut rig = Rig::queueing();
     rig.write_low(0x3c, 0x44);
