@@ -5,10 +5,15 @@ use payloads::{EXIT_PASS, Payload, Privilege};
 
 /// Runs a payload to its end, which must be its own `pass`.
 fn passes(payload: &Payload) {
+    passes_with(payload, &[]);
+}
+
+/// The same on a machine with more than that.
+fn passes_with(payload: &Payload, options: &[&str]) {
     if !kvm(payload.name) {
         return;
     }
-    let ended = Vm::payload(payload, &[]).wait();
+    let ended = Vm::payload(payload, options).wait();
     let want = i32::from(EXIT_PASS) << 1 | 1;
     assert_eq!(ended.status.code(), Some(want), "{}: {}\n{}", payload.name, ended.debugcon, ended.stderr);
     assert!(ended.debugcon.ends_with("pass\n"), "{}: {}", payload.name, ended.debugcon);
@@ -39,6 +44,12 @@ fn real_mode_firmware() {
 #[test]
 fn a_level_triggered_line() {
     passes(&payloads::interrupts::level().unwrap());
+}
+
+#[test]
+fn a_level_triggered_line_of_the_machines_own_io_apic() {
+    passes_with(&payloads::interrupts::level().unwrap(), &["--iommu", "intel"]);
+    passes_with(&payloads::smp::ipi(3).unwrap(), &["--iommu", "intel", "--test-device", "edu"]);
 }
 
 #[test]
