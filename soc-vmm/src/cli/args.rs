@@ -10,6 +10,7 @@ use super::cpu::Cpus;
 use super::disk::{CdromSpec, DiskSpec};
 use super::net::NetSpec;
 use super::numa::NumaNode;
+use super::test_device::TestDevice;
 use super::values::{CpuAffinity, DebugconSpec, FunctionSpec, Memory, QmpSocket, SerialSpec};
 use crate::control::VmName;
 use crate::cpuid::CpuSpec;
@@ -145,6 +146,9 @@ pub(super) struct RunArgs {
     /// A guest's write of V to port 0xf4 ends the VM with status (V << 1) | 1
     #[arg(long)]
     pub(super) debug_exit: bool,
+    /// A device for a test's guest to drive
+    #[arg(long, value_name = "NAME", value_enum)]
+    pub(super) test_device: Vec<TestDevice>,
     /// One more control socket: unix:SOCKET
     #[arg(long, value_name = "SPEC")]
     pub(super) qmp: Vec<QmpSocket>,

@@ -7,6 +7,7 @@ mod disk;
 mod exit;
 mod net;
 mod numa;
+mod test_device;
 mod values;
 
 use std::ffi::OsString;
@@ -28,6 +29,7 @@ pub use disk::{CdromSpec, DiskSpec};
 pub use exit::{ExitStatus, Failure};
 pub(crate) use exit::{one_line, with_causes};
 pub use net::{Mac, NetSpec};
+pub use test_device::TestDevice;
 pub use values::{Bdf, CpuAffinity, DebugconSpec, FunctionSpec, HugePages, Memory, SerialSpec, ValueError};
 
 /// What a command line asks for.
@@ -125,6 +127,8 @@ pub struct RunConfig {
     pub debugcon: Option<DebugconSpec>,
     /// Whether there is an isa-debug-exit device.
     pub debug_exit: bool,
+    /// Devices that a test's guest drives.
+    pub test_devices: Vec<TestDevice>,
     /// More control sockets.
     pub qmp: Vec<PathBuf>,
     /// The function.
@@ -238,6 +242,7 @@ impl RunConfig {
             serial: args.serial,
             debugcon: args.debugcon,
             debug_exit: args.debug_exit,
+            test_devices: args.test_device,
             qmp: args.qmp.into_iter().map(|socket| socket.0).collect(),
             function: args.function,
             paused: args.paused,

@@ -16,6 +16,7 @@
 //! | [`FwCfg`] | 0x510–0x511, 0x514–0x51b | | none |
 //! | [`PcTestPorts`] | 0xe0–0xeb, 0x2000–0x2017 | 0–23 | none |
 //! | [`PcTestMemory`] | 0xff000000–0xff00ffff | | none |
+//! | [`HypervTestdev`] | 0x3000–0x3003 | (SINTs) | none |
 //!
 //! PIC, IOAPIC, PIT and port 0x61 are not here: KVM's in-kernel irqchip and PIT (with `KVM_PIT_SPEAKER_DUMMY`) answer those, KVM
 //! api.rst §4.71.
@@ -31,6 +32,7 @@ mod debug_console;
 mod debug_exit;
 mod delay_port;
 pub mod fw_cfg;
+mod hyperv_testdev;
 mod i8042;
 mod pc_testdev;
 mod pci_hotplug;
@@ -53,6 +55,7 @@ pub use debug_console::DebugConsole;
 pub use debug_exit::DebugExit;
 pub use delay_port::DelayPort;
 pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgState};
+pub use hyperv_testdev::HypervTestdev;
 pub use i8042::{I8042, I8042State, Keyboard};
 pub use pc_testdev::{PcTestMemory, PcTestMemoryState, PcTestPorts, PcTestPortsState};
 pub use pci_hotplug::{

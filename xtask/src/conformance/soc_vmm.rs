@@ -6,12 +6,7 @@ use super::entries::Entry;
 const MEMORY: &str = "128M";
 
 /// What soc-vmm doesn't carry, by a word of QEMU's parameters.
-const MISSING: [(&str, &str); 4] = [
-    ("hv_passthrough", "Hyper-V's interfaces"),
-    ("hyperv-testdev", "Hyper-V's interfaces"),
-    ("intel-iommu", "an emulated IOMMU"),
-    ("vmport=on", "VMware's port"),
-];
+const MISSING: [(&str, &str); 2] = [("intel-iommu", "an emulated IOMMU"), ("vmport=on", "VMware's port")];
 
 /// Why soc-vmm can't run an entry by what it is, if it can't.
 pub(crate) fn missing(entry: &Entry) -> Option<&'static str> {
@@ -27,12 +22,13 @@ pub(crate) fn missing(entry: &Entry) -> Option<&'static str> {
 /// The arguments of soc-vmm for `entry`, whose image is `image`.
 pub(crate) fn arguments(entry: &Entry, image: &str) -> Vec<String> {
     let mut memory = MEMORY.to_owned();
-    let mut cpu = None;
+    let (mut cpu, mut test_device) = (None, None);
     let mut parameters = entry.qemu.iter();
     while let Some(parameter) = parameters.next() {
         // What else stands there chooses an accelerator, or switches something off that isn't there or does no harm.
         match parameter.as_str() {
             "-m" => memory = parameters.next().cloned().unwrap_or(memory),
+            "-device" => test_device = parameters.next().and_then(|device| test_device_of(device)),
             "-cpu" => cpu = parameters.next().map(|model| model_of(model)),
             _ => {}
         }
@@ -45,14 +41,22 @@ pub(crate) fn arguments(entry: &Entry, image: &str) -> Vec<String> {
     if let Some(cpu) = &cpu {
         arguments.extend(["--cpu", cpu]);
     }
+    if let Some(device) = test_device {
+        arguments.extend(["--test-device", device]);
+    }
     arguments.into_iter().map(str::to_owned).collect()
 }
 
-/// The host's own processor, less what the entry takes away. QEMU warns of what a named model has and the host hasn't, and goes on; soc-vmm
+/// A test device of QEMU's as soc-vmm names it.
+fn test_device_of(device: &str) -> Option<&'static str> {
+    (device == "hyperv-testdev").then_some("hyperv")
+}
+
+/// The host's own processor, less what the entry takes away, and with Hyper-V's interfaces where it wants them. QEMU warns of what a named model has and the host hasn't, and goes on; soc-vmm
 /// refuses such a model, so that no guest runs on less than it was promised. What an entry adds, the host's has if it can.
 fn model_of(cpu: &str) -> String {
-    let removed = cpu.split(',').skip(1).filter(|word| word.starts_with('-'));
-    std::iter::once("host").chain(removed).collect::<Vec<_>>().join(",")
+    let kept = cpu.split(',').skip(1).filter(|word| word.starts_with('-') || *word == "hv_passthrough");
+    std::iter::once("host").chain(kept).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]
@@ -72,12 +76,15 @@ mod tests {
         );
         let line = "run --kernel /a --cmdline a.flat b c --cpus 1 --memory 2048 --debug-exit --cpu host,-smap";
         assert_eq!(told.join(" "), line);
+        let told = arguments(&entry("a.flat", &["-cpu", "host,hv_passthrough", "-device", "hyperv-testdev"]), "/a");
+        let told = told.join(" ");
+        assert!(told.ends_with("--debug-exit --cpu host,hv_passthrough --test-device hyperv"), "{told}");
     }
 
     #[test]
     fn what_is_not_carried_is_named() {
         assert_eq!(missing(&entry("vmx.flat", &[])), Some("VMX"));
-        assert_eq!(missing(&entry("a.flat", &["-cpu", "host,hv_passthrough"])), Some("Hyper-V's interfaces"));
+        assert_eq!(missing(&entry("a.flat", &["-device", "intel-iommu,intremap=on"])), Some("an emulated IOMMU"));
         assert_eq!(missing(&entry("a.flat", &["-cpu", "max"])), None);
     }
 }
