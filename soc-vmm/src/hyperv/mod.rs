@@ -277,6 +277,3 @@ impl Port {
 fn no_page(sint: Sint, e: MemoryError) {
     tracing::debug!(?sint, error = %e, "a SynIC's page can't be reached");
 }
-
-#[cfg(test)]
-mod tests;
