@@ -103,7 +103,12 @@ fn as_host(host: &[CpuidEntry], features: FeatureSet) -> Vec<CpuidEntry> {
     let mut table: Vec<CpuidEntry> = Vec::new();
     for entry in host {
         let index = if plain(entry.function) { 0 } else { entry.index };
-        if find(&table, entry.function, index).is_none() && (entry.flags & INDEXED == 0 || entry.index == index) {
+        // An entry without an index stands for all of them.
+        let is_taken = match entry.flags & INDEXED {
+            0 => table.iter().any(|other| other.function == entry.function),
+            _ => find(&table, entry.function, index).is_some() || entry.index != index,
+        };
+        if !is_taken {
             table.push(*entry);
         }
     }

@@ -7,8 +7,10 @@
 //! a message ([`SintSink::take_ended`]).
 //!
 //! Both pages are the guest's own memory, written by DMA while the guest runs. What follows from that:
-//! - A message goes into its slot only if it finds the slot empty, and its type is stored last. That is an order between two: a guest
-//!   must not have KVM's timers send messages to the SINT of a port. None does, for whose messages they are could not be told.
+//! - A message goes into its slot only if it finds the slot empty, and its type is stored last. That orders two, the guest and this
+//!   side. KVM's timers are a third: where a guest has them send messages to the SINT of a port, of two that come at the same moment
+//!   one is lost. So a VMBus will have to put its messages there with the vCPU out of the guest; the test device, which alone opens
+//!   ports today, doesn't.
 //! - Where a flag is set while the guest clears another one in the same byte, the other may be set again. A guest takes that for an
 //!   event of which it has seen all already.
 
