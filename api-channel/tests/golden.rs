@@ -53,6 +53,7 @@ fn calls_of_the_vm() {
     let create =
         CreateVm { vcpus: 2, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 50_000, name: Name::new("web-1") };
     call("create-vm", &Call::CreateVm(create));
+    call("create-vm-hv-synic", &Call::CreateVm(CreateVm { flags: CreateVm::HV_SYNIC, ..create }));
     call("set-apic-ids", &Call::SetApicIds(vec![0, 1, 4, 5, 0x3ff]));
     call("add-ram", &Call::AddRam(RamRequest { id: 1, node: -1, len: 1 << 30, iova: 1 << 32, huge: 2 << 20 }));
     let slot = |base, flags| Memslot { base, len: 0xa0000, offset: 0x1000, ram: 2, flags };
@@ -77,6 +78,8 @@ fn calls_about_interrupts_and_notifications() {
     let pin = Route { gsi: 4, kind: RouteKind::Pin as u32, address: 2, data: 4, reserved: 0 };
     let msi = Route { gsi: 24, kind: RouteKind::Msi as u32, address: 0xfee0_1000, data: 0x41, reserved: 0 };
     call("set-routing", &Call::SetRouting(vec![pin, msi]));
+    let sint = Route { gsi: 25, kind: RouteKind::Sint as u32, address: 1, data: 2, reserved: 0 };
+    call("set-routing-sint", &Call::SetRouting(vec![sint]));
     call("msi", &Call::Msi(Msi { address: 0xfee0_0000, data: 0x30, reserved: 0 }));
     call("lines", &Call::Lines(vec![0x8001_0009_0000_0003]));
     call("irqfd", &Call::Irqfd(Irqfd { vector: 9, gsi: 24, on: 1, resample: 1 }));

@@ -2,7 +2,7 @@
 //!
 //! | line | bytes | where | written by |
 //! | --- | --- | --- | --- |
-//! | request | 64: words 4–7 always, words 0–3 for exit reports alone | BAR, region *requests* | host |
+//! | request | 64: words 4–7 always, words 0–3 where there are details | BAR, region *requests* | host |
 //! | control | 64: word 0 posted tail, word 1 idle flag | BAR, region *controls* | host |
 //! | posted ring | [`POSTED_SLOTS`] × 32: as words 4–7 of a request | BAR, region *posted* | host |
 //! | completion | 64: words 4–7 | inbox, region *completions* | SoC |
@@ -56,6 +56,12 @@ impl Kind {
     pub const EXIT_REPORT: Self = Self(6);
     /// Reserved for confidential guests.
     pub const CONFIDENTIAL: Self = Self(7);
+    /// Hyper-V hypercall (TLFS "Hypercall Interface"): address = input value, words 0–1 = GPAs of its parameters, or of a fast call
+    /// its parameters; the answer is the result value.
+    pub const HV_HYPERCALL: Self = Self(8);
+    /// The guest changed its vCPU's synthetic interrupt controller (TLFS "Synthetic Interrupt Controller"): address = MSR, words
+    /// 0–2 = SCONTROL, SIEFP and SIMP as they are now.
+    pub const HV_SYNIC: Self = Self(9);
 }
 
 /// Reasons of [`Kind::EXIT_REPORT`], in the address word.
@@ -102,7 +108,7 @@ pub struct Request {
     pub length: u16,
     /// Whether the data is a string in the lane's string page.
     pub string: bool,
-    /// Details of an exit report or a hypercall; `None` keeps the request at four stores.
+    /// Details of an exit report, a hypercall or a SynIC's change; `None` keeps the request at four stores.
     pub words: Option<[u64; 4]>,
 }
 
@@ -165,6 +171,8 @@ impl Request {
             Kind::HYPERCALL => scalar(8..=8),
             Kind::EOI => plain && scalar(1..=1) && self.address <= 0xff,
             Kind::EXIT_REPORT => scalar(0..=0),
+            Kind::HV_HYPERCALL => !plain && scalar(8..=8),
+            Kind::HV_SYNIC => !plain && scalar(0..=0) && self.address <= 0xffff_ffff,
             Kind(0) => false,
             _ => usize::from(self.length) <= STRING_PAGE,
         }

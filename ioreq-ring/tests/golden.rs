@@ -79,6 +79,8 @@ fn requests() {
     let access = |kind, direction, address, data, length| Request::access(kind, direction, address, data, length, TSC);
     let string = Request { length: 4096, string: true, ..access(Kind::PIO, Direction::Write, 0x1f0, 2, 0) };
     let call = access(Kind::HYPERCALL, Direction::Read, 5, 0, 8);
+    let hv_call = access(Kind::HV_HYPERCALL, Direction::Read, 0x1_005d, 0, 8);
+    let synic = access(Kind::HV_SYNIC, Direction::Write, 0x4000_0083, 0, 0);
     let report = access(Kind::EXIT_REPORT, Direction::Read, exit_reason::INTERNAL_ERROR, 0, 0);
     let cases = [
         (golden!("request-pio-read"), access(Kind::PIO, Direction::Read, 0x3fd, 0, 1)),
@@ -87,6 +89,8 @@ fn requests() {
         (golden!("request-msr-read"), access(Kind::MSR, Direction::Read, 0xc000_0080, 0, 8)),
         (golden!("request-hypercall"), Request { words: Some([1, 2, 3, 4]), ..call }),
         (golden!("request-exit-report"), Request { words: Some([1, 0x10, 0x20, 0x30]), ..report }),
+        (golden!("request-hv-hypercall"), Request { words: Some([0x21, 7, 0, 0]), ..hv_call }),
+        (golden!("request-hv-synic"), Request { words: Some([1, 0x5001, 0x6001, 0]), ..synic }),
         (golden!("request-eoi"), access(Kind::EOI, Direction::Write, 0x31, 0, 1)),
     ];
     for (golden, request) in cases {

@@ -15,6 +15,7 @@ pub mod cpuid;
 pub mod devices;
 pub mod flash;
 mod function;
+pub mod hyperv;
 pub mod interrupt;
 pub mod inventory;
 pub mod iommu;

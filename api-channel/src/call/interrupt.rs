@@ -21,6 +21,9 @@ pub enum RouteKind {
     Pin = 1,
     /// An MSI: address and data of the message.
     Msi = 2,
+    /// A source of a vCPU's Hyper-V SynIC: address = vCPU, data = SINT, 0–15. The VM was created with
+    /// [`super::CreateVm::HV_SYNIC`].
+    Sint = 3,
 }
 
 /// One route of a GSI.

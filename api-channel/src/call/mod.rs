@@ -23,6 +23,8 @@ pub enum Call {
     HostInfo,
     /// The CPUID that KVM supports, as a list of [`CpuidEntry`] in bulk, and what else a VM may have.
     SupportedCpuid,
+    /// The Hyper-V CPUID leaves that KVM supports, as a list of [`CpuidEntry`] in bulk; none where it has no such interfaces.
+    SupportedHvCpuid,
     /// Creates the VM and its vCPUs, all paused: [`VmCreated`].
     CreateVm(CreateVm),
     /// Gives the vCPUs their APIC ids, one each, vCPU 0 first; before the first memslots. Without it vCPU n has n.
@@ -95,6 +97,7 @@ impl Call {
             Self::Ping => 0x001,
             Self::HostInfo => 0x010,
             Self::SupportedCpuid => 0x011,
+            Self::SupportedHvCpuid => 0x012,
             Self::CreateVm(_) => 0x100,
             Self::DestroyVm => 0x101,
             Self::SetApicIds(_) => 0x102,
@@ -128,6 +131,7 @@ impl Call {
             Self::Ping
             | Self::HostInfo
             | Self::SupportedCpuid
+            | Self::SupportedHvCpuid
             | Self::DestroyVm
             | Self::Statistics
             | Self::Shutdown => w,
@@ -162,6 +166,7 @@ impl Call {
             0x001 => Self::Ping,
             0x010 => Self::HostInfo,
             0x011 => Self::SupportedCpuid,
+            0x012 => Self::SupportedHvCpuid,
             0x100 => Self::CreateVm(r.take()?),
             0x101 => Self::DestroyVm,
             0x102 => Self::SetApicIds(r.list(MOST)?),

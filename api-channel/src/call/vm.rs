@@ -22,12 +22,17 @@ pub struct CreateVm {
     pub vcpus: u32,
     /// An [`Irqchip`].
     pub irqchip: u32,
-    /// Reserved, 0.
+    /// [`CreateVm::HV_SYNIC`]; others are reserved, 0.
     pub flags: u64,
     /// Nanoseconds that a vCPU polls for its completion before it sleeps, at most; 0 lets the host choose.
     pub spin_ns: u64,
     /// What the host calls the VM where a person reads it.
     pub name: Name,
+}
+
+impl CreateVm {
+    /// [`CreateVm::flags`]: the vCPUs have Hyper-V's synthetic interrupt controller (`KVM_CAP_HYPERV_SYNIC`).
+    pub const HV_SYNIC: u64 = 1;
 }
 
 /// A VM's name: UTF-8 padded with zeros, nothing that steers a terminal; empty for none.

@@ -42,6 +42,9 @@ impl<F: HostFunction + 'static> Session<'_, F> {
             Call::Ping => Ok(().into()),
             Call::HostInfo => Ok(Reply::bulk(session.host.inventory().to_vec())),
             Call::SupportedCpuid => Ok(Reply::bulk(Writer::default().list(&session.host.supported_cpuid()?).done())),
+            Call::SupportedHvCpuid => {
+                Ok(Reply::bulk(Writer::default().list(&session.host.supported_hv_cpuid()?).done()))
+            }
             Call::CreateVm(create) => session.create_vm(&create),
             Call::DestroyVm => session.destroy_vm().map(Into::into),
             Call::Shutdown => {
@@ -128,7 +131,7 @@ fn on_vm<F: HostFunction + 'static>(machine: &mut Machine<F>, call: Call) -> Res
         Call::SetState { target, records } => machine.set_state(target, records).map(Into::into),
         Call::Run(vcpu) => machine.run(vcpu).map(Into::into),
         Call::Kick(vcpu) => machine.kick(vcpu).map(Into::into),
-        Call::SetRouting(routes) => lines::set_routing(&machine.vm, machine.irqchip, &routes).map(Into::into),
+        Call::SetRouting(routes) => machine.set_routing(&routes).map(Into::into),
         Call::Msi(msi) => lines::signal_msi(&machine.vm, &msi).map(Into::into),
         Call::Lines(words) => set_lines(machine, &words).map(Into::into),
         Call::DirtyLog(on) => machine.dirty_log(on).map(Into::into),

@@ -6,7 +6,10 @@ mod memory;
 use std::fs;
 
 use api_channel::call::CpuidEntry;
-use kvm_bindings::{KVM_CAP_VM_TSC_CONTROL, KVM_CAP_XSAVE2, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{
+    CpuId, KVM_CAP_HYPERV_SYNIC, KVM_CAP_SYS_HYPERV_CPUID, KVM_CAP_VM_TSC_CONTROL, KVM_CAP_XSAVE2,
+    KVM_MAX_CPUID_ENTRIES,
+};
 use kvm_ioctls::{Cap, Kvm};
 use nix::errno::Errno;
 
@@ -14,7 +17,7 @@ pub(crate) use memory::MemoryInfo;
 
 use crate::error::{Refusal, ServeError};
 use crate::frugal::Program;
-use crate::kvm::{install_kick, tsc_khz};
+use crate::kvm::{get_supported_hv_cpuid, install_kick, tsc_khz};
 use crate::sandbox::VcpuFilter;
 use crate::vcpu::{Abilities, from_cpuid};
 
@@ -163,6 +166,22 @@ impl Host {
 
     pub(crate) fn most_memslots(&self) -> usize {
         self.kvm.get_nr_memslots()
+    }
+
+    /// Whether vCPUs can have Hyper-V's SynIC.
+    pub(crate) fn has_synic(&self) -> bool {
+        self.kvm.check_extension_raw(KVM_CAP_HYPERV_SYNIC.into()) > 0
+    }
+
+    /// The Hyper-V leaves that KVM supports: none where it has no such interfaces, or can't tell before there is a vCPU.
+    pub(crate) fn supported_hv_cpuid(&self) -> Result<Vec<CpuidEntry>, Refusal> {
+        if self.kvm.check_extension_raw(KVM_CAP_SYS_HYPERV_CPUID.into()) <= 0 {
+            return Ok(Vec::new());
+        }
+        let mut table =
+            CpuId::new(KVM_MAX_CPUID_ENTRIES).map_err(|_| Refusal::unavailable("no memory for a CPUID table"))?;
+        get_supported_hv_cpuid(&self.kvm, &mut table).map_err(Refusal::nix("read the Hyper-V CPUID"))?;
+        Ok(table.as_slice().iter().map(from_cpuid).collect())
     }
 
     /// The CPUID that KVM supports.

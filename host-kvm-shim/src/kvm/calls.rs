@@ -6,16 +6,22 @@
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use kvm_bindings::{
-    KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, kvm_clear_dirty_log, kvm_dirty_log, kvm_enable_cap,
+    CpuId, KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, kvm_clear_dirty_log, kvm_dirty_log, kvm_enable_cap,
     kvm_ioeventfd, kvm_irqfd, kvm_sregs2, kvm_userspace_memory_region,
 };
 use nix::errno::Errno;
 
-/// KVM api.rst §4.37: enables a capability of a VM.
-pub(crate) fn enable_cap(vm: &impl AsRawFd, cap: u32, args: [u64; 4]) -> Result<(), Errno> {
+/// KVM api.rst §4.37: enables a capability of a VM or a vCPU.
+pub(crate) fn enable_cap(fd: &impl AsRawFd, cap: u32, args: [u64; 4]) -> Result<(), Errno> {
     let request = kvm_enable_cap { cap, args, ..Default::default() };
     // SAFETY: the request names a kvm_enable_cap, which outlives the call.
-    unsafe { raw::enable_cap(vm.as_raw_fd(), &raw const request) }.map(drop)
+    unsafe { raw::enable_cap(fd.as_raw_fd(), &raw const request) }.map(drop)
+}
+
+/// KVM api.rst §4.118: the Hyper-V leaves that KVM supports. `table` has room for them, and says how much.
+pub(crate) fn get_supported_hv_cpuid(kvm: &impl AsRawFd, table: &mut CpuId) -> Result<(), Errno> {
+    // SAFETY: KVM writes no more entries than the table's header says it has room for, then their number in its place.
+    unsafe { raw::get_supported_hv_cpuid(kvm.as_raw_fd(), table.as_mut_fam_struct_ptr()) }.map(drop)
 }
 
 /// KVM api.rst §4.35: adds, changes or (with no size) deletes a memslot.
@@ -141,7 +147,7 @@ pub(crate) const KICK: nix::sys::signal::Signal = nix::sys::signal::Signal::SIGU
 /// The bare requests, by number: KVM api.rst and include/uapi/linux/kvm.h.
 mod raw {
     use kvm_bindings::{
-        kvm_clear_dirty_log, kvm_dirty_log, kvm_enable_cap, kvm_ioeventfd, kvm_irqfd, kvm_sregs2,
+        kvm_clear_dirty_log, kvm_cpuid2, kvm_dirty_log, kvm_enable_cap, kvm_ioeventfd, kvm_irqfd, kvm_sregs2,
         kvm_userspace_memory_region, kvm_xsave,
     };
     const KVMIO: u8 = 0xae;
@@ -155,6 +161,7 @@ mod raw {
     nix::ioctl_write_ptr!(enable_cap, KVMIO, 0xa3, kvm_enable_cap);
     nix::ioctl_write_ptr!(set_xsave, KVMIO, 0xa5, kvm_xsave);
     nix::ioctl_readwrite!(clear_dirty_log, KVMIO, 0xc0, kvm_clear_dirty_log);
+    nix::ioctl_readwrite!(get_supported_hv_cpuid, KVMIO, 0xc1, kvm_cpuid2);
     nix::ioctl_read!(get_sregs2, KVMIO, 0xcc, kvm_sregs2);
     nix::ioctl_write_ptr!(set_sregs2, KVMIO, 0xcd, kvm_sregs2);
     nix::ioctl_write_int_bad!(get_stats_fd, nix::request_code_none!(KVMIO, 0xce));

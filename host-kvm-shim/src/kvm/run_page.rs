@@ -28,6 +28,10 @@ pub(crate) enum RawExit {
     Msr { direction: Direction, index: u32, data: u64 },
     /// Hypercall that KVM leaves to user space.
     Hypercall { number: u64, args: [u64; 4] },
+    /// Hyper-V hypercall that KVM leaves to user space.
+    HvHypercall { input: u64, params: [u64; 2] },
+    /// The guest wrote an MSR of its Hyper-V SynIC: what its registers are now.
+    HvSynic { msr: u32, control: u64, event_page: u64, message_page: u64 },
     /// HLT without an in-kernel LAPIC.
     Halt,
     /// Triple fault.
@@ -124,6 +128,25 @@ impl RunPage {
                     let [a, b, c, d, ..] = call.args;
                     RawExit::Hypercall { number: call.nr, args: [a, b, c, d] }
                 }
+                KVM_EXIT_HYPERV => {
+                    let hv = (&raw const (*arm).hyperv).read();
+                    match hv.type_ {
+                        KVM_EXIT_HYPERV_HCALL => {
+                            let call = hv.u.hcall;
+                            RawExit::HvHypercall { input: call.input, params: call.params }
+                        }
+                        KVM_EXIT_HYPERV_SYNIC => {
+                            let synic = hv.u.synic;
+                            RawExit::HvSynic {
+                                msr: synic.msr,
+                                control: synic.control,
+                                event_page: synic.evt_page,
+                                message_page: synic.msg_page,
+                            }
+                        }
+                        _ => RawExit::Other { reason },
+                    }
+                }
                 KVM_EXIT_HLT => RawExit::Halt,
                 KVM_EXIT_SHUTDOWN => RawExit::Shutdown,
                 KVM_EXIT_INTERNAL_ERROR => {
@@ -203,6 +226,12 @@ impl RunPage {
             (&raw mut (*msr).data).write(data);
             (&raw mut (*msr).error).write(error.into());
         }
+    }
+
+    /// The result value of a pending Hyper-V hypercall.
+    pub(crate) fn write_hv_hypercall(&self, result: u64) {
+        // SAFETY: within the mapping; the caller is the vCPU's thread with such a hypercall pending.
+        unsafe { (&raw mut (*self.base.as_ptr()).__bindgen_anon_1.hyperv.u.hcall.result).write(result) }
     }
 
     /// The answer to a pending hypercall.

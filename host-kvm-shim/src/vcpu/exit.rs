@@ -53,6 +53,14 @@ pub(crate) fn action(exit: &RawExit, host_tsc: u64) -> Action {
             let call = Request::access(Kind::HYPERCALL, Direction::Read, number, 0, 8, host_tsc);
             Ask(Request { words: Some(args), ..call })
         }
+        RawExit::HvHypercall { input, params: [a, b] } => {
+            let call = Request::access(Kind::HV_HYPERCALL, Direction::Read, input, 0, 8, host_tsc);
+            Ask(Request { words: Some([a, b, 0, 0]), ..call })
+        }
+        RawExit::HvSynic { msr, control, event_page, message_page } => {
+            let change = Request::access(Kind::HV_SYNIC, Direction::Write, msr.into(), 0, 0, host_tsc);
+            Ask(Request { words: Some([control, event_page, message_page, 0]), ..change })
+        }
         RawExit::IoapicEoi { vector } => {
             Ask(Request::access(Kind::EOI, Direction::Write, vector.into(), 0, 1, host_tsc))
         }
@@ -85,6 +93,11 @@ fn report_request(reason: u64, words: [u64; 4], host_tsc: u64) -> Request {
 /// The data that a read gives the guest: all ones unless a device answered.
 pub(crate) fn read_data(completion: &Completion) -> u64 {
     if completion.status == Status::OK { completion.data } else { u64::MAX }
+}
+
+/// The result value of a Hyper-V hypercall: HV_STATUS_INVALID_HYPERCALL_CODE unless the SoC served it.
+pub(crate) fn hv_result(completion: &Completion) -> u64 {
+    if completion.status == Status::OK { completion.data } else { 2 }
 }
 
 #[cfg(test)]
@@ -145,6 +158,15 @@ mod tests {
     }
 
     #[test]
+    fn hyper_v_exits_carry_all_that_kvm_says() {
+        let call = asked(RawExit::HvHypercall { input: 1 << 16 | 0x5d, params: [3, 4] });
+        assert_eq!((call.kind, call.address, call.words), (Kind::HV_HYPERCALL, 0x1_005d, Some([3, 4, 0, 0])));
+        let change = RawExit::HvSynic { msr: 0x4000_0083, control: 1, event_page: 2, message_page: 3 };
+        let change = asked(change);
+        assert_eq!((change.kind, change.address, change.words), (Kind::HV_SYNIC, 0x4000_0083, Some([1, 2, 3, 0])));
+    }
+
+    #[test]
     fn whatever_ends_a_vcpu_is_a_report_with_its_details() {
         assert_eq!(reported(RawExit::Shutdown).0, exit_reason::SHUTDOWN);
         assert_eq!(reported(RawExit::Halt).0, exit_reason::HALT);
@@ -160,8 +182,10 @@ mod tests {
     fn only_a_device_that_answered_gives_data() {
         let completion = Completion::ok(0x1234);
         assert_eq!(read_data(&completion), 0x1234);
+        assert_eq!(hv_result(&completion), 0x1234);
         for status in [Status::UNCLAIMED, Status::DEVICE_FAILED, Status::UNKNOWN_KIND, Status(200)] {
             assert_eq!(read_data(&Completion { status, ..completion }), u64::MAX);
+            assert_eq!(hv_result(&Completion { status, ..completion }), 2);
         }
     }
 }

@@ -166,6 +166,7 @@ impl<F: HostFunction> Runner<F> {
             (Kind::PIO, Direction::Read) => page.write_io(0, &data.to_le_bytes()),
             (Kind::MMIO, Direction::Read) => page.write_mmio(data),
             (Kind::MSR, _) => page.write_msr(data, completion.status != Status::OK),
+            (Kind::HV_HYPERCALL, _) => page.write_hv_hypercall(exit::hv_result(completion)),
             (Kind::HYPERCALL, _) => page.write_hypercall(data),
             _ => {}
         }
@@ -244,7 +245,7 @@ fn kind_count(kind: Kind) -> Count {
         Kind::PIO => Count::Pio,
         Kind::MMIO => Count::Mmio,
         Kind::MSR => Count::Msr,
-        Kind::HYPERCALL => Count::Hypercall,
+        Kind::HYPERCALL | Kind::HV_HYPERCALL => Count::Hypercall,
         Kind::EOI => Count::Eoi,
         _ => Count::OtherKind,
     }

@@ -27,11 +27,24 @@ const BATCH: usize = 64;
 
 impl Abilities {
     /// Sorts the MSRs that KVM lists.
-    pub(crate) fn new(xsave_bytes: i32, mut msrs: Vec<u32>) -> Self {
-        msrs.sort_by_key(|&index| (index == TSC_DEADLINE, index));
-        msrs.dedup();
-        Self { xsave_words: usize::try_from(xsave_bytes).unwrap_or(0).max(4096) / 8, msrs }
+    pub(crate) fn new(xsave_bytes: i32, msrs: Vec<u32>) -> Self {
+        let xsave_words = usize::try_from(xsave_bytes).unwrap_or(0).max(4096) / 8;
+        Self { xsave_words, msrs: in_order(msrs) }
     }
+
+    /// The same, of vCPUs with a Hyper-V SynIC, of whose MSRs KVM lists the first ones alone: SCONTROL, SIEFP, SIMP, SINT0–15, and
+    /// CONFIG and COUNT of STIMER0–3. The others nobody can change.
+    pub(crate) fn with_synic(self) -> Self {
+        let synic = [0x4000_0080, 0x4000_0082, 0x4000_0083].into_iter();
+        let synic = synic.chain(0x4000_0090..=0x4000_009f).chain(0x4000_00b0..=0x4000_00b7);
+        Self { msrs: in_order(self.msrs.into_iter().chain(synic).collect()), ..self }
+    }
+}
+
+fn in_order(mut msrs: Vec<u32>) -> Vec<u32> {
+    msrs.sort_by_key(|&index| (index == TSC_DEADLINE, index));
+    msrs.dedup();
+    msrs
 }
 
 /// Reads the records of `groups`. The vCPU is out of the guest, no exit pending.
@@ -446,5 +459,17 @@ mod tests {
         let abilities = Abilities::new(0, vec![TSC_DEADLINE, 0xc000_0080, 0x10, 0x10]);
         assert_eq!(abilities.msrs, [0x10, 0xc000_0080, TSC_DEADLINE]);
         assert_eq!(abilities.xsave_words, 512);
+    }
+
+    #[test]
+    fn a_synic_s_msrs_stand_among_the_others_in_their_order() {
+        let listed = vec![TSC_DEADLINE, 0xc000_0080, 0x4000_0080, 0x4000_00b0, 0x4000_0073, 0x10];
+        let msrs = Abilities::new(0, listed).with_synic().msrs;
+        assert_eq!(msrs.len(), 4 + 27);
+        assert_eq!((msrs[..3].to_vec(), msrs.last()), (vec![0x10, 0x4000_0073, 0x4000_0080], Some(&TSC_DEADLINE)));
+        assert!(msrs[..msrs.len() - 1].is_sorted());
+        assert!(msrs.contains(&0x4000_009f) && msrs.contains(&0x4000_00b7));
+        let none = Abilities::new(0, vec![TSC_DEADLINE, 0x10]).with_synic().msrs;
+        assert_eq!((none[0], none[1], none.last()), (0x10, 0x4000_0080, Some(&TSC_DEADLINE)));
     }
 }

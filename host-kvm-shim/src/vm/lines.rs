@@ -7,7 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use api_channel::call::{Irqchip, Irqfd, Msi, Route, RouteKind};
 use api_channel::codec::Malformed;
 use ioreq_ring::LineChange;
-use kvm_bindings::{KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_msi};
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry,
+    kvm_irq_routing_hv_sint, kvm_msi,
+};
 use kvm_ioctls::VmFd;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -97,15 +100,15 @@ impl Lines {
     }
 }
 
-/// Replaces the routing.
-pub(crate) fn set_routing(vm: &VmFd, irqchip: Irqchip, routes: &[Route]) -> Result<(), Refusal> {
-    let entries = routes.iter().map(|route| to_entry(irqchip, route)).collect::<Result<Vec<_>, _>>()?;
+/// Replaces the routing; `synics` vCPUs have a SynIC.
+pub(crate) fn set_routing(vm: &VmFd, irqchip: Irqchip, synics: u32, routes: &[Route]) -> Result<(), Refusal> {
+    let entries = routes.iter().map(|route| to_entry(irqchip, synics, route)).collect::<Result<Vec<_>, _>>()?;
     let table = KvmIrqRouting::from_entries(&entries)
         .map_err(|_| Refusal::argument(format!("a routing table of {} entries", routes.len())))?;
     vm.set_gsi_routing(&table).map_err(Refusal::kvm("set the interrupt routing"))
 }
 
-fn to_entry(irqchip: Irqchip, route: &Route) -> Result<kvm_irq_routing_entry, Refusal> {
+fn to_entry(irqchip: Irqchip, synics: u32, route: &Route) -> Result<kvm_irq_routing_entry, Refusal> {
     if route.reserved != 0 {
         return Err(Malformed.into());
     }
@@ -132,6 +135,15 @@ fn to_entry(irqchip: Irqchip, route: &Route) -> Result<kvm_irq_routing_entry, Re
             entry.u.msi.address_lo = route.address as u32;
             entry.u.msi.address_hi = (route.address >> 32) as u32;
             entry.u.msi.data = route.data;
+        }
+        kind if kind == RouteKind::Sint as u32 => {
+            let vcpu = u32::try_from(route.address).ok().filter(|vcpu| *vcpu < synics && route.data < 16);
+            let Some(vcpu) = vcpu else {
+                return Err(Refusal::argument(format!("no SINT {} of a vCPU {}", route.data, route.address)));
+            };
+            entry.type_ = KVM_IRQ_ROUTING_HV_SINT;
+            // A vCPU's index is its number: nobody gives it another one.
+            entry.u.hv_sint = kvm_irq_routing_hv_sint { vcpu, sint: route.data };
         }
         kind => return Err(Refusal::argument(format!("no route is of kind {kind}"))),
     }

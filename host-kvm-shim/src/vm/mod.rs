@@ -15,14 +15,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api_channel::call::{
-    CreateVm, DirtyFetch, Extent, IoEvent, Irqchip, Memslot, PAGE, RamRequest, StateRequest, VCPU_ALL, VM, VmCreated,
+    CreateVm, DirtyFetch, Extent, IoEvent, Irqchip, Memslot, PAGE, RamRequest, Route, StateRequest, VCPU_ALL, VM,
+    VmCreated,
 };
 use api_channel::codec::Malformed;
 use ioreq_ring::HostLane;
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_DIRTY_LOG_INITIALLY_SET,
-    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
-    KVM_X2APIC_API_USE_32BIT_IDS, kvm_pit_config,
+    KVM_CAP_HYPERV_SYNIC, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_PIT_SPEAKER_DUMMY,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_pit_config,
 };
 use kvm_ioctls::VmFd;
 use pcie_function::HostFunction;
@@ -80,9 +81,10 @@ impl<F: HostFunction + 'static> Machine<F> {
     /// Creates KVM's VM and the lanes. The in-kernel interrupt controllers and the vCPUs come with the first memslots: in that
     /// order it takes 1 ms, the other way round 8 (each new slot then waits for KVM's readers).
     pub(crate) fn new(host: &Host, offer: &mut Offer<F>, create: &CreateVm) -> Result<Self, Refusal> {
-        let CreateVm { vcpus, irqchip, flags: 0, spin_ns, name } = *create else {
+        let CreateVm { vcpus, irqchip, flags, spin_ns, name } = *create;
+        if flags & !CreateVm::HV_SYNIC != 0 {
             return Err(Malformed.into());
-        };
+        }
         let name = name.text()?.to_owned();
         let irqchip = match irqchip {
             1 => Irqchip::Full,
@@ -98,6 +100,13 @@ impl<F: HostFunction + 'static> Machine<F> {
         if spin_ns > 10_000_000 {
             return Err(Refusal::argument(format!("spinning {spin_ns} ns for an answer: at most 10 ms")));
         }
+        let mut abilities = host.abilities().clone();
+        if flags & CreateVm::HV_SYNIC != 0 {
+            if !host.has_synic() {
+                return Err(Refusal::unavailable("this KVM has no Hyper-V SynIC (KVM_CAP_HYPERV_SYNIC)"));
+            }
+            abilities = abilities.with_synic();
+        }
         let vm = Arc::new(host.kvm().create_vm().map_err(Refusal::kvm("create a VM"))?);
         let log = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
         enable_cap(&*vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, [log.into(), 0, 0, 0])
@@ -108,7 +117,7 @@ impl<F: HostFunction + 'static> Machine<F> {
             lines: Lines::new(vm.clone()),
             posted: Posted::default(),
             notices: offer.notices.clone(),
-            abilities: host.abilities().clone(),
+            abilities,
         };
         Ok(Self {
             vcpus: Vec::new(),
@@ -237,6 +246,10 @@ impl<F: HostFunction + 'static> Machine<F> {
         let spin = Spin::new(spin_ns, host.tsc_khz(), host.has_one_cpu());
         for (index, &apic_id) in (0u32..).zip(&self.apic_ids) {
             let fd = self.vm.create_vcpu(apic_id.into()).map_err(Refusal::kvm("create a vCPU"))?;
+            if self.has_synic() {
+                // Not the newer KVM_CAP_HYPERV_SYNIC2: there nobody clears a page of the guest's that becomes the SynIC's.
+                enable_cap(&fd, KVM_CAP_HYPERV_SYNIC, [0; 4]).map_err(Refusal::nix("give a vCPU its SynIC"))?;
+            }
             let page = RunPage::map(&fd, self.vm.run_size()).map_err(Refusal::nix("map a vCPU's run page"))?;
             let shared = Shared::new(index, page, self.environment.notices.clone());
             let shared = Arc::new(shared.map_err(Refusal::nix("create an eventfd"))?);
@@ -252,6 +265,16 @@ impl<F: HostFunction + 'static> Machine<F> {
             self.vcpus.push(handle);
         }
         Ok(())
+    }
+
+    fn has_synic(&self) -> bool {
+        self.create.flags & CreateVm::HV_SYNIC != 0
+    }
+
+    /// Replaces the interrupt routing.
+    pub(crate) fn set_routing(&self, routes: &[Route]) -> Result<(), Refusal> {
+        let synics = if self.has_synic() { self.create.vcpus } else { 0 };
+        lines::set_routing(&self.vm, self.irqchip, synics, routes)
     }
 
     /// The vCPUs that a call names.

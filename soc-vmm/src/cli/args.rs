@@ -141,7 +141,7 @@ pub(super) struct RunArgs {
     /// An IOMMU: intel
     #[arg(long, value_name = "MODEL")]
     pub(super) iommu: Option<IommuModel>,
-    /// A device for tests: edu
+    /// A device for tests: edu, hyperv
     #[arg(long, value_name = "DEVICE")]
     pub(super) test_device: Vec<TestDevice>,
     /// Serial port: stdio, null, pty, file:FILE, unix:SOCKET

@@ -9,15 +9,18 @@ use super::values::{ValueError, wrong};
 pub enum TestDevice {
     /// QEMU's `edu`: DMA and interrupts of a PCI function.
     Edu,
+    /// QEMU's `hyperv-testdev`: connections and interrupts of Hyper-V's on demand; it needs `--cpu …,hv-synic`.
+    Hyperv,
 }
 
 impl TestDevice {
     /// All of them.
-    const ALL: [Self; 1] = [Self::Edu];
+    const ALL: [Self; 2] = [Self::Edu, Self::Hyperv];
 
     fn name(self) -> &'static str {
         match self {
             Self::Edu => "edu",
+            Self::Hyperv => "hyperv",
         }
     }
 }
@@ -34,7 +37,7 @@ impl FromStr for TestDevice {
     fn from_str(s: &str) -> Result<Self, ValueError> {
         let found = Self::ALL.into_iter().find(|device| device.name() == s);
         found.map_or_else(
-            || wrong(format!("'{s}' is no test device; there is {}", Self::ALL.map(Self::name).join(", "))),
+            || wrong(format!("'{s}' is no test device; there are {}", Self::ALL.map(Self::name).join(", "))),
             Ok,
         )
     }

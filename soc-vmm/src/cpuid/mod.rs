@@ -7,6 +7,7 @@
 use api_channel::call::CpuidEntry;
 
 mod feature;
+mod hyperv;
 mod models;
 mod processor;
 mod spec;
@@ -14,6 +15,7 @@ mod topology;
 mod words;
 
 pub use feature::NameError;
+pub use hyperv::{Enlightenments, HypervSpec};
 pub use models::model_names;
 pub use processor::Processor;
 pub use spec::{CpuSpec, CpuSpecError};
@@ -66,6 +68,9 @@ impl Processor {
             guest.adapt(entry);
         }
         guest.add_own(&mut table);
+        if let Some(hyperv) = &self.hyperv {
+            hyperv.apply(&mut table);
+        }
         table
     }
 }

@@ -3,6 +3,7 @@
 use api_channel::call::CpuidEntry;
 
 use super::feature::FeatureSet;
+use super::hyperv::Enlightenments;
 use super::models::{MODELS, Model};
 use super::spec::{CpuSpec, not_carried};
 use super::words::{KVM_FEATURES, Register, WORDS};
@@ -15,6 +16,7 @@ pub struct Processor {
     pub(super) base: Vec<CpuidEntry>,
     pub(super) config: CpuidConfig,
     pub(super) amd: bool,
+    pub(super) hyperv: Option<Enlightenments>,
 }
 
 impl Processor {
@@ -42,10 +44,16 @@ impl Processor {
             None => as_host(host, features),
             Some(model) => as_model(host, model, features, amd),
         };
-        if *spec != CpuSpec::HOST {
+        if !spec.is_host() {
             fit_xsave(&mut base, host, features, spec.model.is_some());
         }
-        Ok(Self { base, config, amd })
+        Ok(Self { base, config, amd, hyperv: None })
+    }
+
+    /// The same, with Hyper-V's interfaces.
+    #[must_use]
+    pub fn with_hyperv(self, hyperv: Option<Enlightenments>) -> Self {
+        Self { hyperv, ..self }
     }
 
     /// Physical address bits (leaf 0x80000008; 36 where there is none, Intel SDM volume 3A §4.1.4).
@@ -95,7 +103,12 @@ fn as_host(host: &[CpuidEntry], features: FeatureSet) -> Vec<CpuidEntry> {
     let mut table: Vec<CpuidEntry> = Vec::new();
     for entry in host {
         let index = if plain(entry.function) { 0 } else { entry.index };
-        if find(&table, entry.function, index).is_none() && (entry.flags & INDEXED == 0 || entry.index == index) {
+        // An entry without an index stands for all of them.
+        let is_taken = match entry.flags & INDEXED {
+            0 => table.iter().any(|other| other.function == entry.function),
+            _ => find(&table, entry.function, index).is_some() || entry.index != index,
+        };
+        if !is_taken {
             table.push(*entry);
         }
     }

@@ -3,6 +3,7 @@
 use std::str::FromStr;
 
 use super::feature::{FeatureSet, NameError};
+use super::hyperv::HypervSpec;
 use super::models::Model;
 
 /// Which processor the guest is to see.
@@ -14,15 +15,26 @@ pub struct CpuSpec {
     pub(super) on: FeatureSet,
     /// What it must not have, and what needs that.
     pub(super) off: FeatureSet,
+    pub(super) hyperv: HypervSpec,
 }
 
 impl CpuSpec {
     /// The host's own processor.
-    pub const HOST: Self = Self { model: None, on: FeatureSet::NONE, off: FeatureSet::NONE };
+    pub const HOST: Self = Self { model: None, on: FeatureSet::NONE, off: FeatureSet::NONE, hyperv: HypervSpec::NONE };
 
     /// The model's name.
     pub fn name(&self) -> &'static str {
         self.model.map_or("host", |model| model.name)
+    }
+
+    /// Whether it is the host's own processor, nothing changed in it.
+    pub(super) fn is_host(&self) -> bool {
+        Self { hyperv: HypervSpec::NONE, ..self.clone() } == Self::HOST
+    }
+
+    /// What is said of Hyper-V's enlightenments, if any is asked for.
+    pub fn hyperv(&self) -> Option<&HypervSpec> {
+        Some(&self.hyperv).filter(|hyperv| hyperv.is_asked())
     }
 
     /// What the guest is to have, on a host whose KVM gives `able`.
@@ -71,7 +83,7 @@ fn with_what_needs_it(off: FeatureSet) -> FeatureSet {
 impl FromStr for CpuSpec {
     type Err = CpuSpecError;
 
-    /// `MODEL[,+FEATURE][,-FEATURE][,FEATURE=on|off]…`; of several about one feature the last holds.
+    /// `MODEL[,+FEATURE][,-FEATURE][,FEATURE=on|off][,hv-SWITCH]…`; of several about one feature the last holds.
     fn from_str(s: &str) -> Result<Self, CpuSpecError> {
         let (name, switches) = s.split_once(',').map_or((s, None), |(name, switches)| (name, Some(switches)));
         let model = match name {
@@ -79,8 +91,11 @@ impl FromStr for CpuSpec {
             "host" | "max" => None,
             name => Some(Model::named(name).ok_or_else(|| CpuSpecError::Model(name.to_owned()))?),
         };
-        let (mut on, mut off) = (FeatureSet::NONE, FeatureSet::NONE);
+        let (mut on, mut off, mut hyperv) = (FeatureSet::NONE, FeatureSet::NONE, HypervSpec::NONE);
         for switch in switches.into_iter().flat_map(|switches| switches.split(',')) {
+            if hyperv.take(switch)? {
+                continue;
+            }
             let (name, is_on) = match (switch.strip_prefix('+'), switch.strip_prefix('-'), switch.split_once('=')) {
                 (Some(name), ..) => (name, true),
                 (_, Some(name), _) => (name, false),
@@ -97,7 +112,7 @@ impl FromStr for CpuSpec {
         let off = with_what_needs_it(off);
         match (on & off).names().first() {
             Some(name) => Err(CpuSpecError::Contradiction(name)),
-            None => Ok(Self { model, on, off }),
+            None => Ok(Self { model, on, off, hyperv }),
         }
     }
 }
@@ -122,6 +137,15 @@ pub enum CpuSpecError {
     /// A feature that is never there.
     #[error("'{0}' is not given to guests: what it needs is not carried")]
     NotCarried(String),
+    /// No switch of Hyper-V's.
+    #[error("there is no Hyper-V enlightenment '{0}'")]
+    Hyperv(String),
+    /// Not a count of spinlocks.
+    #[error("hv-spinlocks: write a number from 0xfff on, or 0xffffffff for never")]
+    Spinlocks,
+    /// Not a vendor.
+    #[error("hv-vendor-id: write 1 to 12 printable characters")]
+    HypervVendor,
     /// On, but what it needs is off.
     #[error("'{0}' is on, and what it needs is off")]
     Contradiction(&'static str),

@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod hyperv;
 mod models;
 
 const INTEL: [u8; 12] = *b"GenuineIntel";

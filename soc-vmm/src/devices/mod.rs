@@ -16,6 +16,7 @@
 //! | [`FwCfg`] | 0x510–0x511, 0x514–0x51b | | none |
 //! | [`PcTestPorts`] | 0xe0–0xeb, 0x2000–0x2017 | 0–23 | none |
 //! | [`PcTestMemory`] | 0xff000000–0xff00ffff | | none |
+//! | [`HypervTestdev`] | 0x3000–0x3003 | (SINTs) | none |
 //! | [`IoApic`], with an IOMMU only | 0xfec00000–0xfec00fff | (it takes them) | none |
 //!
 //! Else PIC, IOAPIC, PIT and port 0x61 are not here: KVM's in-kernel irqchip and PIT (with `KVM_PIT_SPEAKER_DUMMY`) answer those, KVM
@@ -35,6 +36,7 @@ mod debug_exit;
 mod delay_port;
 mod edu;
 pub mod fw_cfg;
+mod hyperv_testdev;
 mod i8042;
 mod io_apic;
 mod pc_testdev;
@@ -59,6 +61,7 @@ pub use debug_exit::DebugExit;
 pub use delay_port::DelayPort;
 pub use edu::{Edu, EduState};
 pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgState};
+pub use hyperv_testdev::HypervTestdev;
 pub use i8042::{I8042, I8042State, Keyboard};
 pub use io_apic::{IO_APIC_PINS, IoApic, IoApicState};
 pub use pc_testdev::{PcTestMemory, PcTestMemoryState, PcTestPorts, PcTestPortsState};

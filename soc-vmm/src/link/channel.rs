@@ -1,7 +1,7 @@
 //! The API channel under tokio: calls that wait for their replies, orders from any thread, events as a stream.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use api_channel::call::Call;
@@ -82,6 +82,12 @@ pub enum Notice {
     Over(String),
 }
 
+/// Hears that the guest has ended an interrupt whose vector is wired so that the host tells. Nothing blocks.
+pub trait EoiSink: Send + Sync + std::fmt::Debug {
+    /// It was that of a GSI.
+    fn ended(&self, gsi: u32);
+}
+
 /// Waits for a reply, by the request's sequence.
 type Waiting = HashMap<u32, oneshot::Sender<Result<Reply, CallError>>>;
 
@@ -101,6 +107,7 @@ impl<F: SocFunction> Clone for Channel<F> {
 struct Shared<F: SocFunction> {
     function: Arc<F>,
     state: Mutex<State<F>>,
+    eois: OnceLock<Weak<dyn EoiSink>>,
 }
 
 #[derive(Debug)]
@@ -148,6 +155,11 @@ impl<F: SocFunction> Channel<F> {
         self.shared.state().client.bytes()
     }
 
+    /// Has `sink` told of the interrupts that the guest ends, while it is there; the first one that is named stays.
+    pub fn on_eoi(&self, sink: Weak<dyn EoiSink>) {
+        let _ = self.shared.eois.set(sink);
+    }
+
     /// Sends a call that is not answered.
     ///
     /// # Errors
@@ -178,7 +190,7 @@ impl<F: SocFunction> ChannelEnd<F> {
         let bell = Bell::new(function.doorbell(Doorbell::Channel))?;
         let lost = Bell::new(function.lost_event())?;
         let state = Mutex::new(State { client, waiting: HashMap::new(), over: None });
-        Ok(Self { shared: Arc::new(Shared { function, state }), bell, lost })
+        Ok(Self { shared: Arc::new(Shared { function, state, eois: OnceLock::new() }), bell, lost })
     }
 
     /// Starts the task that listens; it ends when the connection is over or nobody takes notices any more.
@@ -229,7 +241,12 @@ impl<F: SocFunction> ChannelEnd<F> {
                         break;
                     }
                     Some(Incoming::Event(Event::Log { level, text })) => log.record(level, &text),
-                    Some(Incoming::Event(Event::Eoi { gsi })) => tracing::trace!(gsi, "end of interrupt"),
+                    Some(Incoming::Event(Event::Eoi { gsi })) => {
+                        tracing::trace!(gsi, "end of interrupt");
+                        if let Some(sink) = self.shared.eois.get().and_then(Weak::upgrade) {
+                            sink.ended(gsi);
+                        }
+                    }
                     Some(Incoming::Reply { sequence, status, payload, bulk }) => {
                         self.answer(sequence, status, payload, bulk);
                     }

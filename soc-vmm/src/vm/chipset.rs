@@ -104,11 +104,9 @@ pub(super) fn build(parts: PciParts<'_>) -> Result<(Arc<Mutex<Fabric>>, Option<C
     ways.show_line(controller.config_mut(), AHCI >> 3);
     let controller = fabric.plug(None, AHCI, Box::new(controller))?;
     fabric.identify(controller, way.requester);
-    for (device, slot) in test_devices.iter().zip(FIRST_TEST_SLOT..) {
+    for (_, slot) in test_devices.iter().filter(|device| **device == TestDevice::Edu).zip(FIRST_TEST_SLOT..) {
         let way = ways.of_function();
-        let mut function = match device {
-            TestDevice::Edu => Box::new(Edu::new(way.memory, &*way.messages, pirqs.wire(slot))),
-        };
+        let mut function = Box::new(Edu::new(way.memory, &*way.messages, pirqs.wire(slot)));
         ways.show_line(function.config_mut(), slot);
         let function = fabric.plug(None, slot << 3, function)?;
         fabric.identify(function, way.requester);

@@ -26,6 +26,9 @@ pub(super) enum GuestEvent {
 /// Reports that may wait: each parks the vCPU that made it, so that an honest host has one for each vCPU.
 const WAITING: usize = 512;
 
+/// The guest asked KVM for a reset, as by Hyper-V's HV_X64_MSR_RESET (KVM api.rst §5, `KVM_EXIT_SYSTEM_EVENT`).
+const KVM_SYSTEM_EVENT_RESET: u64 = 2;
+
 /// Passes reports on.
 #[derive(Debug)]
 pub(super) struct Relay {
@@ -67,6 +70,7 @@ impl Relay {
             exit_reason::FAIL_ENTRY => {
                 GuestEvent::Failed(format!("vCPU {vcpu}: the CPU refused to enter the guest, hardware reason {a:#x}"))
             }
+            exit_reason::SYSTEM_EVENT if a == KVM_SYSTEM_EVENT_RESET => GuestEvent::Power(PowerEvent::Reset),
             exit_reason::SYSTEM_EVENT => GuestEvent::Failed(format!("vCPU {vcpu}: system event {a}, flags {b:#x}")),
             exit_reason::HALT => {
                 GuestEvent::Failed(format!("vCPU {vcpu}: halted with no interrupt controller to wake it"))

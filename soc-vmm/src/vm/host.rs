@@ -66,7 +66,8 @@ pub(super) struct HostVm<F: SocFunction> {
 }
 
 impl<F: SocFunction> HostVm<F> {
-    /// Makes a VM as `config` asks for it, its vCPUs paused, and its memory, of which the guest sees what `view` says.
+    /// Makes a VM as `config` asks for it, its vCPUs paused, with a Hyper-V SynIC each if `synic`, and its memory, of which the guest
+    /// sees what `view` says.
     ///
     /// # Errors
     /// The host refused; its sentence.
@@ -77,11 +78,13 @@ impl<F: SocFunction> HostVm<F> {
         layout: &MemoryLayout,
         roms: &[Rom],
         view: MemoryView,
+        synic: bool,
     ) -> Result<(Self, Arc<Arranger<F>>), HostError> {
         let vcpus = u32::from(config.cpus);
         let name = Name::new(config.name.as_str());
         let irqchip = split::irqchip(config);
-        let create = CreateVm { vcpus, irqchip: irqchip as u32, flags: 0, spin_ns: 0, name };
+        let flags = if synic { CreateVm::HV_SYNIC } else { 0 };
+        let create = CreateVm { vcpus, irqchip: irqchip as u32, flags, spin_ns: 0, name };
         let reply = channel.call(&Call::CreateVm(create)).await?;
         let created: VmCreated = Reader::new(&reply.payload).take().map_err(CallError::from)?;
         if !is_sound(&created, vcpus) {
@@ -231,6 +234,12 @@ impl<F: SocFunction> HostVm<F> {
 /// side go.
 pub(super) async fn destroy<F: SocFunction>(channel: &Channel<F>) {
     let _ = tokio::time::timeout(LAST_CALL, channel.call(&Call::DestroyVm)).await;
+}
+
+/// The Hyper-V leaves that the host's KVM supports; there need be no VM.
+pub(super) async fn supported_hv_cpuid<F: SocFunction>(channel: &Channel<F>) -> Result<Vec<CpuidEntry>, CallError> {
+    let reply = channel.call(&Call::SupportedHvCpuid).await?;
+    Ok(Reader::new(&reply.bulk).list(1024)?)
 }
 
 /// Whether the lanes can lie where the host says: aligned, nothing past the end of addresses.

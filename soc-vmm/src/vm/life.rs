@@ -12,7 +12,7 @@ use tokio::sync::mpsc::Receiver;
 use super::arranger::Arranger;
 use super::counters::Counters;
 use super::guest::{GuestEvent, Relay};
-use super::host::{HostError, HostVm};
+use super::host::{self, HostError, HostVm};
 use super::lines::Lines;
 use super::machine::{BuildError, Machine, Parts};
 use super::media::Media;
@@ -28,6 +28,7 @@ use crate::console::Attached;
 use crate::control::{self, Action, CrashAction, Order, RunState, ShutdownCause, VmControl};
 use crate::cpuid::{CpuidConfig, CpuidError, Processor};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
+use crate::hyperv::Hyperv;
 use crate::layout::{LayoutError, MemoryLayout};
 use crate::link::{CallError, Channel, Link, LinkError, Notice};
 use crate::memory::{GuestMemory, MemoryError};
@@ -90,6 +91,10 @@ pub(super) enum LifeError {
     Layout(#[from] LayoutError),
     #[error(transparent)]
     Cpuid(#[from] CpuidError),
+    #[error(
+        "--cpu: hv-synic: this host's KVM can't tell of the end of its interrupts (KVM_CAP_IRQFD_RESAMPLE; none can with --iommu); leave it out"
+    )]
+    NoEoi,
     #[error("the host's records of vCPU state can't be read")]
     Records,
     #[error("can't start a thread")]
@@ -136,7 +141,16 @@ impl<F: SocFunction> Vm<F> {
         // Without firmware the chipset is as firmware would leave it.
         let prepared = plan.roms().is_empty();
         let view = if prepared { MemoryView::SHADOWED } else { MemoryView::default() };
-        let (host, arranger) = HostVm::create(link, channel.clone(), config, &layout, plan.roms(), view).await?;
+        let hyperv = match config.cpu.hyperv() {
+            None => None,
+            Some(wanted) => wanted.given(&host::supported_hv_cpuid(&channel).await?)?,
+        };
+        let synic = hyperv.is_some_and(|hyperv| hyperv.has_synic());
+        let created = HostVm::create(link, channel.clone(), config, &layout, plan.roms(), view, synic);
+        let (host, arranger) = created.await?;
+        if synic && host.created.features & VmCreated::RESAMPLE == 0 {
+            return Err(LifeError::NoEoi);
+        }
         let supported = host.supported_cpuid().await?;
         let cpuid = CpuidConfig {
             topology: config.topology,
@@ -144,7 +158,7 @@ impl<F: SocFunction> Vm<F> {
             // KVM's in-kernel LAPIC has it, whatever the host's own CPU does (KVM api.rst §4.46).
             tsc_deadline: true,
         };
-        let processor = Processor::new(&supported, &config.cpu, cpuid)?;
+        let processor = Processor::new(&supported, &config.cpu, cpuid)?.with_hyperv(hyperv);
         let physical_bits = processor.physical_address_bits();
         layout.check_address_width(physical_bits)?;
         for vcpu in 0..vcpus {
@@ -161,6 +175,7 @@ impl<F: SocFunction> Vm<F> {
         let relay = Arc::new(relay);
         let messages =
             Messages::new(link.function.clone(), channel.clone(), &host.created, split::irqchip(config), waker.clone());
+        let hyperv = synic.then(|| Arc::new(Hyperv::new(config.cpus, host.ram.clone(), messages.sints())));
         let lines = Lines::new(channel);
         let counters = Arc::new(Counters::default());
         let (shape, cpuid) = (Shape::new(config, &layout), processor.table(0));
@@ -181,6 +196,7 @@ impl<F: SocFunction> Vm<F> {
             debugcon: streams.debugcon,
             debug_exit: config.debug_exit,
             test_devices: &config.test_devices,
+            hyperv: hyperv.clone(),
             lines: lines.clone(),
             power: relay.clone(),
             crash: relay.clone(),
@@ -208,6 +224,7 @@ impl<F: SocFunction> Vm<F> {
             idle: SocIdle::new(flag.ok_or(LifeError::Records)?),
             buses: machine.buses,
             io_apic: machine.io_apic,
+            hyperv,
             lines,
             relay,
             counters: counters.clone(),

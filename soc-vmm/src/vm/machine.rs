@@ -15,10 +15,12 @@ use crate::bus::{Bus, Claim, Device, MapError, Wake};
 use crate::cli::TestDevice;
 use crate::devices::fw_cfg::FwCfgError;
 use crate::devices::{
-    AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, FwCfg, I8042, InputQueue, IoApic, OutputQueue,
-    PcTestMemory, PcTestPorts, PmTimerWidth, Port92, Pvpanic, Ranges, ResetControl, Rtc, SCI_GSI, Serial, SystemClock,
+    AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, FwCfg, HypervTestdev, I8042, InputQueue, IoApic,
+    OutputQueue, PcTestMemory, PcTestPorts, PmTimerWidth, Port92, Pvpanic, Ranges, ResetControl, Rtc, SCI_GSI, Serial,
+    SystemClock,
 };
 use crate::flash::{Flash, FlashMemory};
+use crate::hyperv::Hyperv;
 use crate::interrupt::{InterruptLine, LineSink, MessageSink};
 use crate::iommu::VtdRegisters;
 use crate::memory::GuestMemory;
@@ -50,10 +52,12 @@ pub(super) struct Parts<'a> {
     pub(super) serial: (OutputQueue, InputQueue),
     /// The debug console's, if there is one.
     pub(super) debugcon: Option<OutputQueue>,
-    /// Whether isa-debug-exit and pc-testdev are there.
+    /// Whether the devices of kvm-unit-tests are there: isa-debug-exit and pc-testdev.
     pub(super) debug_exit: bool,
-    /// More devices for tests.
+    /// More test devices.
     pub(super) test_devices: &'a [TestDevice],
+    /// Hyper-V's connections, if the vCPUs have a SynIC.
+    pub(super) hyperv: Option<Arc<Hyperv>>,
     /// Where interrupts go.
     pub(super) lines: Arc<dyn LineSink>,
     /// Where power events go.
@@ -104,6 +108,7 @@ impl Machine {
             debugcon,
             debug_exit,
             test_devices,
+            hyperv,
             lines,
             power,
             crash,
@@ -169,6 +174,17 @@ impl Machine {
             builder.add(&DebugExit::RANGES, DebugExit::new(power))?;
             builder.add(&PcTestPorts::RANGES, PcTestPorts::new(&lines))?;
             builder.add(&PcTestMemory::RANGES, PcTestMemory::new())?;
+        }
+        for device in test_devices {
+            match (device, &hyperv) {
+                (TestDevice::Hyperv, Some(hyperv)) => {
+                    builder.add(&HypervTestdev::RANGES, HypervTestdev::new(hyperv.clone()))?;
+                }
+                // A PCI function.
+                (TestDevice::Edu, _) => {}
+                // As on a machine of QEMU's, where it has nothing to do.
+                (TestDevice::Hyperv, None) => tracing::warn!("--test-device hyperv: the vCPUs have no SynIC"),
+            }
         }
         if let Some(banks) = media.flash {
             let chips = Flash::new(banks, flash);

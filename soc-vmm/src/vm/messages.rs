@@ -1,6 +1,9 @@
 //! Message-signalled interrupts: each message has a vector of the function that is wired to it, so that raising one costs no thread on
 //! the host. While a route is being changed, and where vectors are used up, the message itself goes through the channel.
+//!
+//! So it is with synthetic interrupts, but that they have no way beside a vector, and that the host tells when the guest has ended one.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api_channel::call::{Call, Irqchip, Irqfd, Msi, Route, RouteKind, VmCreated};
@@ -8,10 +11,11 @@ use pcie_function::SocFunction;
 use tokio::sync::Notify;
 
 use super::guest::{GuestEvent, Relay};
-use crate::bus::Wake;
+use crate::bus::{Ticket, Wake};
 use crate::devices::IO_APIC_PINS;
+use crate::hyperv::{Sint, SintRoute, SintSink};
 use crate::interrupt::{Message, MessageRoute, MessageSink, Settling};
-use crate::link::{CallError, Channel};
+use crate::link::{CallError, Channel, EoiSink};
 
 /// GSIs below are pins of the I/O APIC.
 const FIRST_GSI: u32 = IO_APIC_PINS as u32;
@@ -35,7 +39,9 @@ struct Shared<F: SocFunction> {
     state: Mutex<State>,
     changed: Notify,
     settling: Arc<Settling>,
-    /// Wakes who waits for it to settle.
+    /// Some slot's interrupt was ended.
+    any_ended: AtomicBool,
+    /// Wakes who waits for it to settle, or asks for ended ones.
     wake: Arc<dyn Wake>,
 }
 
@@ -45,21 +51,40 @@ struct State {
     slots: Vec<Slot>,
     /// Something is to be told to the host.
     dirty: bool,
+    /// Accesses that wait until it is told.
+    tickets: Vec<Ticket>,
+}
+
+impl State {
+    /// A slot that nobody has. A vector that is being unwired is not free yet.
+    fn free(&self) -> Option<usize> {
+        self.slots.iter().position(|slot| !slot.taken && !slot.wired)
+    }
 }
 
 /// A vector and what it is wired to.
 #[derive(Clone, Debug, Default)]
 struct Slot {
     taken: bool,
-    message: Option<Message>,
-    /// The host's route is `message`, and the vector is wired.
+    target: Option<Target>,
+    /// The host's route is `target`, and the vector is wired.
     settled: bool,
     /// The vector is wired.
     wired: bool,
+    /// The guest has ended the interrupt since somebody asked.
+    ended: bool,
+}
+
+/// What a vector raises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Target {
+    Message(Message),
+    Sint(Sint),
 }
 
 impl<F: SocFunction> Messages<F> {
-    /// None yet; `created` says which vectors are free. `wake` is called each time that routes have settled, if the machine has the I/O APIC.
+    /// None yet; `created` says which vectors are free. `wake` is called each time that routes have settled, if the machine has the
+    /// I/O APIC, and when the guest has ended a synthetic interrupt.
     pub(super) fn new(
         function: Arc<F>,
         channel: Channel<F>,
@@ -75,7 +100,7 @@ impl<F: SocFunction> Messages<F> {
             slots.resize(vectors.max(IO_APIC_PINS), Slot::default());
             slots[..IO_APIC_PINS].iter_mut().for_each(|slot| slot.taken = true);
         }
-        let state = Mutex::new(State { slots, dirty: true });
+        let state = Mutex::new(State { slots, dirty: true, tickets: Vec::new() });
         Self(Arc::new(Shared {
             function,
             channel,
@@ -85,6 +110,7 @@ impl<F: SocFunction> Messages<F> {
             state,
             changed: Notify::new(),
             settling: Arc::default(),
+            any_ended: AtomicBool::new(false),
             wake,
         }))
     }
@@ -98,6 +124,15 @@ impl<F: SocFunction> Messages<F> {
     /// How far the host is with changes.
     pub(super) fn settling(&self) -> Arc<Settling> {
         self.0.settling.clone()
+    }
+
+    /// Routes to synthetic interrupt sources; from now on the host's reports of ended interrupts are heard.
+    pub(super) fn sints(&self) -> Arc<dyn SintSink> {
+        let sints = Arc::new(Sints(self.0.clone()));
+        // The channel is part of it: it must not keep it.
+        let sink: Arc<dyn EoiSink> = sints.clone();
+        self.0.channel.on_eoi(Arc::downgrade(&sink));
+        sints
     }
 
     /// Starts the task that tells the host; it ends with the connection.
@@ -147,18 +182,19 @@ impl<F: SocFunction> Shared<F> {
 
     /// Makes the host's routes and wires what the slots say now.
     async fn settle(&self) -> Result<(), CallError> {
-        let (before, mark) = {
+        let (before, tickets, mark) = {
             let mut state = self.state();
             if !std::mem::take(&mut state.dirty) {
                 return Ok(());
             }
-            (state.slots.clone(), self.settling.mark())
+            (state.slots.clone(), std::mem::take(&mut state.tickets), self.settling.mark())
         };
         let irqfd = |index: usize, on: bool| {
             let (vector, gsi) = (self.first + index as u32, self.first_gsi() + index as u32);
-            Call::Irqfd(Irqfd { vector, gsi, on: on.into(), resample: 0 })
+            let tells = on && matches!(before[index].target, Some(Target::Sint(_)));
+            Call::Irqfd(Irqfd { vector, gsi, on: on.into(), resample: tells.into() })
         };
-        let is_wanted = |index: usize, slot: &Slot| slot.message.is_some() && index < self.vectors;
+        let is_wanted = |index: usize, slot: &Slot| slot.target.is_some() && index < self.vectors;
         for (index, _) in before.iter().enumerate().filter(|(_, slot)| slot.wired && !slot.taken) {
             self.channel.call(&irqfd(index, false)).await?;
         }
@@ -169,11 +205,20 @@ impl<F: SocFunction> Shared<F> {
         let mut state = self.state();
         for (index, (slot, before)) in state.slots.iter_mut().zip(&before).enumerate() {
             slot.wired = before.taken && (before.wired || is_wanted(index, before));
-            slot.settled = slot.wired && slot.message == before.message;
+            slot.settled = slot.wired && slot.target == before.target;
         }
         drop(state);
+        tickets.into_iter().for_each(|ticket| ticket.done(0));
         self.settled(mark);
         Ok(())
+    }
+
+    /// Gives a slot back.
+    fn give_up(&self, index: usize) {
+        let mut state = self.state();
+        let slot = &mut state.slots[index];
+        (slot.taken, slot.target, slot.settled) = (false, None, false);
+        self.change(&mut state);
     }
 
     fn send(&self, message: Message) {
@@ -183,8 +228,8 @@ impl<F: SocFunction> Shared<F> {
     }
 }
 
-/// The whole table: pins of the host's chips as a PC wires them, where the timer's ISA interrupt 0 is the I/O APIC's input 2, then the
-/// messages.
+/// The whole table: pins of the host's chips as a PC wires them, where the timer's ISA interrupt 0 is the I/O APIC's input 2, then what
+/// vectors raise.
 fn routes(irqchip: Irqchip, slots: &[Slot]) -> Vec<Route> {
     let full = irqchip == Irqchip::Full;
     let pin = |gsi, chip, data| Route { gsi, kind: RouteKind::Pin as u32, address: chip, data, reserved: 0 };
@@ -192,12 +237,18 @@ fn routes(irqchip: Irqchip, slots: &[Slot]) -> Vec<Route> {
     let pics = pics.map(|gsi| pin(gsi, if gsi < 8 { PIC_MASTER } else { PIC_SLAVE }, gsi % 8));
     let inputs = (0..FIRST_GSI).filter(|gsi| *gsi != 2);
     let inputs = inputs.map(|gsi| pin(gsi, IO_APIC, if gsi == 0 { 2 } else { gsi }));
-    let messages = slots.iter().zip(if full { FIRST_GSI } else { 0 }..).filter_map(|(slot, gsi)| {
-        let Message { address, data } = slot.message?;
-        Some(Route { gsi, kind: RouteKind::Msi as u32, address, data, reserved: 0 })
-    });
     let pins = pics.chain(inputs).filter(|_| full);
-    pins.chain(messages).collect()
+    let vectors = slots.iter().zip(if full { FIRST_GSI } else { 0 }..).filter_map(|(slot, gsi)| {
+        Some(match slot.target? {
+            Target::Message(Message { address, data }) => {
+                Route { gsi, kind: RouteKind::Msi as u32, address, data, reserved: 0 }
+            }
+            Target::Sint(Sint { vcpu, number }) => {
+                Route { gsi, kind: RouteKind::Sint as u32, address: vcpu.into(), data: number.into(), reserved: 0 }
+            }
+        })
+    });
+    pins.chain(vectors).collect()
 }
 
 impl<F: SocFunction> MessageSink for Messages<F> {
@@ -235,15 +286,14 @@ impl<F: SocFunction> MessageRoute for Way<F> {
         let mut state = self.shared.state();
         let slot = match *place {
             Place::Slot(index) => Some(index),
-            // A vector that is being unwired is not free yet.
-            _ => message.and_then(|_| state.slots.iter().position(|slot| !slot.taken && !slot.wired)),
+            _ => message.and_then(|_| state.free()),
         };
         *place = match (slot, message) {
             (Some(index), _) => {
                 let slot = &mut state.slots[index];
                 slot.taken = true;
                 slot.settled = false;
-                slot.message = message;
+                slot.target = message.map(Target::Message);
                 self.shared.change(&mut state);
                 Place::Slot(index)
             }
@@ -259,11 +309,11 @@ impl<F: SocFunction> MessageRoute for Way<F> {
             Place::Slot(index) => {
                 let state = self.shared.state();
                 match &state.slots[index] {
-                    Slot { message: Some(_), settled: true, .. } => {
+                    Slot { target: Some(_), settled: true, .. } => {
                         drop(state);
                         self.shared.function.raise(self.shared.first + index as u32);
                     }
-                    Slot { message: Some(message), .. } => self.shared.send(*message),
+                    Slot { target: Some(Target::Message(message)), .. } => self.shared.send(*message),
                     _ => {}
                 }
             }
@@ -274,11 +324,77 @@ impl<F: SocFunction> MessageRoute for Way<F> {
 impl<F: SocFunction> Drop for Way<F> {
     fn drop(&mut self) {
         if let Place::Slot(index) = *self.place() {
-            let mut state = self.shared.state();
-            let slot = &mut state.slots[index];
-            (slot.taken, slot.message, slot.settled) = (false, None, false);
-            self.shared.change(&mut state);
+            self.shared.give_up(index);
         }
+    }
+}
+
+/// Routes to synthetic interrupt sources.
+#[derive(Debug)]
+struct Sints<F: SocFunction>(Arc<Shared<F>>);
+
+impl<F: SocFunction> SintSink for Sints<F> {
+    fn route(&self, sint: Sint) -> Option<Box<dyn SintRoute>> {
+        let mut state = self.0.state();
+        let index = state.free()?;
+        state.slots[index] = Slot { taken: true, target: Some(Target::Sint(sint)), ..Slot::default() };
+        self.0.change(&mut state);
+        drop(state);
+        Some(Box::new(SintWay { shared: self.0.clone(), index }))
+    }
+
+    fn take_ended(&self) -> Vec<Sint> {
+        if !self.0.any_ended.load(Ordering::Relaxed) || !self.0.any_ended.swap(false, Ordering::Acquire) {
+            return Vec::new();
+        }
+        let mut state = self.0.state();
+        let ended = state.slots.iter_mut().filter_map(|slot| match slot.target {
+            Some(Target::Sint(sint)) if std::mem::take(&mut slot.ended) => Some(sint),
+            _ => None,
+        });
+        ended.collect()
+    }
+}
+
+impl<F: SocFunction> EoiSink for Sints<F> {
+    fn ended(&self, gsi: u32) {
+        let index = gsi.checked_sub(self.0.first_gsi()).map(|index| index as usize);
+        let mut state = self.0.state();
+        let Some(slot) = index.and_then(|index| state.slots.get_mut(index)) else { return };
+        slot.ended = true;
+        drop(state);
+        self.0.any_ended.store(true, Ordering::Release);
+        self.0.wake.wake();
+    }
+}
+
+/// The way to one synthetic interrupt source: its slot.
+struct SintWay<F: SocFunction> {
+    shared: Arc<Shared<F>>,
+    index: usize,
+}
+
+impl<F: SocFunction> SintRoute for SintWay<F> {
+    fn raise(&self) {
+        if self.shared.state().slots[self.index].settled {
+            self.shared.function.raise(self.shared.first + self.index as u32);
+        }
+    }
+
+    fn when_ready(&self, ticket: Ticket) {
+        let mut state = self.shared.state();
+        if state.slots[self.index].settled {
+            drop(state);
+            return ticket.done(0);
+        }
+        state.tickets.push(ticket);
+        self.shared.change(&mut state);
+    }
+}
+
+impl<F: SocFunction> Drop for SintWay<F> {
+    fn drop(&mut self) {
+        self.shared.give_up(self.index);
     }
 }
 
@@ -289,19 +405,24 @@ mod tests {
     #[test]
     fn the_table_has_every_pin_and_each_message() {
         let message = Message { address: 0xfee0_0000, data: 0x41 };
-        let slot = Slot { taken: true, message: Some(message), ..Slot::default() };
-        let table = routes(Irqchip::Full, &[Slot::default(), slot.clone()]);
+        let slot = |target| Slot { taken: true, target: Some(target), ..Slot::default() };
+        let sint = Sint { vcpu: 3, number: 9 };
+        let slots = [Slot::default(), slot(Target::Message(message)), slot(Target::Sint(sint))];
+        let table = routes(Irqchip::Full, &slots);
         let pins: Vec<_> = table.iter().filter(|route| route.kind == 1).collect();
-        assert_eq!((pins.len(), table.len()), (15 + 23, 15 + 23 + 1));
+        assert_eq!((pins.len(), table.len()), (15 + 23, 15 + 23 + 2));
         assert!(pins.iter().all(|route| route.gsi != 2));
         assert!(pins.iter().any(|r| (r.gsi, r.address, r.data) == (0, IO_APIC, 2)));
         assert!(pins.iter().any(|r| (r.gsi, r.address, r.data) == (9, PIC_SLAVE, 1)));
-        assert_eq!(table.last().map(|r| (r.gsi, r.kind, r.address, r.data)), Some((25, 2, 0xfee0_0000, 0x41)));
+        let [.., message, sint] = table[..] else { panic!("{table:?}") };
+        assert_eq!((message.gsi, message.kind, message.address, message.data), (25, 2, 0xfee0_0000, 0x41));
+        assert_eq!((sint.gsi, sint.kind, sint.address, sint.data), (26, 3, 3, 9));
     }
+
     #[test]
     fn where_the_host_has_no_chips_slots_are_gsis() {
         let message = Message { address: 0xfee0_0000, data: 0xc041 };
-        let slot = Slot { taken: true, message: Some(message), ..Slot::default() };
+        let slot = Slot { taken: true, target: Some(Target::Message(message)), ..Slot::default() };
         let table = routes(Irqchip::Split, &[Slot::default(), slot]);
         assert_eq!(table.iter().map(|r| (r.gsi, r.kind, r.data)).collect::<Vec<_>>(), [(1, 2, 0xc041)]);
     }

@@ -1,7 +1,7 @@
 //! The state in which vCPUs start, as the host takes it.
 
 use api_channel::codec::Malformed;
-use api_channel::state::{MpState, Record, Records, Regs, Segment, Sregs, Table, Type, records};
+use api_channel::state::{MpState, Msr, Record, Records, Regs, Segment, Sregs, Table, Type, records};
 
 use crate::boot::entry::{self, Entry, Start};
 
@@ -20,6 +20,7 @@ pub(super) fn start(pristine: &[u8], entry: &Entry) -> Result<Vec<u8>, Malformed
                 list.put(Type::SREGS, &sregs(entry, &record.get()?))
             }
             Type::REGS => list.put(Type::REGS, &regs(entry)),
+            Type::MSRS => list.list(Type::MSRS, &msrs(&record)?),
             Type::MP_STATE => list.put(Type::MP_STATE, &mp_state(entry)),
             _ => list.bytes(record.kind, record.payload),
         };
@@ -56,6 +57,14 @@ pub(super) fn standing(list: &[u8]) -> Result<String, Malformed> {
 fn regs(entry: &Entry) -> Regs {
     let entry::Regs { rax, rbx, rdx, rsi, rip, rflags } = entry.regs;
     Regs { rax, rbx, rdx, rsi, rip, rflags, ..Regs::default() }
+}
+
+/// KVM makes a SynIC that is on; after a reset it is off (TLFS "SCONTROL Register").
+fn msrs(pristine: &Record<'_>) -> Result<Vec<Msr>, Malformed> {
+    const SCONTROL: u32 = 0x4000_0080;
+    let mut msrs: Vec<Msr> = pristine.get_list()?;
+    msrs.iter_mut().filter(|msr| msr.index == SCONTROL).for_each(|msr| msr.value = 0);
+    Ok(msrs)
 }
 
 fn sregs(entry: &Entry, pristine: &Sregs) -> Sregs {

@@ -20,6 +20,7 @@ use super::lines::Lines;
 use super::string::StringAccess;
 use crate::bus::{Access, Answer, Bus, Deferred, LateAnswer, RequestId, Wake};
 use crate::devices::IoApic;
+use crate::hyperv::Hyperv;
 
 /// Polling goes on for at most this long without work, where work used to come soon.
 const SPIN_MOST: Duration = Duration::from_micros(200);
@@ -123,6 +124,8 @@ pub(super) struct Worker<F: SocFunction> {
     pub(super) buses: Buses,
     /// The I/O APIC, if it is not the host's.
     pub(super) io_apic: Option<IoApic>,
+    /// There where the vCPUs have a SynIC.
+    pub(super) hyperv: Option<Arc<Hyperv>>,
     pub(super) lines: Arc<Lines<F>>,
     pub(super) relay: Arc<Relay>,
     pub(super) counters: Arc<Counters>,
@@ -261,6 +264,7 @@ impl<F: SocFunction> Worker<F> {
                 }
                 Answer::Done(0)
             }
+            Kind::HV_HYPERCALL | Kind::HV_SYNIC if self.hyperv.is_some() => self.hyperv(lane, &request),
             _ => {
                 return self.finish(lane, Completion { status: Status::UNKNOWN_KIND, ..Completion::ok(u64::MAX) });
             }
@@ -283,6 +287,18 @@ impl<F: SocFunction> Worker<F> {
             Direction::Read => bus.read(request.address, &access, reply),
             Direction::Write => bus.write(request.address, request.data, &access, reply),
         }
+    }
+
+    /// What a guest with Hyper-V's interfaces has for them.
+    fn hyperv(&self, lane: usize, request: &Request) -> Answer {
+        let (Some(hyperv), [a, b, c, _]) = (&self.hyperv, request.words.unwrap_or_default()) else {
+            return Answer::Unclaimed;
+        };
+        if request.kind == Kind::HV_HYPERCALL {
+            return Answer::Done(hyperv.hypercall(request.address, [a, b]));
+        }
+        hyperv.changed(lane as u16, [a, b, c]);
+        Answer::Done(0)
     }
 
     /// A string: its elements one after another. A device that defers an element of a string is answered for: all ones.
@@ -343,6 +359,7 @@ impl<F: SocFunction> Worker<F> {
     fn obey(&mut self, late: &mut Late) -> Result<bool, Fault> {
         self.buses.ports.poll();
         self.buses.memory.poll();
+        self.hyperv.iter().for_each(|hyperv| hyperv.poll());
         while let Ok(LateAnswer { id, answer }) = late.receiver.try_recv() {
             let lane = usize::from(id.vcpu);
             let current = self.lanes.get(lane).is_some_and(|lane| lane.sequence() == id.sequence);
@@ -356,6 +373,7 @@ impl<F: SocFunction> Worker<F> {
                 Ok(Command::Reset(done)) => {
                     self.buses.ports.reset();
                     self.buses.memory.reset();
+                    self.hyperv.iter().for_each(|hyperv| hyperv.reset());
                     // Who asked may have gone.
                     let _ = done.send(());
                 }

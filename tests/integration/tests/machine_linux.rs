@@ -15,24 +15,33 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn linux_lives_where_soc_vmm_runs_on_this_machine() {
-    linux_lives(&BedConfig::new("machine-linux", 1));
+    linux_lives(&BedConfig::new("machine-linux", 1), &[]);
 }
 
 #[test]
 fn linux_lives_where_soc_vmm_runs_on_an_arm_soc() {
-    linux_lives(&BedConfig::new("machine-linux-arm", 1).with_arm_soc());
+    linux_lives(&BedConfig::new("machine-linux-arm", 1).with_arm_soc(), &[]);
 }
 
-fn linux_lives(config: &BedConfig) {
+/// It finds KVM behind them, and prefers it.
+#[test]
+fn linux_lives_with_hyper_v_s_interfaces() {
+    linux_lives(&BedConfig::new("machine-linux-hyperv", 1), &["--cpu", "host,hv-passthrough"]);
+}
+
+fn linux_lives(config: &BedConfig, args: &[&str]) {
     if !testbed::machines_or_skip(&test_name()) {
         return;
     }
     let bed = config.start().unwrap();
-    let vm = VmConfig::new("linux", 0);
+    let args = args.iter().map(|&arg| arg.to_owned()).collect();
+    let vm = VmConfig { args, ..VmConfig::new("linux", 0) };
     let mut vmm = Vmm::run(&bed, &vm).unwrap();
     is_up(&mut vmm, vm.cpus);
     vmm.type_text("echo $((6 * 7)) is the answer; nproc\n").unwrap();
     vmm.expect("42 is the answer\r\n2\r\n", ANSWER_LIMIT).unwrap();
+    vmm.type_text("dmesg | grep -o 'detected: KVM'; echo $?\n").unwrap();
+    vmm.expect("detected: KVM\r\n0\r\n", ANSWER_LIMIT).unwrap();
 
     vmm.expect("# ", ANSWER_LIMIT).unwrap();
     vmm.type_text("reboot -f\n").unwrap();

@@ -6,11 +6,7 @@ use super::entries::Entry;
 const MEMORY: &str = "128M";
 
 /// What soc-vmm doesn't carry, by a word of QEMU's parameters.
-const MISSING: [(&str, &str); 3] = [
-    ("hv_passthrough", "Hyper-V's interfaces"),
-    ("hyperv-testdev", "Hyper-V's interfaces"),
-    ("vmport=on", "VMware's port"),
-];
+const MISSING: [(&str, &str); 1] = [("vmport=on", "VMware's port")];
 
 /// Why soc-vmm can't run an entry by what it is, if it can't.
 pub(crate) fn missing(entry: &Entry) -> Option<&'static str> {
@@ -55,15 +51,16 @@ fn device_of(device: &str) -> Option<[&'static str; 2]> {
     match device.split(',').next() {
         Some("intel-iommu") => Some(["--iommu", "intel"]),
         Some("edu") => Some(["--test-device", "edu"]),
+        Some("hyperv-testdev") => Some(["--test-device", "hyperv"]),
         _ => None,
     }
 }
 
-/// The host's own processor, less what the entry takes away. QEMU warns of what a named model has and the host hasn't, and goes on; soc-vmm
+/// The host's own processor, less what the entry takes away, and with Hyper-V's interfaces where it wants them. QEMU warns of what a named model has and the host hasn't, and goes on; soc-vmm
 /// refuses such a model, so that no guest runs on less than it was promised. What an entry adds, the host's has if it can.
 fn model_of(cpu: &str) -> String {
-    let removed = cpu.split(',').skip(1).filter(|word| word.starts_with('-'));
-    std::iter::once("host").chain(removed).collect::<Vec<_>>().join(",")
+    let kept = cpu.split(',').skip(1).filter(|word| word.starts_with('-') || *word == "hv_passthrough");
+    std::iter::once("host").chain(kept).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]
@@ -83,6 +80,9 @@ mod tests {
         );
         let line = "run --kernel /a --cmdline a.flat b c --cpus 1 --memory 2048 --debug-exit --cpu host,-smap";
         assert_eq!(told.join(" "), line);
+        let told = arguments(&entry("a.flat", &["-cpu", "host,hv_passthrough", "-device", "hyperv-testdev"]), "/a");
+        let told = told.join(" ");
+        assert!(told.ends_with("--debug-exit --cpu host,hv_passthrough --test-device hyperv"), "{told}");
     }
 
     #[test]
@@ -99,7 +99,7 @@ mod tests {
     #[test]
     fn what_is_not_carried_is_named() {
         assert_eq!(missing(&entry("vmx.flat", &[])), Some("VMX"));
-        assert_eq!(missing(&entry("a.flat", &["-cpu", "host,hv_passthrough"])), Some("Hyper-V's interfaces"));
+        assert_eq!(missing(&entry("a.flat", &["-device", "intel-iommu,intremap=on"])), Some("an emulated IOMMU"));
         assert_eq!(missing(&entry("a.flat", &["-cpu", "max"])), None);
     }
 }

@@ -35,6 +35,8 @@ struct Input {
     tsc_khz: Option<u32>,
     tsc_deadline: bool,
     leaves: Vec<Leaf>,
+    /// Of Hyper-V's.
+    hyperv: Vec<Leaf>,
 }
 
 impl From<Leaf> for CpuidEntry {
@@ -59,12 +61,15 @@ fn spec(model: u8, switches: &str) -> Option<CpuSpec> {
 }
 
 fuzz_target!(|input: Input| {
-    let Input { model, switches, sockets, cores, threads, vcpu, tsc_khz, tsc_deadline, leaves } = input;
+    let Input { model, switches, sockets, cores, threads, vcpu, tsc_khz, tsc_deadline, leaves, hyperv } = input;
     let Ok(topology) = Topology::new(sockets.into(), cores.into(), threads.into()) else { return };
     let Some(spec) = spec(model, &switches) else { return };
     let host: Vec<CpuidEntry> = leaves.into_iter().map(Into::into).collect();
     let vcpu = vcpu % topology.cpus();
     let Ok(processor) = Processor::new(&host, &spec, CpuidConfig { topology, tsc_khz, tsc_deadline }) else { return };
+    let hyperv: Vec<CpuidEntry> = hyperv.into_iter().map(Into::into).collect();
+    let Ok(given) = spec.hyperv().map_or(Ok(None), |wanted| wanted.given(&hyperv)) else { return };
+    let processor = processor.with_hyperv(given);
     let _ = (processor.physical_address_bits(), processor.signature());
     let table = processor.table(vcpu);
     assert!(table.len() <= host.len() + 32);
@@ -82,6 +87,11 @@ fuzz_target!(|input: Input| {
             0x8000_0001 => assert!(entry.ecx & 1 << 2 == 0, "{entry:x?}"),
             0x8000_000a | 0x12 | 0x14 => panic!("not carried: {entry:x?}"),
             0xb | 0x1f => assert_eq!(entry.edx, topology.apic_id(vcpu)),
+            // Features and recommendations of Hyper-V's; hypercalls come with any.
+            0x4000_0003 | 0x4000_0004 if given.is_some() => {
+                let had = find(&hyperv, entry.function, 0).unwrap_or(NOTHING);
+                assert_eq!(entry.eax & !(had.eax | 1 << 5) | entry.edx & !had.edx, 0, "{entry:x?} of {had:x?}");
+            }
             _ => {}
         }
     }

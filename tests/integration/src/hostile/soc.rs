@@ -326,8 +326,8 @@ fn real_mode() -> Vec<u8> {
 
 /// Opcodes of every call but the one that ends the shim.
 const OPCODES: &[u16] = &[
-    0x001, 0x010, 0x011, 0x100, 0x101, 0x102, 0x110, 0x111, 0x200, 0x201, 0x210, 0x211, 0x300, 0x301, 0x302, 0x400,
-    0x401, 0x402, 0x403, 0x500, 0x501, 0x600, 0x601, 0x700, 0x8001,
+    0x001, 0x010, 0x011, 0x012, 0x100, 0x101, 0x102, 0x110, 0x111, 0x200, 0x201, 0x210, 0x211, 0x300, 0x301, 0x302,
+    0x400, 0x401, 0x402, 0x403, 0x500, 0x501, 0x600, 0x601, 0x700, 0x8001,
 ];
 
 /// A call that nobody should make: an opcode and a payload, random or nearly right.
@@ -353,7 +353,7 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
         0x100 => Call::CreateVm(CreateVm {
             vcpus: *dice.one(&[0, 1, 2, 3, 1 << 20, u32::MAX]),
             irqchip: *dice.one(&[0, 1, 1, 2, 2, 3]),
-            flags: *dice.one(&[0, 0, 0, 1]),
+            flags: *dice.one(&[0, 0, 0, CreateVm::HV_SYNIC, 2, u64::MAX]),
             spin_ns: *dice.one(&[0, 1000, 10_000_001, u64::MAX]),
             name: Name(*dice.one(&[[0; 64], [b'n'; 64], [0x1b; 64], [0xff; 64]])),
         }),
@@ -415,8 +415,8 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
             let route = |dice: &mut Dice| Route {
                 gsi: *dice.one(&[0, 4, 23, 24, 4095, u32::MAX]),
                 kind: dice.below(5) as u32,
-                address: dice.nasty(),
-                data: dice.nasty() as u32,
+                address: if dice.below(3) == 0 { dice.below(3) } else { dice.nasty() },
+                data: if dice.below(3) == 0 { dice.below(18) as u32 } else { dice.nasty() as u32 },
                 reserved: *dice.one(&[0, 0, 1]),
             };
             Call::SetRouting((0..count).map(|_| route(dice)).collect())
@@ -457,6 +457,7 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
         }),
         0x010 => Call::HostInfo,
         0x011 => Call::SupportedCpuid,
+        0x012 => Call::SupportedHvCpuid,
         0x700 => Call::Statistics,
         _ => Call::Ping,
     }
