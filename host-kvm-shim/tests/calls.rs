@@ -155,7 +155,7 @@ fn arguments_out_of_range_are_refused_by_name() {
         (create(1025), Status::ARGUMENT),
         (create(u32::MAX), Status::ARGUMENT),
         (CreateVm { irqchip: 3, ..create(1) }, Status::ARGUMENT),
-        (CreateVm { flags: 1, ..create(1) }, Status::MALFORMED),
+        (CreateVm { flags: 2, ..create(1) }, Status::MALFORMED),
         (CreateVm { spin_ns: u64::MAX, ..create(1) }, Status::ARGUMENT),
     ] {
         assert_eq!(soc.refused(&Call::CreateVm(bad)).0, status, "{bad:?}");
