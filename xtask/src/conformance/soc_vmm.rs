@@ -99,7 +99,7 @@ mod tests {
     #[test]
     fn what_is_not_carried_is_named() {
         assert_eq!(missing(&entry("vmx.flat", &[])), Some("VMX"));
-        assert_eq!(missing(&entry("a.flat", &["-device", "intel-iommu,intremap=on"])), Some("an emulated IOMMU"));
+        assert_eq!(missing(&entry("a.flat", &["-machine", "vmport=on"])), Some("VMware's port"));
         assert_eq!(missing(&entry("a.flat", &["-cpu", "max"])), None);
     }
 }
