@@ -61,7 +61,7 @@ impl Passt {
             .stderr(Stdio::null());
         let mut process = Child::spawn(passt)?;
         let end = Instant::now() + LIMIT;
-        while !socket.exists() {
+        while !is_listened_on(&socket) {
             let status = process.wait(Duration::from_millis(20)).map_err(|e| fetch::Error::file(&socket, e))?;
             if status.is_some() || Instant::now() >= end {
                 return Err(fetch::Error::file(&socket, io::ErrorKind::NotConnected.into()));
@@ -91,4 +91,13 @@ impl Passt {
     pub fn socket(&self) -> &Path {
         &self.socket
     }
+}
+
+/// Whether somebody takes connections there. Its file says little: it may be that of one who went, and it is there before he listens.
+fn is_listened_on(socket: &Path) -> bool {
+    const LISTENS: &str = "00010000";
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    sockets
+        .lines()
+        .any(|line| line.split_whitespace().nth(3) == Some(LISTENS) && line.ends_with(&*socket.to_string_lossy()))
 }
