@@ -103,12 +103,13 @@ fn as_host(host: &[CpuidEntry], features: FeatureSet) -> Vec<CpuidEntry> {
     let mut table: Vec<CpuidEntry> = Vec::new();
     for entry in host {
         let index = if plain(entry.function) { 0 } else { entry.index };
-        // An entry without an index stands for all of them.
-        let is_taken = match entry.flags & INDEXED {
-            0 => table.iter().any(|other| other.function == entry.function),
-            _ => find(&table, entry.function, index).is_some() || entry.index != index,
-        };
-        if !is_taken {
+        // An entry without an index stands for all of them, so a leaf has either that one or those with. Of a host that says both, what
+        // its first says counts, and nothing of what another hides.
+        let first = host.iter().find(|first| first.function == entry.function);
+        let is_odd = first.is_some_and(|first| (first.flags ^ entry.flags) & INDEXED != 0);
+        let is_hidden = find(host, entry.function, index) != Some(*entry);
+        let is_there = find(&table, entry.function, index).is_some();
+        if !is_odd && !is_hidden && !is_there && (entry.flags & INDEXED == 0 || entry.index == index) {
             table.push(*entry);
         }
     }

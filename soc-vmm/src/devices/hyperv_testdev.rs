@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Ranges, claim};
+use serde::{Deserialize, Serialize};
+
+use super::{Persist, Ranges, RestoreError, check, claim};
 use crate::bus::{Access, Answer, Deferred, Device};
-use crate::hyperv::{Hyperv, PortError, PortKind, Sint, SintRoute};
+use crate::hyperv::{Hyperv, Message, PortError, PortKind, SINTS, Sint, SintRoute};
 
 /// Port 0x3000, of which a write of 4 bytes is a command; reads give 0.
 ///
@@ -20,8 +22,30 @@ use crate::hyperv::{Hyperv, PortError, PortKind, Sint, SintRoute};
 pub struct HypervTestdev {
     hyperv: Arc<Hyperv>,
     routes: BTreeMap<Sint, Arc<dyn SintRoute>>,
-    /// What this device has opened: connections, and their kinds.
-    ports: BTreeMap<u32, PortKind>,
+    /// What this device has opened, by connection.
+    ports: BTreeMap<u32, (PortKind, Sint)>,
+}
+
+/// Saved state of [`HypervTestdev`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HypervTestdevState {
+    /// Routes that were made: vCPU and SINT.
+    pub routes: Vec<(u16, u8)>,
+    /// Connections that are open.
+    pub ports: Vec<HypervPortState>,
+}
+
+/// A connection of a [`HypervTestdevState`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HypervPortState {
+    /// Its number.
+    pub connection: u8,
+    /// vCPU and SINT.
+    pub sint: (u16, u8),
+    /// It takes messages, not an event.
+    pub messages: bool,
+    /// The message that waits, as it will stand in its slot.
+    pub waiting: Option<Vec<u8>>,
 }
 
 impl HypervTestdev {
@@ -57,12 +81,12 @@ impl HypervTestdev {
 
     fn open(&mut self, connection: u32, kind: PortKind, sint: Sint) -> Result<Arc<dyn SintRoute>, PortError> {
         let route = self.hyperv.open(connection, kind, sint)?;
-        self.ports.insert(connection, kind);
+        self.ports.insert(connection, (kind, sint));
         Ok(route)
     }
 
     fn close(&mut self, connection: u32, kind: PortKind) {
-        if self.ports.get(&connection) == Some(&kind) {
+        if self.ports.get(&connection).is_some_and(|(open, _)| *open == kind) {
             self.ports.remove(&connection);
             self.hyperv.close(connection);
         }
@@ -96,5 +120,50 @@ impl Device for HypervTestdev {
         for connection in std::mem::take(&mut self.ports).into_keys() {
             self.hyperv.close(connection);
         }
+    }
+}
+
+impl Persist for HypervTestdev {
+    type State = HypervTestdevState;
+
+    fn save(&self) -> HypervTestdevState {
+        let port = |(&connection, &(kind, sint)): (&u32, &(PortKind, Sint))| HypervPortState {
+            // A command has no room for more.
+            connection: connection as u8,
+            sint: (sint.vcpu, sint.number),
+            messages: kind == PortKind::Messages,
+            waiting: self.hyperv.waiting(connection).map(|message| message.bytes().to_vec()),
+        };
+        let routes = self.routes.keys().map(|sint| (sint.vcpu, sint.number));
+        HypervTestdevState { routes: routes.collect(), ports: self.ports.iter().map(port).collect() }
+    }
+
+    fn restore(&mut self, state: &HypervTestdevState) -> Result<(), RestoreError> {
+        const NAME: &str = "hyperv-testdev";
+        let vcpus = self.hyperv.vcpus();
+        let all = state.routes.iter().chain(state.ports.iter().map(|port| &port.sint));
+        let mut all = all;
+        let fits = all.all(|&(vcpu, number)| vcpu < vcpus && number < SINTS);
+        check(fits, NAME, "there is no such vCPU or SINT")?;
+        check(state.ports.is_sorted_by(|a, b| a.connection < b.connection), NAME, "its connections aren't in order")?;
+        let waiting = |port: &HypervPortState| {
+            let message = port.waiting.as_deref().map(Message::from_bytes);
+            message.is_none_or(|message| port.messages && message.is_some())
+        };
+        check(state.ports.iter().all(waiting), NAME, "what waits is no message")?;
+        self.reset();
+        let sint = |&(vcpu, number): &(u16, u8)| Sint { vcpu, number };
+        let no_vector = |_| RestoreError { device: NAME, what: "the function has no vector left for a SINT" };
+        for route in state.routes.iter().map(sint) {
+            self.routes.insert(route, self.hyperv.route(route).map_err(no_vector)?);
+        }
+        for port in &state.ports {
+            let kind = if port.messages { PortKind::Messages } else { PortKind::Events };
+            self.open(port.connection.into(), kind, sint(&port.sint)).map_err(no_vector)?;
+            if let Some(message) = port.waiting.as_deref().and_then(Message::from_bytes) {
+                self.hyperv.put_back(port.connection.into(), message);
+            }
+        }
+        Ok(())
     }
 }

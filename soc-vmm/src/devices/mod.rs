@@ -61,7 +61,7 @@ pub use debug_exit::DebugExit;
 pub use delay_port::DelayPort;
 pub use edu::{Edu, EduState};
 pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgState};
-pub use hyperv_testdev::HypervTestdev;
+pub use hyperv_testdev::{HypervPortState, HypervTestdev, HypervTestdevState};
 pub use i8042::{I8042, I8042State, Keyboard};
 pub use io_apic::{IO_APIC_PINS, IoApic, IoApicState};
 pub use pc_testdev::{PcTestMemory, PcTestMemoryState, PcTestPorts, PcTestPortsState};

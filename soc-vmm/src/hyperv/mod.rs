@@ -187,6 +187,24 @@ impl Hyperv {
         self.state().ports.remove(&connection);
     }
 
+    /// How many vCPUs there are.
+    pub fn vcpus(&self) -> u16 {
+        self.state().pages.len() as u16
+    }
+
+    /// The message that waits in the port behind `connection`.
+    pub fn waiting(&self, connection: u32) -> Option<Message> {
+        self.state().ports.get(&connection)?.waiting.as_deref().cloned()
+    }
+
+    /// Has a message wait in the port behind `connection`, as it did when its device was saved. Where the pages are, the vCPUs' own
+    /// state says: [`Hyperv::changed`].
+    pub fn put_back(&self, connection: u32, message: Message) {
+        if let Some(port) = self.state().ports.get_mut(&connection).filter(|port| port.kind == PortKind::Messages) {
+            port.waiting = Some(Box::new(message));
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

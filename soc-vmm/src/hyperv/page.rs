@@ -37,6 +37,18 @@ impl Message {
         bytes[SLOT - MESSAGE_PAYLOAD..][..payload.len()].copy_from_slice(payload);
         Self(bytes)
     }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// A message from its bytes, if it is one: it has a type, no more payload than there is room for, and isn't marked.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let message = Self(bytes.try_into().ok()?);
+        let [a, b, c, d, len, flags, 0, 0, ..] = message.0 else { return None };
+        ([a, b, c, d] != [0; 4] && usize::from(len) <= MESSAGE_PAYLOAD && flags == 0).then_some(message)
+    }
 }
 
 /// What became of a message.

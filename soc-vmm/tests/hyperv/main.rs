@@ -4,6 +4,7 @@ mod rig;
 
 use proptest::prelude::*;
 use rig::{RAM, ROUTES, Rig, VCPUS};
+use soc_vmm::devices::{HypervTestdevState, Persist};
 use soc_vmm::hyperv::Sint;
 
 /// Where vCPU 1 has its pages, and where a hypercall finds its parameters.
@@ -203,6 +204,48 @@ fn a_reset_leaves_nothing_open() {
     rig.hyperv.changed(1, [1, EVENTS | 1, MESSAGES | 1]);
     assert_eq!(raised(&rig), 0, "what waited is gone");
     assert_eq!((post(&rig, 3), raised(&rig)), (DONE, 1));
+}
+
+#[test]
+fn what_was_saved_goes_on_elsewhere() {
+    let mut rig = ready();
+    rig.command(MAKE_ROUTE, 0, 5, 0);
+    post(&rig, 1);
+    post(&rig, 2);
+    let state = rig.device().save();
+    let state = serde_json::from_str(&serde_json::to_string(&state).unwrap()).unwrap();
+
+    let there = Rig::new();
+    there.device().restore(&state).unwrap();
+    assert_eq!(there.device().save(), state);
+    there.hyperv.changed(1, [1, EVENTS | 1, MESSAGES | 1]);
+    assert_eq!((there.ram.guest(|ram| slot(ram)), raised(&there)), ((0x77, 8, 0, MESSAGE, 2), 1));
+    assert_eq!((signal(&there), raised(&there)), (DONE, 1));
+    assert_eq!(there.sints().routes.keys().map(|sint| sint.number).collect::<Vec<_>>(), [5, SINT.number]);
+}
+
+#[test]
+fn a_state_that_can_t_be_is_refused_and_changes_nothing() {
+    let rig = ready();
+    post(&rig, 1);
+    post(&rig, 2);
+    let good = rig.device().save();
+    let spoils: [fn(&mut HypervTestdevState); 8] = [
+        |state| state.routes.push((VCPUS, 0)),
+        |state| state.routes.push((0, 16)),
+        |state| state.ports[0].sint.1 = 16,
+        |state| state.ports[1].connection = state.ports[0].connection,
+        |state| state.ports[0].messages = false,
+        |state| state.ports[0].waiting.as_mut().unwrap()[4] = 241,
+        |state| state.ports[0].waiting.as_mut().unwrap()[..4].fill(0),
+        |state| state.ports[0].waiting.as_mut().unwrap().truncate(255),
+    ];
+    for spoil in spoils {
+        let mut bad = good.clone();
+        spoil(&mut bad);
+        assert!(rig.device().restore(&bad).is_err(), "{bad:?}");
+        assert_eq!(rig.device().save(), good);
+    }
 }
 
 #[test]

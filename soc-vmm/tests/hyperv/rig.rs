@@ -137,6 +137,7 @@ pub(crate) struct Rig {
     pub(crate) ram: Arc<Ram>,
     pub(crate) hyperv: Arc<Hyperv>,
     pub(crate) bus: Bus,
+    device: Arc<Mutex<HypervTestdev>>,
     sints: Arc<Mutex<Sints>>,
     sequence: u32,
     late: (mpsc::Sender<LateAnswer>, mpsc::Receiver<LateAnswer>),
@@ -148,14 +149,19 @@ impl Rig {
         let sints = Arc::<Mutex<Sints>>::default();
         let hyperv = Arc::new(Hyperv::new(VCPUS, ram.clone(), Arc::new(Sink(sints.clone()))));
         let mut bus = Bus::default();
-        let device = Box::new(HypervTestdev::new(hyperv.clone()));
-        bus.insert(HypervTestdev::RANGES.ports, device).expect("nothing else is there");
-        Self { ram, hyperv, bus, sints, sequence: 0, late: mpsc::channel() }
+        let device = Arc::new(Mutex::new(HypervTestdev::new(hyperv.clone())));
+        bus.insert(HypervTestdev::RANGES.ports, Box::new(device.clone())).expect("nothing else is there");
+        Self { ram, hyperv, bus, device, sints, sequence: 0, late: mpsc::channel() }
     }
 
     /// What the host's SINTs remember.
     pub(crate) fn sints(&self) -> MutexGuard<'_, Sints> {
         lock(&self.sints)
+    }
+
+    /// The test device.
+    pub(crate) fn device(&self) -> MutexGuard<'_, HypervTestdev> {
+        lock(&self.device)
     }
 
     /// A write to the test device; whether it is complete, the host not having done anything since.

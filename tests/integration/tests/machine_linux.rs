@@ -13,20 +13,15 @@ use testbed::vmm::{VmConfig, Vmm};
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
+/// It is told of Hyper-V's interfaces, too; it finds KVM behind them, and prefers it.
 #[test]
 fn linux_lives_where_soc_vmm_runs_on_this_machine() {
-    linux_lives(&BedConfig::new("machine-linux", 1), &[]);
+    linux_lives(&BedConfig::new("machine-linux", 1), &["--cpu", "host,hv-passthrough"]);
 }
 
 #[test]
 fn linux_lives_where_soc_vmm_runs_on_an_arm_soc() {
     linux_lives(&BedConfig::new("machine-linux-arm", 1).with_arm_soc(), &[]);
-}
-
-/// It finds KVM behind them, and prefers it.
-#[test]
-fn linux_lives_with_hyper_v_s_interfaces() {
-    linux_lives(&BedConfig::new("machine-linux-hyperv", 1), &["--cpu", "host,hv-passthrough"]);
 }
 
 fn linux_lives(config: &BedConfig, args: &[&str]) {
