@@ -63,7 +63,7 @@ fn linux_lives(config: &BedConfig, args: &[&str]) {
 
     vmm.type_text("poweroff -f\n").unwrap();
     assert_eq!(vmm.wait_for_exit(ANSWER_LIMIT).unwrap(), Status::Code(0), "{}", vmm.errors());
-    assert_eq!(vmm.errors(), "");
+    assert_eq!(vmm.complaints(), "");
     drop(vmm);
     bed.server.power_off(ANSWER_LIMIT).unwrap();
 }

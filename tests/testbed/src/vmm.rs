@@ -175,6 +175,14 @@ impl<'a> Vmm<'a> {
         }
     }
 
+    /// [`Self::errors`], but that the host was silent for a while: an emulated server starves for seconds where much else runs.
+    #[must_use]
+    pub fn complaints(&self) -> String {
+        let errors = self.errors();
+        let lines = errors.lines().filter(|line| !line.contains("the host is silent: its heartbeat stopped"));
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
     /// Runs another soc-vmm command for this VM, where soc-vmm runs: `soc-vmm VERB… NAME`.
     ///
     /// # Errors
