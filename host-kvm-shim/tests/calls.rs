@@ -4,10 +4,11 @@ mod soc;
 
 use api_channel::Status;
 use api_channel::call::{
-    Call, CreateVm, DirtyFetch, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name, PostedRange, RamRequest, Route,
-    StateRequest, VCPU_ALL, VM,
+    Call, CpuidEntry, CreateVm, DirtyFetch, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name, PostedRange,
+    RamRequest, Route, StateRequest, VCPU_ALL, VM,
 };
-use api_channel::state::{Lapic, Type, records};
+use api_channel::codec::Reader;
+use api_channel::state::{Lapic, Msr, Type, records};
 use pcie_function::SocFunction;
 use soc::Soc;
 
@@ -141,6 +142,40 @@ fn vcpus_have_the_apic_ids_that_were_set() {
         // The id register of an APIC in xAPIC mode has 8 bits (Intel SDM volume 3A §11.4.6).
         assert_eq!(u32::from(lapic.registers[0x23]), id & 0xff, "vCPU {vcpu}");
     }
+    assert!(soc.shut_down().success());
+}
+
+#[test]
+fn vcpus_have_a_synic_where_kvm_has_one() {
+    const SYNIC: u32 = 1 << 2;
+    const SIMP: u32 = 0x4000_0083;
+    if !soc::has_kvm() {
+        return;
+    }
+    let mut soc = Soc::start(&[]);
+    let (_, bulk) = soc.ok(&Call::SupportedHvCpuid);
+    let leaves: Vec<CpuidEntry> = Reader::new(&bulk).list(64).unwrap();
+    let has_it = leaves.iter().any(|leaf| leaf.function == 0x4000_0003 && leaf.eax & SYNIC != 0);
+    let create = Call::CreateVm(CreateVm { flags: CreateVm::HV_SYNIC, ..create(2) });
+    if !has_it {
+        let (status, why) = soc.refused(&create);
+        assert_eq!(status, Status::UNAVAILABLE, "{why}");
+        assert!(why.contains("KVM_CAP_HYPERV_SYNIC"), "{why}");
+        assert!(soc.shut_down().success());
+        return;
+    }
+    soc.ok(&create);
+    soc.ok(&Call::AddRam(ram(0, 1 << 20)));
+    soc.ok(&Call::SetMemslots(vec![slot(0, 1 << 20, 0)]));
+    let sint = |vcpu, sint| Call::SetRouting(vec![Route { gsi: 24, kind: 3, address: vcpu, data: sint, reserved: 0 }]);
+    soc.ok(&sint(1, 15));
+    for bad in [sint(2, 0), sint(0, 16), sint(u64::MAX, 0)] {
+        assert_eq!(soc.refused(&bad).0, Status::ARGUMENT, "{bad:?}");
+    }
+    let list = soc.state(1, Type::MSRS.group());
+    let msrs: Vec<Msr> = records(&list).unwrap()[0].get_list().unwrap();
+    assert!(msrs.iter().any(|msr| msr.index == SIMP), "{msrs:x?}");
+    soc.ok(&Call::SetState { target: 1, records: list.clone() });
     assert!(soc.shut_down().success());
 }
 
