@@ -101,10 +101,14 @@ fn request() -> impl Strategy<Value = Request> {
         any::<u64>().prop_map(|a| (Kind::HYPERCALL, a, 8, false, true)),
         (0..=0xffu64).prop_map(|a| (Kind::EOI, a, 1, false, false)),
         (1..=7u64).prop_map(|a| (Kind::EXIT_REPORT, a, 0, false, true)),
-        (8..=0xffu8, any::<u64>(), 0..=4096u16).prop_map(|(k, a, n)| (Kind(k), a, n, false, true)),
+        any::<u64>().prop_map(|a| (Kind::HV_HYPERCALL, a, 8, false, true)),
+        (0..=0xffff_ffffu64).prop_map(|a| (Kind::HV_SYNIC, a, 0, false, true)),
+        (10..=0xffu8, any::<u64>(), 0..=4096u16).prop_map(|(k, a, n)| (Kind(k), a, n, false, true)),
     ];
     (shape, direction(), any::<u64>(), any::<u64>(), words).prop_map(|(shape, direction, data, host_tsc, words)| {
         let (kind, address, length, string, detailed) = shape;
+        // These never come without.
+        let words = words.or(matches!(kind, Kind::HV_HYPERCALL | Kind::HV_SYNIC).then_some([data; 4]));
         let data = if string { 1 << (data % 3) } else { data };
         Request { kind, direction, address, data, host_tsc, length, string, words: words.filter(|_| detailed) }
     })
