@@ -17,7 +17,9 @@ const BUILD_LIMIT: Duration = Duration::from_secs(15 * 60);
 const REPLAY_LIMIT: Duration = Duration::from_secs(3 * 60);
 
 /// Builds every target by `run`, alone or beside other steps; `None` if that fails.
-pub(crate) fn build(run: step::Run) -> Result<Option<Vec<String>>, String> {
+pub(crate) fn build(
+    run: impl Fn(&str, Command, Duration) -> Result<step::Outcome, String>,
+) -> Result<Option<Vec<String>>, String> {
     let dir = paths::workspace().join("tests/fuzz");
     // The flags stand in .cargo/config.toml, which cargo looks for from where it is started, and which this variable overrides.
     let mut command = cargo(["build", "--release", "--bins"]);

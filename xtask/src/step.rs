@@ -25,9 +25,6 @@ pub(crate) struct Outcome {
     pub(crate) output: String,
 }
 
-/// A way to run a step: [`run`] or [`run_beside`].
-pub(crate) type Run = fn(&str, Command, Duration) -> Result<Outcome, String>;
-
 /// Runs `command`, at most for `limit`, with its output in a file; shows the end of it where it fails.
 pub(crate) fn run(title: &str, command: Command, limit: Duration) -> Result<Outcome, String> {
     follow(Progress::new(title), command, limit)

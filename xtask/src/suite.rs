@@ -37,14 +37,14 @@ pub(crate) fn run(quick: bool) -> Result<ExitCode, String> {
     let lints = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
     suite.check("lints", cargo(lints), 15 * MINUTE)?;
     fetching.join().expect("fetching doesn't panic");
-    suite.workspace_tests()?;
-    // Three builds, of which none keeps two cores busy by itself.
+    // Machines run one at a time and leave a core half idle: what is built for later steps takes that.
     let targets = std::thread::scope(|scope| {
-        let fuzz = scope.spawn(|| fuzz::build(step::run_beside));
-        suite.models()?;
-        suite.arm()?;
-        fuzz.join().expect("building doesn't panic")
+        let built = scope.spawn(build_ahead);
+        suite.workspace_tests()?;
+        built.join().expect("building doesn't panic")
     })?;
+    suite.models()?;
+    suite.arm()?;
     suite.fuzz(targets)?;
     Ok(suite.summary(began.elapsed()))
 }
@@ -121,9 +121,7 @@ impl Suite {
     }
 
     fn models(&mut self) -> Result<(), String> {
-        let mut command = cargo(["test", "--release", "--package", "ioreq-ring", "--test", "loom"]);
-        command.env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", paths::target().join("loom"));
-        self.tests("models (loom)", command, 15 * MINUTE)
+        self.tests("models (loom)", models(), 15 * MINUTE)
     }
 
     /// Replays the kept inputs of every fuzz target, then lets it look for more.
@@ -141,22 +139,14 @@ impl Suite {
     }
 
     fn arm(&mut self) -> Result<(), String> {
-        let command = match build::cargo(Arch::Arm64) {
-            Ok(mut command) => {
-                command.env("CARGO_PROFILE_DEV_DEBUG", "false");
-                command.args(["test", "--no-fail-fast", "--lib", "--bins"]);
-                for package in ON_ARM {
-                    command.args(["--package", package]);
-                }
-                command
-            }
+        match arm() {
+            Ok(command) => self.tests("Arm build and its tests", command, 20 * MINUTE),
             Err(error) => {
                 self.counts.skipped += 1;
                 self.skipped.push(format!("Arm build and its tests: {}", with_sources(&error)));
-                return Ok(());
+                Ok(())
             }
-        };
-        self.tests("Arm build and its tests", command, 20 * MINUTE)
+        }
     }
 
     fn summary(&self, elapsed: Duration) -> ExitCode {
@@ -176,6 +166,54 @@ impl Suite {
         println!("{passed} passed, {failed} failed, {skipped} skipped");
         if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
+}
+
+/// Builds what steps after the workspace's tests run, with what those leave of the processors; the fuzz targets, unless that fails. What
+/// else fails here is said by the step that runs it.
+fn build_ahead() -> Result<Option<Vec<String>>, String> {
+    let targets = fuzz::build(|title, command, limit| step::run_beside(title, patient(&command), limit))?;
+    let ahead = [("models (loom): build", Some(models())), ("Arm tests: build", arm().ok())];
+    for (title, command) in ahead {
+        if let Some(mut command) = command {
+            command.arg("--no-run");
+            step::run_beside(title, patient(&command), 20 * MINUTE)?;
+        }
+    }
+    Ok(targets)
+}
+
+/// The same command, which lets everybody else have the processors first.
+fn patient(command: &Command) -> Command {
+    let mut nice = Command::new("nice");
+    nice.args(["-n", "19"]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => nice.env(name, value),
+            None => nice.env_remove(name),
+        };
+    }
+    if let Some(dir) = command.get_current_dir() {
+        nice.current_dir(dir);
+    }
+    nice
+}
+
+fn models() -> Command {
+    let mut command = cargo(["test", "--release", "--package", "ioreq-ring", "--test", "loom"]);
+    command.env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", paths::target().join("loom"));
+    command
+}
+
+/// The unit tests of what runs on an Arm SoC, under emulation.
+fn arm() -> Result<Command, testbed::fetch::Error> {
+    let mut command = build::cargo(Arch::Arm64)?;
+    // Not where tests build programs for the emulated SoC meanwhile: they would wait for each other.
+    command.env("CARGO_TARGET_DIR", paths::target().join("arm")).env("CARGO_PROFILE_DEV_DEBUG", "false");
+    command.args(["test", "--no-fail-fast", "--lib", "--bins"]);
+    for package in ON_ARM {
+        command.args(["--package", package]);
+    }
+    Ok(command)
 }
 
 /// Fetches what is missing. Without it the tests that need it skip themselves.
