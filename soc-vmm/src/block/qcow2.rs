@@ -14,6 +14,7 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpen
 
 use super::error::{BlockError, ImageProblem};
 use super::file::{self, Opened};
+use super::lock::lock;
 use super::spec::ImageFormat;
 use super::{BlockBackend, check_range, write_zeros};
 use guard::Guarded;
@@ -153,6 +154,7 @@ fn open_backing(
     if above.contains(&opened.identity) {
         return Err(ImageProblem::BackingLoop);
     }
+    lock(&opened.file, true)?;
     match file::format_of(&opened, format)? {
         ImageFormat::Qcow2 => open_qcow2(opened, above),
         ImageFormat::Raw => {

@@ -1,5 +1,6 @@
 //! Images on a real file system.
 
+mod locks;
 mod opening;
 mod qcow2;
 mod raw;
