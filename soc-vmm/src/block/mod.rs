@@ -15,6 +15,7 @@ mod tests;
 use std::sync::Arc;
 
 pub use error::{BlockError, ImageProblem};
+pub use file::FileId;
 pub use spec::{ImageFormat, ImageSpec};
 
 use file::Opened;
@@ -26,6 +27,11 @@ pub trait BlockBackend: Send + Sync {
 
     /// Whether writes, discards and zeroing are refused.
     fn is_read_only(&self) -> bool;
+
+    /// The files and block devices that it is kept in: the image, then what it stands on. None where it is kept elsewhere.
+    fn files(&self) -> &[FileId] {
+        &[]
+    }
 
     /// Fills `buf` from `offset`.
     ///

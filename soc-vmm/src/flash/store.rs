@@ -3,7 +3,7 @@
 //! A thread of its own writes, so that no vCPU waits for a disk: a new file beside the old one, synced, renamed over it. What is
 //! programmed meanwhile goes into the next one. The file in force is locked, so that no two VMs write one store.
 
-use std::fs::{File, OpenOptions, Permissions, TryLockError};
+use std::fs::{File, Metadata, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
@@ -89,6 +89,11 @@ impl VariableStore {
         let writer = shared.clone();
         std::thread::Builder::new().name("nvram".into()).spawn(move || writer.run(file)).map_err(StoreError::Thread)?;
         Ok((Self { shared }, image))
+    }
+
+    /// Whether that is the store's file, as it is now.
+    pub fn is(&self, file: &Metadata) -> bool {
+        std::fs::metadata(&self.shared.path).is_ok_and(|own| (own.dev(), own.ino()) == (file.dev(), file.ino()))
     }
 
     /// Has the file written with `bytes` at `offset`; returns at once. What lies behind the store's end vanishes.
@@ -238,7 +243,7 @@ fn replace(path: &Path, image: &[u8]) -> io::Result<File> {
     Ok(file)
 }
 
-fn write_new(path: &Path, image: &[u8], old: &std::fs::Metadata) -> io::Result<File> {
+fn write_new(path: &Path, image: &[u8], old: &Metadata) -> io::Result<File> {
     // What a process of this number left when it was killed.
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
