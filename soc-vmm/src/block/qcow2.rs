@@ -9,15 +9,14 @@ mod header;
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
-use imago::file::File;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions, qcow2, raw};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, qcow2, raw};
 
 use super::error::{BlockError, ImageProblem};
 use super::file::{self, FileId, Opened};
 use super::lock::lock;
 use super::spec::ImageFormat;
 use super::{BlockBackend, check_range, write_zeros};
-use guard::Guarded;
+use guard::{Guarded, Shrunk};
 use header::Header;
 
 /// Files of a chain: more than anyone has, few enough to open.
@@ -60,7 +59,15 @@ impl Qcow2 {
     }
 
     fn failed(&self, action: &'static str) -> impl Fn(std::io::Error) -> BlockError {
-        move |source| BlockError::Image { path: self.path.clone(), source: ImageProblem::Io { action, source } }
+        move |source| {
+            let path = self.path.clone();
+            let source = match source.downcast::<Shrunk>() {
+                Ok(file) if file.path == path => ImageProblem::Shrunk,
+                Ok(file) => ImageProblem::Backing { path: file.path, source: Box::new(ImageProblem::Shrunk) },
+                Err(source) => ImageProblem::Io { action, source },
+            };
+            BlockError::Image { path, source }
+        }
     }
 }
 
@@ -146,7 +153,7 @@ fn open_qcow2(opened: Opened, above: &mut Vec<FileId>) -> Result<FormatAccess<Gu
         }
     };
     let writable = !opened.read_only;
-    let image = storage(opened, header.cluster).and_then(|file| {
+    let image = Guarded::new(opened, header.cluster).and_then(|file| {
         qcow2::Qcow2::<Guarded>::builder(file).write(writable).backing(backing).open(DenyImplicitOpenGate::default())
     });
     image.map(FormatAccess::new).map_err(|source| ImageProblem::Io { action: OPEN, source })
@@ -171,16 +178,10 @@ fn open_backing(
         ImageFormat::Raw => {
             above.push(opened.id);
             let image =
-                storage(opened, 0).and_then(|file| raw::Raw::builder(file).open(DenyImplicitOpenGate::default()));
+                Guarded::new(opened, 0).and_then(|file| raw::Raw::builder(file).open(DenyImplicitOpenGate::default()));
             image.map(FormatAccess::new).map_err(|source| ImageProblem::Io { action: file::READ, source })
         }
     }
-}
-
-/// The file for imago; its first `header` bytes hold the header.
-fn storage(opened: Opened, header: u64) -> std::io::Result<Guarded> {
-    let options = StorageOpenOptions::new().write(!opened.read_only).filename(&opened.path);
-    File::from_open_file(opened.file, options).map(|file| Guarded::new(file, header))
 }
 
 /// Where a backing file lies: its name is meant from where the image lies that names it.

@@ -4,6 +4,7 @@ mod locks;
 mod opening;
 mod qcow2;
 mod raw;
+mod shrunk;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
