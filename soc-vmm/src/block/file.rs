@@ -2,10 +2,13 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::libc;
 
 use super::error::ImageProblem;
 use super::spec::ImageFormat;
@@ -75,6 +78,10 @@ impl Opened {
             };
             return Err(ImageProblem::NotADisk { kind });
         }
+        if !read_only && kind.is_block_device() && is_write_protected(&file).map_err(failed(EXAMINE))? {
+            // Some systems open it nevertheless, and refuse every write.
+            return Err(failed(OPEN_TO_WRITE)(io::Error::other("the block device is read-only")));
+        }
         // A block device has its size there alone.
         let len = file.seek(SeekFrom::End(0)).map_err(failed(EXAMINE))?;
         if len == 0 {
@@ -100,6 +107,18 @@ impl Opened {
 
 fn is_disk(file: &File) -> bool {
     file.metadata().is_ok_and(|metadata| metadata.is_file() || metadata.file_type().is_block_device())
+}
+
+/// Whether a block device takes no writes (`BLKROGET`).
+#[allow(unsafe_code, reason = "an ioctl")]
+fn is_write_protected(device: &File) -> io::Result<bool> {
+    /// `_IO(0x12, 94)` of linux/fs.h.
+    const BLKROGET: u32 = 0x125e;
+    let mut flag: libc::c_int = 0;
+    // SAFETY: the call writes an int where it is told, and keeps nothing.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET as _, &raw mut flag) };
+    Errno::result(done)?;
+    Ok(flag != 0)
 }
 
 /// The format of an image: the one given, or the one that its name tells. See [`super::open`].

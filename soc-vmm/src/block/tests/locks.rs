@@ -13,7 +13,7 @@ const READ: &str = "it is in use: another program or disk reads it and needs it 
 #[test]
 fn who_writes_an_image_has_it_for_himself() {
     let dir = Dir::new();
-    let raw = dir.raw("disk", &[1; 4096]);
+    let raw = dir.raw("raw", &[1; 4096]);
     let qcow2 = dir.qcow2("disk.qcow2", 1 << 20, None);
     for path in [&raw, &qcow2] {
         let link = path.with_extension("link.qcow2");
