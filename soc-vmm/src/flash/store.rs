@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, eaccess};
+
 use super::SECTOR;
 use crate::layout::FIRMWARE_MAX;
 
@@ -50,13 +53,19 @@ struct State {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// It can't be read.
-    #[error("the variable store {} can't be read: {source}; copy the firmware's template (OVMF_VARS) there", path.display())]
+    #[error("the variable store {} can't be read (copy the firmware's template, OVMF_VARS, there)", path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// It may not be written.
+    #[error("the variable store {} is read-only: make it writable (chmod u+w), or give a copy", path.display())]
+    ReadOnly {
+        /// The file.
+        path: PathBuf,
     },
     /// Empty, torn, or something else.
     #[error("the variable store {} {what}: copy the firmware's template (OVMF_VARS) over it", path.display())]
@@ -73,7 +82,7 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// No thread.
-    #[error("no thread for the variable store can be started: {0}")]
+    #[error("no thread for the variable store can be started")]
     Thread(#[source] io::Error),
 }
 
@@ -182,6 +191,10 @@ fn read(path: &Path) -> Result<(PathBuf, File, Vec<u8>), StoreError> {
     let metadata = file.metadata().map_err(unreadable)?;
     if !metadata.is_file() {
         return Err(damaged("is no regular file".into()));
+    }
+    // A new file in its place would be of no use to who protects it. Nothing keeps root from writing, but its mode tells.
+    if metadata.mode() & 0o222 == 0 || matches!(eaccess(&real, AccessFlags::W_OK), Err(Errno::EACCES | Errno::EROFS)) {
+        return Err(StoreError::ReadOnly { path: path.to_owned() });
     }
     // Who replaced it meanwhile has the one in its place.
     let replaced = || Ok::<_, io::Error>(std::fs::metadata(&real)?.ino() != metadata.ino());
