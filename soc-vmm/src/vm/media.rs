@@ -99,7 +99,7 @@ pub(super) fn open(config: &RunConfig, layout: &MemoryLayout) -> Result<(BootPla
     let disks = config.disks.iter().enumerate().map(|(index, disk)| {
         check_written(&disk.image, &plan, store)?;
         let image = block::open(&disk.image).map_err(|e| wrong("--disk", &e))?;
-        Ok(Disk { image, id: disk.id.clone().unwrap_or_else(|| format!("disk{index}")) })
+        Ok(Disk { image, id: disk.id_at(index) })
     });
     let disks = disks.collect::<Result<_, Failure>>()?;
     let cdrom = config.cdrom.as_ref().map(|cdrom| block::open(&cdrom.image)).transpose();
@@ -111,7 +111,7 @@ pub(super) fn open(config: &RunConfig, layout: &MemoryLayout) -> Result<(BootPla
             Failure::new(ExitStatus::Usage, why)
         })?;
         let mac = net.mac.unwrap_or_else(|| Mac::of(config.name.as_str(), index));
-        let id = net.id.clone().unwrap_or_else(|| format!("net{index}"));
+        let id = net.id_at(index);
         Ok(Net { backend: Box::new(connected), mac, id })
     });
     let nets = nets.collect::<Result<_, Failure>>()?;
