@@ -19,7 +19,7 @@ fn ended(args: &[&str]) -> (String, String, i32) {
 #[test]
 fn a_wrong_command_line_is_one_line_and_status_2() {
     let missing = "/no/such/kernel";
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 10] = [
         (&[], "--help"),
         (&["frobnicate"], "frobnicate"),
         (&["-name", "guest=a", "-machine", "q35"], "QEMU-compatible"),
@@ -28,6 +28,7 @@ fn a_wrong_command_line_is_one_line_and_status_2() {
         (&["run", "--kernel", missing, "--disk", "d"], "--disk"),
         (&["run", "--kernel", missing, "--memory", "0"], "--memory"),
         (&["run", "--kernel", missing], missing),
+        (&["run", "--firmware", missing, "--nvram", missing], "there): No such file or directory (os error 2)\n"),
         (&["run", "--kernel", missing, "--no-such\n\noption"], "--no-such"),
     ];
     for (args, word) in cases {
@@ -35,6 +36,71 @@ fn a_wrong_command_line_is_one_line_and_status_2() {
         assert_eq!((out.as_str(), status), ("", 2), "{args:?}: {err}");
         assert!(err.starts_with("soc-vmm: ") && err.ends_with('\n') && err.lines().count() == 1, "{args:?}: {err:?}");
         assert!(err.contains(word), "{args:?}: {err:?}");
+    }
+}
+
+/// A qcow2 image of version 2 with one entry in each of its tables, over `backing`, which is raw.
+fn overlay(backing: &str) -> Vec<u8> {
+    const CLUSTER: usize = 0x1_0000;
+    let mut image = vec![0; 4 * CLUSTER];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb");
+    put(4, &2u32.to_be_bytes());
+    put(8, &0x200u64.to_be_bytes());
+    put(16, &(backing.len() as u32).to_be_bytes());
+    put(20, &16u32.to_be_bytes());
+    put(24, &0x1000u64.to_be_bytes());
+    put(36, &1u32.to_be_bytes());
+    put(40, &(3 * CLUSTER as u64).to_be_bytes());
+    put(48, &(CLUSTER as u64).to_be_bytes());
+    put(56, &1u32.to_be_bytes());
+    put(0x200, backing.as_bytes());
+    put(CLUSTER, &(2 * CLUSTER as u64).to_be_bytes());
+    for used in 0..4 {
+        put(2 * CLUSTER + 2 * used, &1u16.to_be_bytes());
+    }
+    image
+}
+
+#[test]
+fn a_file_is_one_thing_of_a_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (rom, base, top, iso) = (at("rom"), at("base"), at("top.qcow2"), at("iso"));
+    for (path, bytes) in
+        [(&rom, vec![1; 0x1000]), (&base, vec![2; 0x1000]), (&top, overlay("base")), (&iso, vec![3; 512])]
+    {
+        std::fs::write(path, bytes).unwrap();
+    }
+    std::os::unix::fs::symlink("rom", at("link")).unwrap();
+    let disk = |path: &str| format!("file={path}");
+    let console = |path: &str| format!("file:{path}");
+    let files = || [&rom, &base, &top, &iso].map(|path| std::fs::read(path).unwrap());
+    let before = files();
+    let of_rom = "is also the firmware image of this VM: give a copy, or say readonly=on";
+    let of_base = "the file is the disk's backing file of this VM";
+    for (more, words) in [
+        (vec!["--disk", &disk(&rom)], of_rom),
+        (vec!["--disk", &disk(&at("link"))], of_rom),
+        (vec!["--disk", &disk(&base), "--disk", &disk(&base)], "base: it is in use: another program or disk writes it"),
+        (
+            vec!["--disk", &disk(&top), "--disk", &disk(&base)],
+            "another program or disk reads it and needs it unchanged",
+        ),
+        (vec!["--disk", &disk(&iso), "--cdrom", &iso], "another program or disk writes it"),
+        (vec!["--disk", &disk(&top), "--debugcon", &console(&base)], of_base),
+        (vec!["--disk", &disk(&top), "--serial", &console(&base)], of_base),
+        (vec!["--disk", &disk(&top), "--serial", &console(&top)], "the file is the disk image of this VM"),
+        (vec!["--cdrom", &iso, "--serial", &console(&iso)], "the file is the CD-ROM's image of this VM"),
+    ] {
+        let serial: &[&str] = if more.contains(&"--serial") { &[] } else { &["--serial", "null"] };
+        let mut command = Command::new(env!("CARGO_BIN_EXE_soc-vmm"));
+        command.env("XDG_RUNTIME_DIR", dir.path()).args(["run", "--firmware", &rom]).args(serial).args(&more);
+        let ended = command.output().unwrap();
+        let err = String::from_utf8(ended.stderr).unwrap();
+        assert!(err.contains(words) && err.lines().count() == 1, "{more:?}: {err:?}");
+        assert_eq!(ended.status.code(), Some(2), "{more:?}: {err:?}");
+        assert!(files() == before, "{more:?}: a file was changed");
     }
 }
 

@@ -52,6 +52,16 @@ pub enum ImageProblem {
     /// Someone cut it off while it was used.
     #[error("it is shorter than when it was opened: restore it")]
     Shrunk,
+    /// It and what else is done with it don't go together.
+    #[error("it is in use: another program or disk {}", if *written {
+        "writes it: stop that one, or give a copy"
+    } else {
+        "reads it and needs it unchanged: say readonly=on, give an overlay of it (qemu-img create -b), or stop that one"
+    })]
+    InUse {
+        /// Someone writes it; else someone reads it, and this one would write it.
+        written: bool,
+    },
     /// The format was not given, and a guess would be dangerous.
     #[error(
         "it begins like a qcow2 image and its format is not given: say format=qcow2, or format=raw if a guest wrote that"

@@ -1,11 +1,14 @@
 //! The file or block device under an image.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::libc;
 
 use super::error::ImageProblem;
 use super::spec::ImageFormat;
@@ -20,6 +23,26 @@ const EXAMINE: &str = "examine it (check the file system that it is on)";
 pub(super) const READ: &str = "read it (check the disk that it is on)";
 pub(super) const WRITE: &str = "write it (check the disk that it is on)";
 
+/// Which file or block device it is, whatever names it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileId {
+    /// The device that it is on; [`u64::MAX`]: it is one itself.
+    device: u64,
+    /// Its inode, or a block device's own number.
+    number: u64,
+}
+
+impl FileId {
+    /// Of what `metadata` describes.
+    pub fn of(metadata: &Metadata) -> Self {
+        if metadata.file_type().is_block_device() {
+            Self { device: u64::MAX, number: metadata.rdev() }
+        } else {
+            Self { device: metadata.dev(), number: metadata.ino() }
+        }
+    }
+}
+
 /// A file that is open, and is known to be of the kind that can hold an image.
 #[derive(Debug)]
 pub(super) struct Opened {
@@ -28,8 +51,7 @@ pub(super) struct Opened {
     pub(super) read_only: bool,
     /// Bytes.
     pub(super) len: u64,
-    /// Device and inode; of a block device, its own number.
-    pub(super) identity: (u64, u64),
+    pub(super) id: FileId,
 }
 
 impl Opened {
@@ -48,24 +70,24 @@ impl Opened {
         };
         let metadata = file.metadata().map_err(failed(EXAMINE))?;
         let kind = metadata.file_type();
-        let identity = if kind.is_file() {
-            (metadata.dev(), metadata.ino())
-        } else if kind.is_block_device() {
-            (u64::MAX, metadata.rdev())
-        } else {
+        if !kind.is_file() && !kind.is_block_device() {
             let kind = match () {
                 () if kind.is_dir() => "a directory",
                 () if kind.is_fifo() => "a FIFO",
                 () => "a character device",
             };
             return Err(ImageProblem::NotADisk { kind });
-        };
+        }
+        if !read_only && kind.is_block_device() && is_write_protected(&file).map_err(failed(EXAMINE))? {
+            // Some systems open it nevertheless, and refuse every write.
+            return Err(failed(OPEN_TO_WRITE)(io::Error::other("the block device is read-only")));
+        }
         // A block device has its size there alone.
         let len = file.seek(SeekFrom::End(0)).map_err(failed(EXAMINE))?;
         if len == 0 {
             return Err(ImageProblem::Empty);
         }
-        Ok(Self { file, path: path.into(), read_only, len, identity })
+        Ok(Self { file, path: path.into(), read_only, len, id: FileId::of(&metadata) })
     }
 
     /// Fills `buf` from `offset`; the bytes that there were.
@@ -85,6 +107,18 @@ impl Opened {
 
 fn is_disk(file: &File) -> bool {
     file.metadata().is_ok_and(|metadata| metadata.is_file() || metadata.file_type().is_block_device())
+}
+
+/// Whether a block device takes no writes (`BLKROGET`).
+#[allow(unsafe_code, reason = "an ioctl")]
+fn is_write_protected(device: &File) -> io::Result<bool> {
+    /// `_IO(0x12, 94)` of linux/fs.h.
+    const BLKROGET: u32 = 0x125e;
+    let mut flag: libc::c_int = 0;
+    // SAFETY: the call writes an int where it is told, and keeps nothing.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET as _, &raw mut flag) };
+    Errno::result(done)?;
+    Ok(flag != 0)
 }
 
 /// The format of an image: the one given, or the one that its name tells. See [`super::open`].

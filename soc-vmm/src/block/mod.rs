@@ -5,6 +5,7 @@
 
 mod error;
 mod file;
+mod lock;
 mod qcow2;
 mod raw;
 mod spec;
@@ -14,6 +15,7 @@ mod tests;
 use std::sync::Arc;
 
 pub use error::{BlockError, ImageProblem};
+pub use file::FileId;
 pub use spec::{ImageFormat, ImageSpec};
 
 use file::Opened;
@@ -25,6 +27,11 @@ pub trait BlockBackend: Send + Sync {
 
     /// Whether writes, discards and zeroing are refused.
     fn is_read_only(&self) -> bool;
+
+    /// The files and block devices that it is kept in: the image, then what it stands on. None where it is kept elsewhere.
+    fn files(&self) -> &[FileId] {
+        &[]
+    }
 
     /// Fills `buf` from `offset`.
     ///
@@ -63,11 +70,14 @@ pub trait BlockBackend: Send + Sync {
 /// (a raw disk whose first sector the guest makes a qcow2 header would name any file of this machine as its backing file). A raw
 /// image that begins like a qcow2 one is refused until its format is given.
 ///
+/// The image and its backing files are locked while they are open, as QEMU does it: who writes one has it for himself.
+///
 /// # Errors
 /// What is wrong with which file, and what to do.
 pub fn open(spec: &ImageSpec) -> Result<Arc<dyn BlockBackend>, BlockError> {
     let problem = |source| BlockError::Image { path: spec.path.clone(), source };
     let opened = Opened::new(&spec.path, spec.read_only).map_err(problem)?;
+    lock::lock(&opened.file, spec.read_only).map_err(problem)?;
     match file::format_of(&opened, spec.format).map_err(problem)? {
         ImageFormat::Raw => raw::Raw::new(opened).map(|image| Arc::new(image) as Arc<dyn BlockBackend>),
         ImageFormat::Qcow2 => qcow2::Qcow2::new(opened).map(|image| Arc::new(image) as Arc<dyn BlockBackend>),

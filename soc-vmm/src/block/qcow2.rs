@@ -9,14 +9,14 @@ mod header;
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
-use imago::file::File;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions, qcow2, raw};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, qcow2, raw};
 
 use super::error::{BlockError, ImageProblem};
-use super::file::{self, Opened};
+use super::file::{self, FileId, Opened};
+use super::lock::lock;
 use super::spec::ImageFormat;
 use super::{BlockBackend, check_range, write_zeros};
-use guard::Guarded;
+use guard::{Guarded, Shrunk};
 use header::Header;
 
 /// Files of a chain: more than anyone has, few enough to open.
@@ -31,6 +31,8 @@ const WRITE: &str = "write it (check the disk that it is on, and the image with 
 pub(super) struct Qcow2 {
     /// Locked to write where clusters are taken away, since no other call may be using them then.
     image: RwLock<FormatAccess<Guarded>>,
+    /// The chain from the top.
+    files: Vec<FileId>,
     path: PathBuf,
     size: u64,
     read_only: bool,
@@ -39,9 +41,10 @@ pub(super) struct Qcow2 {
 impl Qcow2 {
     pub(super) fn new(opened: Opened) -> Result<Self, ImageProblem> {
         let (path, read_only) = (opened.path.clone(), opened.read_only);
-        let image = open_qcow2(opened, &mut Vec::new())?;
+        let mut files = Vec::new();
+        let image = open_qcow2(opened, &mut files)?;
         let size = image.size();
-        Ok(Self { image: RwLock::new(image), path, size, read_only })
+        Ok(Self { image: RwLock::new(image), files, path, size, read_only })
     }
 
     fn image(&self) -> RwLockReadGuard<'_, FormatAccess<Guarded>> {
@@ -56,7 +59,15 @@ impl Qcow2 {
     }
 
     fn failed(&self, action: &'static str) -> impl Fn(std::io::Error) -> BlockError {
-        move |source| BlockError::Image { path: self.path.clone(), source: ImageProblem::Io { action, source } }
+        move |source| {
+            let path = self.path.clone();
+            let source = match source.downcast::<Shrunk>() {
+                Ok(file) if file.path == path => ImageProblem::Shrunk,
+                Ok(file) => ImageProblem::Backing { path: file.path, source: Box::new(ImageProblem::Shrunk) },
+                Err(source) => ImageProblem::Io { action, source },
+            };
+            BlockError::Image { path, source }
+        }
     }
 }
 
@@ -67,6 +78,10 @@ impl BlockBackend for Qcow2 {
 
     fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    fn files(&self) -> &[FileId] {
+        &self.files
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
@@ -115,10 +130,10 @@ impl BlockBackend for Qcow2 {
     }
 }
 
-/// Opens the image and all that it stands on; `above` are the files that stand on it.
-fn open_qcow2(opened: Opened, above: &mut Vec<(u64, u64)>) -> Result<FormatAccess<Guarded>, ImageProblem> {
+/// Opens the image and all that it stands on; `above` are the files that stand on it, and gets all of these.
+fn open_qcow2(opened: Opened, above: &mut Vec<FileId>) -> Result<FormatAccess<Guarded>, ImageProblem> {
     let header = Header::read(&opened)?;
-    above.push(opened.identity);
+    above.push(opened.id);
     let backing = match header.backing {
         None => None,
         Some(backing) => {
@@ -130,11 +145,15 @@ fn open_qcow2(opened: Opened, above: &mut Vec<(u64, u64)>) -> Result<FormatAcces
                 Some(other) => return Err(ImageProblem::BackingFormat(other.into())),
             };
             let image = open_backing(&path, format, above);
-            Some(image.map_err(|source| ImageProblem::Backing { path, source: Box::new(source) })?)
+            Some(image.map_err(|source| match source {
+                // Of a long chain the first file and the one at fault are enough.
+                ImageProblem::Backing { .. } => source,
+                _ => ImageProblem::Backing { path, source: Box::new(source) },
+            })?)
         }
     };
     let writable = !opened.read_only;
-    let image = storage(opened, header.cluster).and_then(|file| {
+    let image = Guarded::new(opened, header.cluster).and_then(|file| {
         qcow2::Qcow2::<Guarded>::builder(file).write(writable).backing(backing).open(DenyImplicitOpenGate::default())
     });
     image.map(FormatAccess::new).map_err(|source| ImageProblem::Io { action: OPEN, source })
@@ -144,29 +163,25 @@ fn open_qcow2(opened: Opened, above: &mut Vec<(u64, u64)>) -> Result<FormatAcces
 fn open_backing(
     path: &Path,
     format: Option<ImageFormat>,
-    above: &mut Vec<(u64, u64)>,
+    above: &mut Vec<FileId>,
 ) -> Result<FormatAccess<Guarded>, ImageProblem> {
     if above.len() == DEPTH {
         return Err(ImageProblem::BackingDepth(DEPTH + 1));
     }
     let opened = Opened::new(path, true)?;
-    if above.contains(&opened.identity) {
+    if above.contains(&opened.id) {
         return Err(ImageProblem::BackingLoop);
     }
+    lock(&opened.file, true)?;
     match file::format_of(&opened, format)? {
         ImageFormat::Qcow2 => open_qcow2(opened, above),
         ImageFormat::Raw => {
+            above.push(opened.id);
             let image =
-                storage(opened, 0).and_then(|file| raw::Raw::builder(file).open(DenyImplicitOpenGate::default()));
+                Guarded::new(opened, 0).and_then(|file| raw::Raw::builder(file).open(DenyImplicitOpenGate::default()));
             image.map(FormatAccess::new).map_err(|source| ImageProblem::Io { action: file::READ, source })
         }
     }
-}
-
-/// The file for imago; its first `header` bytes hold the header.
-fn storage(opened: Opened, header: u64) -> std::io::Result<Guarded> {
-    let options = StorageOpenOptions::new().write(!opened.read_only).filename(&opened.path);
-    File::from_open_file(opened.file, options).map(|file| Guarded::new(file, header))
 }
 
 /// Where a backing file lies: its name is meant from where the image lies that names it.

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::error::{BlockError, ImageProblem};
-use super::file::{Opened, WRITE};
+use super::file::{FileId, Opened, WRITE};
 use super::{BlockBackend, check_range, write_zeros};
 
 /// Bytes of the smallest unit that a disk has.
@@ -73,6 +73,10 @@ impl BlockBackend for Raw {
 
     fn is_read_only(&self) -> bool {
         self.opened.read_only
+    }
+
+    fn files(&self) -> &[FileId] {
+        std::slice::from_ref(&self.opened.id)
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {

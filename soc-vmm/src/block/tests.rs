@@ -1,8 +1,10 @@
 //! Images on a real file system.
 
+mod locks;
 mod opening;
 mod qcow2;
 mod raw;
+mod shrunk;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
+
+use super::net::NetSpec;
 use super::values::{ValueError, wrong};
 use crate::block::{ImageFormat, ImageSpec};
 
@@ -49,6 +52,13 @@ impl FromStr for DiskSpec {
     }
 }
 
+impl DiskSpec {
+    /// Its id, or the one that it has as the disk of that place on the command line.
+    pub(crate) fn id_at(&self, index: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("disk{index}"))
+    }
+}
+
 /// `--cdrom F`: an image that is only read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CdromSpec {
@@ -77,10 +87,36 @@ pub(super) fn split(s: &str) -> Vec<String> {
     parts
 }
 
+/// `Ok` if every device has an id of its own, and every disk a serial number.
+pub(super) fn check_ids(disks: &[DiskSpec], nets: &[NetSpec]) -> Result<(), String> {
+    let disks: Vec<String> = disks.iter().enumerate().map(|(index, disk)| disk.id_at(index)).collect();
+    let nets = nets.iter().enumerate().map(|(index, net)| net.id_at(index));
+    let all: Vec<String> = disks.iter().cloned().chain(nets).collect();
+    let twice = (0..all.len()).find(|&n| all[..n].contains(&all[n]));
+    if let Some(n) = twice {
+        return Err(format!(
+            "id={} is there twice: give each device its own (disks have disk0, …, interfaces net0, …)",
+            all[n]
+        ));
+    }
+    // Ids are ASCII.
+    let serial = |id: &String| id.chars().take(VIRTIO_BLK_ID_BYTES as usize).collect::<String>();
+    let serials: Vec<String> = disks.iter().map(serial).collect();
+    (0..disks.len()).find(|&n| serials[..n].contains(&serials[n])).map_or(Ok(()), |n| {
+        let why = "would be the serial number of another disk too: ids differ in their first";
+        Err(format!("id={}: '{}' {why} {VIRTIO_BLK_ID_BYTES} characters", disks[n], serials[n]))
+    })
+}
+
+/// Most characters of an id.
+const ID_MAX: usize = 64;
+
 /// An id as QEMU and libvirt know them: a letter, then letters, digits and `-._`.
 pub(super) fn parse_id(s: &str) -> Result<String, ValueError> {
     let tail = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
-    if s.starts_with(|c: char| c.is_ascii_alphabetic()) && s.chars().all(tail) {
+    if s.len() > ID_MAX {
+        wrong(format!("id={s:.20}… is too long: an id has at most {ID_MAX} characters"))
+    } else if s.starts_with(|c: char| c.is_ascii_alphabetic()) && s.chars().all(tail) {
         Ok(s.into())
     } else {
         wrong(format!("id={s}: an id is a letter, then letters, digits and any of '-', '.', '_'"))
@@ -100,6 +136,8 @@ mod tests {
         let disk: DiskSpec = "id=d-0,readonly=on,format=qcow2,file=a=b,,c".parse().unwrap();
         assert_eq!(disk.image, ImageSpec { path: "a=b,c".into(), format: Some(ImageFormat::Qcow2), read_only: true });
         assert_eq!(disk.id.as_deref(), Some("d-0"));
+        let long = "i".repeat(64);
+        assert_eq!(format!("file=a,id={long}").parse::<DiskSpec>().unwrap().id, Some(long));
         for bad in [
             "",
             "/a.img",
@@ -116,8 +154,30 @@ mod tests {
             "file=a,id=a b",
             "file=a,cache=none",
             "format=raw",
+            &format!("file=a,id={}", "i".repeat(65)),
         ] {
             assert!(bad.parse::<DiskSpec>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn each_device_has_an_id_and_each_disk_a_serial_number() {
+        let check = |disks: &[&str], nets: &[&str]| {
+            let disks: Vec<DiskSpec> = disks.iter().map(|id| format!("file=a{id}").parse().unwrap()).collect();
+            let nets: Vec<NetSpec> = nets.iter().map(|id| format!("stream=s{id}").parse().unwrap()).collect();
+            check_ids(&disks, &nets)
+        };
+        assert_eq!(check(&["", ",id=disk0x", ",id=disk-of-the-guest-1", ",id=DISK0"], &["", ",id=n"]), Ok(()));
+        for (disks, nets, words) in [
+            (&[",id=a", ",id=a"][..], &[][..], "id=a is there twice"),
+            (&[",id=a"], &[",id=a"], "id=a is there twice"),
+            (&["", ",id=disk0"], &[], "id=disk0 is there twice"),
+            (&[",id=disk1", ""], &[], "id=disk1 is there twice"),
+            (&[",id=net0"], &[""], "id=net0 is there twice"),
+            (&[",id=the-disk-of-the-guest-1", ",id=the-disk-of-the-guest-2"], &[], "'the-disk-of-the-gues' would be"),
+        ] {
+            let why = check(disks, nets).unwrap_err();
+            assert!(why.contains(words), "{why}");
         }
     }
 

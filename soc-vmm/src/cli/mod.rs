@@ -208,16 +208,8 @@ impl RunConfig {
             Ok(checked) => checked,
             Err(why) => return usage(why),
         };
-        let ids: Vec<&str> = args
-            .disk
-            .iter()
-            .map(|disk| &disk.id)
-            .chain(args.net.iter().map(|net| &net.id))
-            .flatten()
-            .map(|id| &**id)
-            .collect();
-        if let Some(id) = ids.iter().enumerate().find_map(|(i, id)| ids[..i].contains(id).then_some(id)) {
-            return usage(format!("id={id} is there twice: give each device its own"));
+        if let Err(why) = disk::check_ids(&args.disk, &args.net) {
+            return usage(why);
         }
         let tests = &args.test_device;
         if let Some(twice) =

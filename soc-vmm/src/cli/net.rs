@@ -57,6 +57,13 @@ impl FromStr for Mac {
     }
 }
 
+impl NetSpec {
+    /// Its id, or the one that it has as the interface of that place on the command line.
+    pub(crate) fn id_at(&self, index: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("net{index}"))
+    }
+}
+
 impl FromStr for NetSpec {
     type Err = ValueError;
 

@@ -3,12 +3,15 @@
 //! A thread of its own writes, so that no vCPU waits for a disk: a new file beside the old one, synced, renamed over it. What is
 //! programmed meanwhile goes into the next one. The file in force is locked, so that no two VMs write one store.
 
-use std::fs::{File, OpenOptions, Permissions, TryLockError};
+use std::fs::{File, Metadata, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, eaccess};
 
 use super::SECTOR;
 use crate::layout::FIRMWARE_MAX;
@@ -50,13 +53,19 @@ struct State {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// It can't be read.
-    #[error("the variable store {} can't be read: {source}; copy the firmware's template (OVMF_VARS) there", path.display())]
+    #[error("the variable store {} can't be read (copy the firmware's template, OVMF_VARS, there)", path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// It may not be written.
+    #[error("the variable store {} is read-only: make it writable (chmod u+w), or give a copy", path.display())]
+    ReadOnly {
+        /// The file.
+        path: PathBuf,
     },
     /// Empty, torn, or something else.
     #[error("the variable store {} {what}: copy the firmware's template (OVMF_VARS) over it", path.display())]
@@ -73,7 +82,7 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// No thread.
-    #[error("no thread for the variable store can be started: {0}")]
+    #[error("no thread for the variable store can be started")]
     Thread(#[source] io::Error),
 }
 
@@ -89,6 +98,11 @@ impl VariableStore {
         let writer = shared.clone();
         std::thread::Builder::new().name("nvram".into()).spawn(move || writer.run(file)).map_err(StoreError::Thread)?;
         Ok((Self { shared }, image))
+    }
+
+    /// Whether that is the store's file, as it is now.
+    pub fn is(&self, file: &Metadata) -> bool {
+        std::fs::metadata(&self.shared.path).is_ok_and(|own| (own.dev(), own.ino()) == (file.dev(), file.ino()))
     }
 
     /// Has the file written with `bytes` at `offset`; returns at once. What lies behind the store's end vanishes.
@@ -178,6 +192,10 @@ fn read(path: &Path) -> Result<(PathBuf, File, Vec<u8>), StoreError> {
     if !metadata.is_file() {
         return Err(damaged("is no regular file".into()));
     }
+    // A new file in its place would be of no use to who protects it. Nothing keeps root from writing, but its mode tells.
+    if metadata.mode() & 0o222 == 0 || matches!(eaccess(&real, AccessFlags::W_OK), Err(Errno::EACCES | Errno::EROFS)) {
+        return Err(StoreError::ReadOnly { path: path.to_owned() });
+    }
     // Who replaced it meanwhile has the one in its place.
     let replaced = || Ok::<_, io::Error>(std::fs::metadata(&real)?.ino() != metadata.ino());
     if !lock(&file).map_err(unreadable)? || replaced().map_err(unreadable)? {
@@ -238,7 +256,7 @@ fn replace(path: &Path, image: &[u8]) -> io::Result<File> {
     Ok(file)
 }
 
-fn write_new(path: &Path, image: &[u8], old: &std::fs::Metadata) -> io::Result<File> {
+fn write_new(path: &Path, image: &[u8], old: &Metadata) -> io::Result<File> {
     // What a process of this number left when it was killed.
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

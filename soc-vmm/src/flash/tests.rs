@@ -277,6 +277,19 @@ fn a_guest_goes_on_where_its_file_can_not_be_written() {
 }
 
 #[test]
+fn a_store_that_may_not_be_written_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("store");
+    std::fs::write(&file, template()).unwrap();
+    let set = |mode| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+    set(0o444);
+    let text = VariableStore::open(&file).unwrap_err().to_string();
+    assert!(text.contains("is read-only: make it writable"), "{text}");
+    set(0o600);
+    VariableStore::open(&file).unwrap();
+}
+
+#[test]
 fn what_is_no_variable_store_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("store");

@@ -1,17 +1,18 @@
 //! The files that a VM is made from, opened and examined before anything is touched: images to boot, disks, media, flash.
 
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::shape::Shape;
-use crate::block::{self, BlockBackend};
+use crate::block::{self, BlockBackend, FileId, ImageSpec};
 use crate::boot::{BootPlan, BootSource};
 use crate::cli::{ExitStatus, Failure, Mac, RunConfig};
 use crate::flash::{Bank, VariableStore};
 use crate::layout::MemoryLayout;
 use crate::net::{NetBackend, StreamBackend};
+
+/// What messages call the file of `--nvram`.
+const VARIABLES: &str = "variable store";
 
 /// What the machine's devices hold.
 pub(super) struct Media {
@@ -30,6 +31,18 @@ impl Media {
     pub(super) fn devices(config: &RunConfig) -> usize {
         config.disks.len() + config.nets.len()
     }
+
+    /// What a file is if it is one that the VM's devices hold.
+    pub(super) fn role_of(&self, file: &File) -> Option<&'static str> {
+        let metadata = file.metadata().ok()?;
+        let id = FileId::of(&metadata);
+        let place = |image: &Arc<dyn BlockBackend>| image.files().iter().position(|file| *file == id);
+        let disk = |disk: &Disk| place(&disk.image).map(|n| if n == 0 { "disk image" } else { "disk's backing file" });
+        let cdrom = || self.cdrom.as_ref().and_then(place).map(|_| "CD-ROM's image");
+        let mut stores = self.flash.iter().flatten().filter_map(|bank| bank.store.as_ref());
+        let nvram = || stores.any(|store| store.is(&metadata)).then_some(VARIABLES);
+        self.disks.iter().find_map(disk).or_else(cdrom).or_else(nvram)
+    }
 }
 
 /// A disk.
@@ -46,18 +59,17 @@ pub(super) struct Net {
     pub(super) id: String,
 }
 
-/// What a file is if it is one that the VM's devices hold.
-pub(super) fn role_of(config: &RunConfig, file: &File) -> Option<&'static str> {
-    let this = file.metadata().ok()?;
-    let nvram = match &config.boot {
-        BootSource::Firmware { nvram, .. } => nvram.as_ref(),
-        BootSource::Kernel { .. } => None,
-    };
-    let disks = config.disks.iter().map(|disk| ("disk image", &disk.image.path));
-    let cdrom = config.cdrom.iter().map(|cdrom| ("CD-ROM's image", &cdrom.image.path));
-    let mut all = disks.chain(cdrom).chain(nvram.map(|path| ("variable store", path)));
-    let is_it = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (this.dev(), this.ino()));
-    all.find(|(_, path)| is_it(path)).map(|(role, _)| role)
+/// Refuses a disk that would write what the VM is booted from.
+fn check_written(disk: &ImageSpec, plan: &BootPlan, store: Option<&VariableStore>) -> Result<(), Failure> {
+    // What is wrong with a file that isn't there is told by who opens it.
+    let Some(file) = std::fs::metadata(&disk.path).ok().filter(|_| !disk.read_only) else { return Ok(()) };
+    let role = plan.role_of(&file).map(|role| format!("{role} image"));
+    let role = role.or_else(|| store.filter(|store| store.is(&file)).map(|_| VARIABLES.to_owned()));
+    role.map_or(Ok(()), |role| {
+        let path = disk.path.display();
+        let why = format!("--disk: {path} is also the {role} of this VM: give a copy, or say readonly=on");
+        Err(Failure::new(ExitStatus::Usage, why))
+    })
 }
 
 /// Opens all that `config` names.
@@ -83,9 +95,11 @@ pub(super) fn open(config: &RunConfig, layout: &MemoryLayout) -> Result<(BootPla
             (BootPlan::new(source, layout, &acpi).map_err(|e| wrong("", &e))?, None)
         }
     };
+    let store = flash.iter().flatten().find_map(|bank: &Bank| bank.store.as_ref());
     let disks = config.disks.iter().enumerate().map(|(index, disk)| {
+        check_written(&disk.image, &plan, store)?;
         let image = block::open(&disk.image).map_err(|e| wrong("--disk", &e))?;
-        Ok(Disk { image, id: disk.id.clone().unwrap_or_else(|| format!("disk{index}")) })
+        Ok(Disk { image, id: disk.id_at(index) })
     });
     let disks = disks.collect::<Result<_, Failure>>()?;
     let cdrom = config.cdrom.as_ref().map(|cdrom| block::open(&cdrom.image)).transpose();
@@ -97,7 +111,7 @@ pub(super) fn open(config: &RunConfig, layout: &MemoryLayout) -> Result<(BootPla
             Failure::new(ExitStatus::Usage, why)
         })?;
         let mac = net.mac.unwrap_or_else(|| Mac::of(config.name.as_str(), index));
-        let id = net.id.clone().unwrap_or_else(|| format!("net{index}"));
+        let id = net.id_at(index);
         Ok(Net { backend: Box::new(connected), mac, id })
     });
     let nets = nets.collect::<Result<_, Failure>>()?;

@@ -68,7 +68,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         let is_no_image = |option: &str, file: Option<&File>| {
             let role = file.and_then(|file| file.metadata().ok()).and_then(|file| plan.role_of(&file));
             let role = role.map(|role| format!("{role} image"));
-            let role = role.or_else(|| file.and_then(|file| media::role_of(config, file)).map(str::to_owned));
+            let role = role.or_else(|| file.and_then(|file| media.role_of(file)).map(str::to_owned));
             role.map_or(Ok(()), |role| {
                 let why = format!("{option}: the file is the {role} of this VM; give another one");
                 Err(Failure::new(ExitStatus::Usage, why))

@@ -162,5 +162,39 @@ fn a_chain_has_an_end() {
         dir.qcow2(&name(n), 1 << 16, Some((&name(n - 1), "qcow2")));
     }
     assert_eq!(bytes(&*opened(&dir.path(&name(63))), 0, 512), [0; 512]);
-    assert!(refusal(&ImageSpec::new(dir.path(&name(64)))).contains("it is the 65th file of the chain"));
+    let (top, last) = (dir.path(&name(64)), dir.path(&name(0)));
+    let whole = format!("can't use disk image {}: its backing file {}: it is the 65th", top.display(), last.display());
+    let text = refusal(&ImageSpec::new(top));
+    assert!(text.starts_with(&whole), "{text}");
+}
+
+/// A file as a block device, until the end of the test.
+struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    /// None where this user can't have one.
+    fn new(options: &[&str], file: &Path) -> Option<Self> {
+        let made = std::process::Command::new("losetup").args(["--find", "--show"]).args(options).arg(file).output();
+        let made = made.ok().filter(|made| made.status.success())?;
+        Some(Self(String::from_utf8(made.stdout).unwrap().trim_end().into()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_block_device_that_takes_no_writes_is_only_read() {
+    let dir = Dir::new();
+    let file = dir.raw("disk", &[1; 4096]);
+    let (Some(fixed), Some(free)) = (LoopDevice::new(&["--read-only"], &file), LoopDevice::new(&[], &file)) else {
+        return eprintln!("SKIPPED: loop devices can't be had here");
+    };
+    let text = refusal(&ImageSpec::new(&fixed.0));
+    assert!(text.contains("or say readonly=on): "), "{text}");
+    assert_eq!(bytes(&*open(&ImageSpec::read_only(&fixed.0)).unwrap(), 0, 512), [1; 512]);
+    opened(&free.0).write_at(&[2; 512], 0).unwrap();
 }

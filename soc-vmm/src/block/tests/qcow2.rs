@@ -12,6 +12,7 @@ fn what_was_not_written_is_the_backing_files() {
     dir.qcow2("middle.qcow2", 16384, Some(("base.img", "raw")));
     opened(&dir.path("middle.qcow2")).write_at(&[8; 512], 4096).unwrap();
     let top = dir.qcow2("top.qcow2", 32768, Some(("middle.qcow2", "qcow2")));
+    let files = [&top, &dir.path("middle.qcow2"), &base].map(|path| FileId::of(&std::fs::metadata(path).unwrap()));
     let look = |image: &dyn BlockBackend, first: u8| {
         assert_eq!(bytes(image, 0, 512), [first; 512]);
         assert_eq!(bytes(image, 3584, 512), [7; 512]);
@@ -22,6 +23,7 @@ fn what_was_not_written_is_the_backing_files() {
     {
         let image = opened(&top);
         assert_eq!((image.size(), image.is_read_only()), (32768, false));
+        assert_eq!(image.files(), files);
         look(&*image, 7);
         image.write_at(&[9; 512], 0).unwrap();
         image.flush().unwrap();
