@@ -28,6 +28,7 @@ mod poller;
 mod sandbox;
 pub mod say;
 mod serve;
+pub mod signals;
 pub mod socket;
 mod vcpu;
 mod vm;

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use host_kvm_shim::args::{self, Command, Spec};
 use host_kvm_shim::say::{self, say};
-use host_kvm_shim::{Ended, Options, ServeError, Shim, close_inherited, frugal, socket};
+use host_kvm_shim::{Ended, Options, ServeError, Shim, close_inherited, frugal, signals, socket};
 use nix::errno::Errno;
 use pcie_function::local::LocalHost;
 use pcie_function::vfio::VfioHost;
@@ -32,6 +32,7 @@ fn main() -> ExitCode {
     };
     close_inherited(if let Spec::Fd(fd) = function { Some(fd) } else { None });
     frugal();
+    signals::ignore_file_size();
     let served = match &function {
         Spec::Unix(path) => serve_unix(path, options),
         Spec::Fd(fd) => serve_fd(*fd, keep, options),
@@ -94,12 +95,14 @@ fn serve_fd(fd: i32, keep: bool, options: Options) -> Result<(), String> {
     let peer = socket::inherited(fd).map_err(|errno| {
         format!("--function fd:{fd}: no connected SOCK_SEQPACKET socket was inherited there: {}", errno.desc())
     })?;
+    signals::leave_ends_to_the_soc();
     let lease = if keep { options.lease } else { Duration::ZERO };
     let mut shim = Shim::open(Options { lease, ..options })?;
     shim.confine()?;
     let function = LocalHost::new(peer).map_err(|e| format!("--function fd:{fd}: {e}"))?;
     shim.serve(function)?;
     if shim.holds_vm() {
+        signals::obey_ends();
         shim.hold();
     }
     Ok(())

@@ -2,12 +2,15 @@
 
 mod soc;
 
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use api_channel::Status;
 use api_channel::call::{Call, CreateVm, Irqchip, Name, VCPU_ALL};
 use ioreq_ring::BusMemory;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use pcie_function::{SocFunction, Windowed};
 use soc::Soc;
 use soc::listening::{Listening, connected, offered_again};
@@ -39,6 +42,34 @@ fn an_embedded_shim_ends_with_its_peer_whatever_its_vm_does() {
         drop(soc);
         assert!(soc::wait(child).success());
     }
+}
+
+#[test]
+fn an_embedded_shim_leaves_signals_to_its_soc_and_obeys_them_once_it_holds_a_vm() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let mut soc = Soc::start(&["--keep"]);
+    let mut child = soc.child.take().unwrap();
+    let pid = Pid::from_raw(child.id() as i32);
+    soc.real_mode(2, Irqchip::Full, &COUNT);
+    soc.run();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        kill(pid, signal).unwrap();
+        // It answers.
+        soc.pause();
+        soc.run();
+    }
+    drop(soc);
+    let ended = loop {
+        // Until it has noticed, it is the SoC's matter.
+        kill(pid, Signal::SIGTERM).unwrap();
+        match child.try_wait().unwrap() {
+            Some(ended) => break ended,
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    assert_eq!(ended.signal(), Some(Signal::SIGTERM as i32));
 }
 
 #[test]

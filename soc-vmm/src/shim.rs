@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::{ExitStatus as Ended, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use pcie_function::FunctionError;
 use pcie_function::header::Role;
@@ -50,12 +51,8 @@ impl Shim {
         }
         // The command keeps a copy of the shim's end of the socket, and with it open nobody would see the shim hang up: it is gone at
         // the end of this function.
-        let mut child = command
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
+        command.stdin(Stdio::from(theirs)).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+        let mut child = without_ends(|| command.spawn())
             .map_err(|e| Failure::of(ExitStatus::Unavailable, &format!("can't start {}", program.display()), &e))?;
         let said = tokio::spawn(first_bytes(child.stderr.take()));
         Ok((Self { child, program, said }, ours))
@@ -112,6 +109,19 @@ impl Shim {
             (false, _) => format!("{program} ended by itself: {ended}: {said}"),
         }
     }
+}
+
+/// Spawns with the signals blocked that ask a process to end, which the child inherits. One that is sent to all of a terminal's job, or of a
+/// service, is for this side to obey: the shim ignores them by itself, once it has come so far.
+fn without_ends<T>(spawn: impl FnOnce() -> T) -> T {
+    let ends = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+    // This thread's alone: another one takes what comes meanwhile. Neither call fails with a mask that there is.
+    let before = ends.thread_swap_mask(SigmaskHow::SIG_BLOCK);
+    let spawned = spawn();
+    if let Ok(before) = before {
+        let _ = before.thread_set_mask();
+    }
+    spawned
 }
 
 /// The first bytes of a stream, which is read to its end.
