@@ -13,6 +13,7 @@ pub mod console;
 pub mod control;
 pub mod cpuid;
 pub mod devices;
+mod dial;
 pub mod flash;
 mod function;
 pub mod hyperv;

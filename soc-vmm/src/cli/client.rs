@@ -2,16 +2,20 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::json;
 
 use super::{ExitStatus, Failure, Target, Verb, one_line};
-use crate::control::{CDROM_ID, Counters, RunDir};
+use crate::control::{CDROM_ID, Counters, RunDir, VmName};
 use crate::qmp::types::{Empty, OutboardVm};
 use crate::qmp::{Client, ClientError};
 
-/// How long a VM may take for a command: longer than it takes to give up by itself.
+/// How long a VM may take to greet: it does so whatever else it does, unless it is stopped or starves.
+const GREETING: Duration = Duration::from_secs(5);
+/// How long it may take for a command: longer than it takes to give up by itself.
 const PATIENCE: Duration = Duration::from_secs(70);
 /// How long it may take to show itself in a list.
 const LIST_PATIENCE: Duration = Duration::from_secs(1);
@@ -37,11 +41,15 @@ pub fn perform(verb: &Verb, target: &Target, out: &mut dyn Write) -> Result<(), 
         let (status, advice) = match e {
             ClientError::Refused(_) => (ExitStatus::Failed, ""),
             ClientError::Connect(_) => (ExitStatus::Unavailable, "; soc-vmm list shows what runs"),
+            ClientError::Lost(ref e) if e.kind() == io::ErrorKind::TimedOut => (
+                ExitStatus::Unavailable,
+                "; if its soc-vmm is stopped, kill -CONT lets it go on; if it hangs, kill -KILL ends it",
+            ),
             ClientError::Lost(_) | ClientError::NotQmp(_) => (ExitStatus::Unavailable, ""),
         };
         Failure::new(status, format!("{}{advice}", Failure::of(status, &shown, &e)))
     };
-    let mut client = Client::connect(&socket, PATIENCE).map_err(failed)?;
+    let mut client = Client::connect(&socket, GREETING).map_err(failed)?.with_patience(PATIENCE);
     let command = match *verb {
         Verb::Status { json } => {
             let vm = client.execute("x-query-outboard-vm").map_err(failed)?;
@@ -89,16 +97,56 @@ fn list_in(dir: &RunDir, json: bool, out: &mut dyn Write) -> Result<(), Failure>
     let names = dir.names().map_err(|e| Failure::of(ExitStatus::Unavailable, "", &e))?;
     let mut vms = Vec::new();
     let mut silent = Vec::new();
-    for name in names {
-        let asked = Client::connect(&dir.socket(&name), LIST_PATIENCE)
-            .and_then(|mut client| client.execute::<OutboardVm>("x-query-outboard-vm"));
+    for (name, asked) in names.iter().zip(ask_all(dir, &names)) {
         match asked {
-            Ok(vm) => vms.push(vm),
-            Err(ClientError::Connect(_)) => {}
-            Err(_) => silent.push(name.to_string()),
+            Some(Ok(vm)) => vms.push(vm),
+            Some(Err(ClientError::Connect(e)))
+                if matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {}
+            _ => silent.push(name.to_string()),
         }
     }
-    written(if json { write_json(out, &vms) } else { write_table(out, &vms, &silent) })
+    if json {
+        let silent = silent.into_iter().map(|name| Listed::Silent { name, status: SILENT });
+        let all: Vec<_> = vms.into_iter().map(Listed::Vm).chain(silent).collect();
+        return written(write_json(out, &all));
+    }
+    written(write_table(out, &vms, &silent))
+}
+
+/// What `list --json` prints of a VM.
+#[derive(serde::Serialize)]
+#[serde(untagged)]
+enum Listed {
+    Vm(OutboardVm),
+    Silent { name: String, status: &'static str },
+}
+
+/// The status of a VM that doesn't answer.
+const SILENT: &str = "silent";
+/// VMs that are asked at a time.
+const ASKED: usize = 64;
+
+/// Asks each of the VMs what it is, many at a time: each that hangs costs all of its patience.
+fn ask_all(dir: &RunDir, names: &[VmName]) -> Vec<Option<Result<OutboardVm, ClientError>>> {
+    let next = AtomicUsize::new(0);
+    let answers = Mutex::new(names.iter().map(|_| None).collect::<Vec<_>>());
+    let ask = || {
+        while let Some((index, name)) = names.iter().enumerate().nth(next.fetch_add(1, Ordering::Relaxed)) {
+            let asked = Client::connect(&dir.socket(name), LIST_PATIENCE)
+                .and_then(|mut client| client.execute::<OutboardVm>("x-query-outboard-vm"));
+            answers.lock().unwrap_or_else(PoisonError::into_inner)[index] = Some(asked);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..names.len().min(ASKED) {
+            // Where there can be no more threads, those that there are do it.
+            if std::thread::Builder::new().spawn_scoped(scope, ask).is_err() {
+                break;
+            }
+        }
+        ask();
+    });
+    answers.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Writes a text as it is.
@@ -148,7 +196,7 @@ fn write_table(out: &mut dyn Write, vms: &[OutboardVm], silent: &[String]) -> io
         let (name, status, cpus, memory, function, pid) = row(vm);
         [name, status, cpus.to_string(), memory, function, pid.to_string()]
     }));
-    rows.extend(silent.iter().map(|name| [name, "silent", "-", "-", "-", "-"].map(str::to_owned)));
+    rows.extend(silent.iter().map(|name| [name, SILENT, "-", "-", "-", "-"].map(str::to_owned)));
     let widths: Vec<usize> = (0..6).map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0)).collect();
     for row in &rows {
         let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
@@ -206,10 +254,37 @@ mod tests {
                 std::process::id()
             )
         );
-        let vms: Vec<OutboardVm> = serde_json::from_slice(&json).unwrap();
-        assert_eq!(vms.len(), 1);
+        let vms: Vec<serde_json::Value> = serde_json::from_slice(&json).unwrap();
+        assert_eq!((vms.len(), &vms[0]["status"]), (2, &json!("running")));
+        assert_eq!(vms[1], json!({"name": "silent", "status": "silent"}));
         drop(control);
         server.close().await;
+    }
+
+    /// Each VM greets nobody until all have been asked: only who asks them at once hears all.
+    #[test]
+    fn a_list_asks_all_vms_at_once() {
+        use std::os::unix::net::UnixListener;
+        const VMS: usize = 8;
+        let place = tempfile::tempdir().unwrap();
+        let listeners: Vec<_> =
+            (0..VMS).map(|i| UnixListener::bind(place.path().join(format!("vm{i}.qmp"))).unwrap()).collect();
+        // On a machine that starves the patience of one may be over before the last is asked.
+        let heard_all = (0..10).any(|_| {
+            let all = std::sync::Barrier::new(VMS);
+            let heard = |listener: &UnixListener| {
+                let (mut client, _) = listener.accept().unwrap();
+                all.wait();
+                // One that has given up has closed its end.
+                client.write_all(b"no greeting\n").is_ok()
+            };
+            std::thread::scope(|scope| {
+                let vms: Vec<_> = listeners.iter().map(|listener| scope.spawn(|| heard(listener))).collect();
+                list_in(&RunDir::at(place.path()), true, &mut Vec::new()).unwrap();
+                vms.into_iter().fold(true, |all, vm| vm.join().unwrap() && all)
+            })
+        });
+        assert!(heard_all);
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -5,11 +5,15 @@ use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::sys::epoll::EpollFlags;
 
 use super::{MAX_FRAME, NetBackend, NetError};
+use crate::dial::dial;
 
+/// How long a listener may take to have room for a connection.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of a frame's length.
 const LENGTH: usize = 4;
 /// Bytes received at once: some frames, so that small ones share a call.
@@ -33,9 +37,9 @@ impl StreamBackend {
     /// Connects to who listens at `path`.
     ///
     /// # Errors
-    /// Nobody does.
+    /// Nobody does, or has room for another connection within 5 s.
     pub fn connect(path: &Path) -> io::Result<Self> {
-        Self::new(format!("stream {}", path.display()), UnixStream::connect(path)?)
+        Self::new(format!("stream {}", path.display()), dial(path, PATIENCE)?)
     }
 
     /// Speaks over `socket`.

@@ -1,20 +1,17 @@
 //! A QMP client for the command line: one command at a time, bounded in time.
 
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
-use nix::sys::time::{TimeVal, TimeValLike};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::types::{Greeting, Response};
 use super::{MAX_COMMAND, QmpError};
+use crate::dial::dial;
 
 /// Why a VM can't be asked.
 #[derive(Debug, thiserror::Error)]
@@ -43,16 +40,17 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects and negotiates. That, and every command, ends after `patience`, whatever the peer sends meanwhile.
+    /// Connects and negotiates. That, and every command, ends after `patience`, whatever the peer sends meanwhile; see
+    /// [`Client::with_patience`].
     ///
     /// # Errors
     /// See [`ClientError`]; likewise below.
     pub fn connect(path: &Path, patience: Duration) -> Result<Self, ClientError> {
         let deadline = Instant::now() + patience;
-        let stream = connect_within(path, patience).map_err(|errno| match errno {
+        let stream = dial(path, patience).map_err(|e| match e.kind() {
             // The queue of a process that is stopped is full.
-            Errno::EAGAIN => ClientError::Lost(io::ErrorKind::TimedOut.into()),
-            errno => ClientError::Connect(errno.into()),
+            io::ErrorKind::TimedOut => ClientError::Lost(e),
+            _ => ClientError::Connect(e),
         })?;
         let mut client = Self { stream, unread: Vec::new(), patience };
         let first = client.receive(deadline)?;
@@ -63,6 +61,12 @@ impl Client {
         serde_json::from_value::<Greeting>(first).map_err(ClientError::NotQmp)?;
         client.execute_by::<Value>("qmp_capabilities", &json!({}), deadline)?;
         Ok(client)
+    }
+
+    /// The same, where a command may take another time than to connect: who greets at once may have much to do.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// Executes a command without arguments and gives what it returns; events are skipped.
@@ -157,12 +161,4 @@ impl Client {
 fn left(deadline: Instant) -> Result<Duration, ClientError> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() { Err(ClientError::Lost(io::ErrorKind::TimedOut.into())) } else { Ok(left) }
-}
-
-/// connect(2) waits as long as sending may: for ever, if nobody says else.
-fn connect_within(path: &Path, patience: Duration) -> nix::Result<UnixStream> {
-    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    setsockopt(&fd, sockopt::SendTimeout, &TimeVal::milliseconds(patience.as_millis().max(1) as i64))?;
-    connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    Ok(UnixStream::from(fd))
 }

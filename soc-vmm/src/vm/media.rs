@@ -107,7 +107,11 @@ pub(super) fn open(config: &RunConfig, layout: &MemoryLayout) -> Result<(BootPla
     let nets = config.nets.iter().enumerate().map(|(index, net)| {
         let path = &net.stream;
         let connected = StreamBackend::connect(path).map_err(|e| {
-            let why = format!("--net: can't connect to {}: {e}; start its peer (passt, say) first", path.display());
+            let todo = match e.kind() {
+                std::io::ErrorKind::TimedOut => "its peer accepts nobody: is it stopped, or has it a client already?",
+                _ => "start its peer (passt, say) first",
+            };
+            let why = format!("--net: can't connect to {}: {e}; {todo}", path.display());
             Failure::new(ExitStatus::Usage, why)
         })?;
         let mac = net.mac.unwrap_or_else(|| Mac::of(config.name.as_str(), index));
