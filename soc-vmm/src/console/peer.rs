@@ -22,15 +22,19 @@ pub(super) async fn serve_unix(
     mut output: OutputReader,
     mut input: InputWriter,
 ) {
+    // Of those in a row the first failure is told: a log must not grow with them.
+    let mut failing = false;
     loop {
         match discard_until(listener.accept(), &mut output).await {
             None => break,
             Some(Ok((stream, _))) => match exchange(stream, &mut output, &mut input).await {
-                Ended::Peer => {}
+                Ended::Peer => failing = false,
                 Ended::Vm => break,
             },
             Some(Err(e)) => {
-                tracing::warn!("serial: can't accept on {}: {e}", socket.path().display());
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!("serial: can't accept on {}: {e}; tries on", socket.path().display());
+                }
                 tokio::time::sleep(PAUSE).await;
             }
         }
@@ -39,14 +43,17 @@ pub(super) async fn serve_unix(
 
 /// Serves whoever has the pseudo-terminal open, until the VM has ended.
 pub(super) async fn serve_pty(pty: Pty, mut output: OutputReader, mut input: InputWriter) {
+    let mut failing = false;
     while discard_until(pty.opened(), &mut output).await.is_some() {
         match pty.attach() {
             Ok(peer) => match exchange(peer, &mut output, &mut input).await {
-                Ended::Peer => {}
+                Ended::Peer => failing = false,
                 Ended::Vm => return pty.taken().await,
             },
             Err(e) => {
-                tracing::warn!("serial: {}: {e}", pty.path().display());
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!("serial: {}: {e}; tries on", pty.path().display());
+                }
                 tokio::time::sleep(PAUSE).await;
             }
         }

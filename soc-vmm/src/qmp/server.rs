@@ -72,11 +72,22 @@ async fn listen(listener: UnixListener, socket: ListeningSocket, vm: VmHandle, m
     let room = Arc::new(Semaphore::new(MAX_MONITORS));
     let mut monitors = JoinSet::new();
     let mut told_full = false;
+    let mut failing = false;
     loop {
         tokio::select! {
             _ = &mut closing => break,
             Some(_) = monitors.join_next() => {}
-            accepted = listener.accept() => match accepted {
+            accepted = listener.accept() => {
+                // Once, however long it lasts: a log must not grow with it.
+                let failed = accepted.is_err();
+                if std::mem::replace(&mut failing, failed) != failed {
+                    let path = socket.path().display();
+                    match &accepted {
+                        Ok(_) => tracing::info!("QMP: monitors of {path} are accepted again"),
+                        Err(e) => tracing::warn!("QMP: can't accept on {path}: {e}; tries on"),
+                    }
+                }
+                match accepted {
                 Ok((stream, _)) => match room.clone().try_acquire_owned() {
                     Ok(place) => {
                         told_full = false;
@@ -96,9 +107,7 @@ async fn listen(listener: UnixListener, socket: ListeningSocket, vm: VmHandle, m
                         }
                     }
                 },
-                Err(e) => {
-                    tracing::warn!("QMP: can't accept on {}: {e}", socket.path().display());
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
                 }
             },
         }
