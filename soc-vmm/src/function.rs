@@ -34,15 +34,20 @@ pub(crate) async fn open<U: Use>(spec: &FunctionSpec, role: Role, mut user: U) -
         FunctionSpec::Local => {
             let (shim, socket) = Shim::start(role)?;
             match wait(&mut user, move || LocalSoc::new(socket)).await {
-                Ok(Continue(function)) => shim.end(user.on(function).await).await,
+                Ok(Continue(function)) => shim.end(used(spec, function, user).await).await,
                 // The shim is killed.
                 Ok(Break(output)) => Ok(output),
+                // This side's lack; the shim knows only that it was left.
+                Err(e @ FunctionError::Os(_, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) => Err(cant(e)),
                 Err(e) => Err(shim.failed(&e).await),
             }
         }
         FunctionSpec::Unix(path) => {
             let path = path.clone();
-            opened(wait(&mut user, move || LocalSoc::dial(&path)).await.map_err(cant)?, user).await
+            match wait(&mut user, move || LocalSoc::dial(&path)).await.map_err(cant)? {
+                Continue(function) => used(spec, function, user).await,
+                Break(output) => Ok(output),
+            }
         }
         FunctionSpec::Card(path) => {
             let path = path.clone();
@@ -57,6 +62,18 @@ pub(crate) async fn open<U: Use>(spec: &FunctionSpec, role: Role, mut user: U) -
             format!("--function {spec}: not there yet; use local, unix:SOCKET, pci:ADDRESS or card:SOCKET"),
         )),
     }
+}
+
+/// Hands a local function over. Where this end gave it up, for want of room, that is said: all else that failed, on either side, failed by it.
+async fn used<U: Use>(spec: &FunctionSpec, function: LocalSoc, user: U) -> Result<U::Output, Failure> {
+    let failure = function.failure();
+    user.on(function).await.map_err(|e| match failure.why() {
+        Some(why) => {
+            let advice = if why.contains(Errno::ENOMEM.desc()) { "; raise ulimit -v" } else { "" };
+            Failure::new(ExitStatus::Unavailable, format!("--function {spec}: {why}{advice}"))
+        }
+        None => e,
+    })
 }
 
 async fn opened<U: Use, F: SocFunction>(what: ControlFlow<U::Output, F>, user: U) -> Result<U::Output, Failure> {

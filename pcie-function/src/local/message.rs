@@ -15,6 +15,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
+use crate::function::eventfd;
 use crate::{BusError, FunctionError};
 
 /// Most descriptors in one packet (the kernel's SCM_MAX_FD is 253).
@@ -119,7 +120,11 @@ pub(super) fn limit_waits(socket: &impl AsFd, most: Duration) -> Result<(), Func
 #[allow(unsafe_code)]
 fn owned(packet: &nix::sys::socket::RecvMsg<'_, '_, UnixAddr>) -> Result<Vec<OwnedFd>, FunctionError> {
     let mut fds = Vec::new();
-    let control = packet.cmsgs().map_err(|e| FunctionError::Os("receive descriptors", e))?;
+    let control = packet.cmsgs().map_err(|e| {
+        // Cut off: the peer sent more than there is room for here, or this process may have no more.
+        let why = eventfd().err();
+        why.unwrap_or(FunctionError::Os("receive descriptors", e))
+    })?;
     for message in control {
         if let ControlMessageOwned::ScmRights(numbers) = message {
             // SAFETY: the kernel has just made these descriptors for this process, and nobody else knows their numbers.

@@ -11,4 +11,4 @@ mod soc;
 
 pub use host::{CARD_MEMORY, LocalHost, VECTORS};
 pub use message::sealed_memfd;
-pub use soc::{LocalRemote, LocalSoc};
+pub use soc::{LocalFailure, LocalRemote, LocalSoc};

@@ -45,6 +45,18 @@ struct Shared {
     /// A posted write that faulted: later flushes say so.
     faulted: AtomicBool,
     lost_event: OwnedFd,
+    failure: LocalFailure,
+}
+
+/// Why this end gave a function up, where it was this end.
+#[derive(Clone, Debug, Default)]
+pub struct LocalFailure(Arc<OnceLock<String>>);
+
+impl LocalFailure {
+    /// What could not be done here, such as to map what the host's end announced.
+    pub fn why(&self) -> Option<&str> {
+        self.0.get().map(String::as_str)
+    }
 }
 
 impl LocalSoc {
@@ -122,6 +134,7 @@ impl LocalSoc {
             lost: AtomicBool::new(false),
             faulted: AtomicBool::new(false),
             lost_event: eventfd()?,
+            failure: LocalFailure::default(),
         });
         let listener = shared.clone();
         std::thread::Builder::new()
@@ -129,6 +142,11 @@ impl LocalSoc {
             .spawn(move || listener.listen())
             .map_err(|_| FunctionError::Os("start a thread", Errno::EAGAIN))?;
         Ok(Self { card, bells: [lanes, channel], vectors, shared })
+    }
+
+    /// Tells, once the function is lost, whether it was given up here.
+    pub fn failure(&self) -> LocalFailure {
+        self.shared.failure.clone()
     }
 }
 
@@ -148,10 +166,9 @@ impl Drop for LocalSoc {
 
 impl Shared {
     fn listen(&self) {
-        while let Ok(Some((message, fds))) = Message::receive(self.socket.as_fd()) {
-            if self.obey(message, fds).is_err() || Message::Done.send(self.socket.as_fd(), &[]).is_err() {
-                break;
-            }
+        if let Err(FunctionError::Os(what, errno @ (Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE))) = self.obey_all() {
+            // Nobody else sets it.
+            let _ = self.failure.0.set(FunctionError::Os(what, errno).to_string());
         }
         self.lost.store(true, Ordering::Release);
         let table = std::mem::take(&mut *self.table.write().unwrap_or_else(PoisonError::into_inner));
@@ -159,6 +176,15 @@ impl Shared {
         signal(&self.lost_event);
         // A host's end that broke the protocol learns that it is over: nothing of it is used any more.
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+    }
+
+    /// Obeys until the host's end hangs up.
+    fn obey_all(&self) -> Result<(), FunctionError> {
+        while let Some((message, fds)) = Message::receive(self.socket.as_fd())? {
+            self.obey(message, fds)?;
+            Message::Done.send(self.socket.as_fd(), &[])?;
+        }
+        Ok(())
     }
 
     fn obey(&self, message: Message, fds: Vec<OwnedFd>) -> Result<(), FunctionError> {

@@ -3,6 +3,8 @@
 use std::error::Error;
 use std::process::ExitCode;
 
+use nix::errno::Errno;
+
 /// soc-vmm's exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitStatus {
@@ -49,7 +51,7 @@ pub struct Failure {
 impl Failure {
     /// A failure in words. Whatever is in `text` becomes one printable line.
     pub fn new(status: ExitStatus, text: impl AsRef<str>) -> Self {
-        Self { status, line: one_line(text.as_ref()), loss: false }
+        Self { status, line: with_advice(one_line(text.as_ref())), loss: false }
     }
 
     /// The same, where its cause is that the function's other end went away.
@@ -64,7 +66,7 @@ impl Failure {
 
     /// The same, with something more to say.
     pub(crate) fn with(self, more: &str) -> Self {
-        Self { line: format!("{} ({})", self.line, one_line(more)), ..self }
+        Self { line: with_advice(format!("{} ({})", self.line, one_line(more))), ..self }
     }
 
     /// An error with all its sources, behind what was being done (`""`: the error says it).
@@ -86,6 +88,15 @@ impl std::fmt::Display for Failure {
 }
 
 impl Error for Failure {}
+
+/// Limits that anything may meet, in this process or in a shim whose words are passed on: what to do is the same wherever it was.
+fn with_advice(line: String) -> String {
+    let met = [(Errno::EMFILE, "ulimit -n"), (Errno::EFBIG, "ulimit -f")];
+    match met.iter().find(|(errno, limit)| line.contains(errno.desc()) && !line.contains(limit)) {
+        Some((_, limit)) => format!("{line}; raise {limit}"),
+        None => line,
+    }
+}
 
 /// An error and all its sources.
 pub(crate) fn with_causes(error: &dyn Error) -> String {
@@ -117,6 +128,15 @@ mod tests {
             [ExitStatus::Done, ExitStatus::Usage, ExitStatus::Unavailable, ExitStatus::Failed].map(ExitStatus::code);
         assert_eq!(codes, [0, 2, 4, 6]);
         assert_eq!([0, 1, 0x2a, 0x80, 0xff].map(|v| ExitStatus::DebugExit(v).code()), [1, 3, 0x55, 1, 0xff]);
+    }
+
+    #[test]
+    fn a_lack_of_descriptors_comes_with_what_to_do() {
+        let lack = std::io::Error::from_raw_os_error(Errno::EMFILE as i32);
+        let failure = Failure::of(ExitStatus::Unavailable, "can't serve QMP", &lack);
+        assert_eq!(failure.to_string(), "can't serve QMP: Too many open files (os error 24); raise ulimit -n");
+        let lost = Failure::new(ExitStatus::Failed, "the VM is lost").with("can't map it: Too many open files");
+        assert!(lost.to_string().ends_with("files); raise ulimit -n"), "{lost}");
     }
 
     #[test]
