@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api_channel::call::VmCreated;
 use ioreq_ring::SocIdle;
@@ -35,6 +36,9 @@ use crate::memory::{GuestMemory, MemoryError};
 use crate::pci::MemoryView;
 use crate::power::{CrashEvent, PowerEvent};
 use crate::smbios::{SMBIOS_START, Smbios};
+
+/// How long the guest and its devices may take to stop at the VM's end.
+const HALT: Duration = Duration::from_secs(2);
 
 /// The far ends of a machine's byte streams.
 pub(super) struct Streams {
@@ -307,6 +311,9 @@ impl<F: SocFunction> Vm<F> {
         if ended.is_err() && control.state() != RunState::Shutdown {
             control.ends(ShutdownCause::HostError);
         }
+        if ended.is_ok() {
+            self.halt().await;
+        }
         self.end().await;
         ended
     }
@@ -482,6 +489,17 @@ impl<F: SocFunction> Vm<F> {
             Notice::Over(why) => return Err(lost(&why)),
         }
         Ok(())
+    }
+
+    /// Stops the guest, then its devices: what they still do for it would fail once the host has taken its memory back, and be reported.
+    /// Left alone where the host, or the worker, does not do its part soon.
+    async fn halt(&self) {
+        let halted = async {
+            if self.host.pause().await.is_ok() {
+                self.reset_devices().await;
+            }
+        };
+        let _ = tokio::time::timeout(HALT, halted).await;
     }
 
     async fn end(self) {

@@ -5,6 +5,8 @@ use std::path::Path;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use integration::{Ended, Vm, seabios};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 const SECTOR: usize = 512;
@@ -16,6 +18,7 @@ const ORIGIN: u64 = 0x7c00;
 const READ: u16 = 0x7d00;
 const WRITE: u16 = 0x7d10;
 const BUFFER: u16 = 0x9000;
+const DEBUG_CONSOLE: u32 = 0x402;
 const DEBUG_EXIT: u32 = 0xf4;
 
 /// Reads the counter's sector (INT 13h, function 42h), adds one, writes it (43h), and ends with the counter; with the firmware's error
@@ -53,6 +56,44 @@ fn boot_sector() -> Result<Vec<u8>, IcedError> {
     code.resize(SECTOR - 2, 0);
     code.extend([0x55, 0xaa]);
     Ok(code)
+}
+
+/// Says so, then writes the counter's sector for ever.
+fn endless_writer() -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(16)?;
+    let mut again = a.create_label();
+    a.xor(ax, ax)?;
+    a.mov(ds, ax)?;
+    a.mov(dx, DEBUG_CONSOLE)?;
+    a.mov(al, u32::from(b'W'))?;
+    a.out(dx, al)?;
+    a.set_label(&mut again)?;
+    a.mov(si, u32::from(WRITE))?;
+    a.mov(dx, 0x80)?;
+    a.mov(ax, 0x4300)?;
+    a.int(0x13)?;
+    a.jmp(again)?;
+    Ok(a.assemble(ORIGIN)?)
+}
+
+#[test]
+fn a_vm_that_is_told_to_end_while_it_writes_its_disk_says_nothing() {
+    let Some(firmware) = seabios() else { return };
+    let dir = TempDir::new().unwrap();
+    let path = disk(&dir);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let code = endless_writer().expect("instructions that exist");
+    bytes[..code.len()].copy_from_slice(&code);
+    std::fs::write(&path, bytes).unwrap();
+    let spec = format!("file={}", path.display());
+    for round in 0..4 {
+        let mut vm = Vm::run(&["--firmware", &firmware, "--memory", "64M", "--disk", &spec]);
+        // SeaBIOS talks here too.
+        vm.debugcon_has("Booting from 0000:7c00\nW");
+        kill(Pid::from_raw(vm.pid() as i32), Signal::SIGTERM).unwrap();
+        let ended = vm.wait();
+        assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""), "round {round}");
+    }
 }
 
 fn disk(dir: &TempDir) -> std::path::PathBuf {
