@@ -29,7 +29,7 @@ impl Command for Eject {
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        let medium = drive(&vm, self.id.or(self.device).as_deref())?.eject(self.force)?;
+        let medium = drive(&vm, self.id, self.device)?.eject(self.force)?;
         // Closing a file may take its time.
         tokio::task::spawn_blocking(move || drop(medium));
         Ok(Empty {})
@@ -60,16 +60,21 @@ impl Command for BlockdevChangeMedium {
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        let drive = drive(&vm, self.id.or(self.device).as_deref())?;
         let format = match self.format.as_deref() {
             None => None,
             Some("raw") => Some(ImageFormat::Raw),
             Some("qcow2") => Some(ImageFormat::Qcow2),
             Some(other) => return Err(QmpError::generic(format!("Images are raw or qcow2, not '{other}'"))),
         };
-        if self.read_only_mode.as_deref() == Some("read-write") {
-            return Err(QmpError::generic("A CD-ROM can't be written"));
+        match self.read_only_mode.as_deref() {
+            None | Some("retain" | "read-only") => {}
+            Some("read-write") => return Err(QmpError::generic("A CD-ROM can't be written")),
+            Some(other) => {
+                let why = format!("Parameter 'read-only-mode' is retain or read-only, not '{other}'");
+                return Err(QmpError::generic(why));
+            }
         }
+        let drive = drive(&vm, self.id, self.device)?;
         let spec = ImageSpec { format, ..ImageSpec::read_only(self.filename) };
         // A file may be far away.
         let opened = tokio::task::spawn_blocking(move || block::open(&spec)).await;
@@ -82,8 +87,15 @@ impl Command for BlockdevChangeMedium {
     }
 }
 
-fn drive<'a>(vm: &'a VmHandle, name: Option<&str>) -> Result<&'a CdHandle, QmpError> {
-    let Some(name) = name else { return Err(QmpError::generic("Name the drive by 'id'")) };
+/// The drive that is named in one of two ways, or in both.
+fn drive(vm: &VmHandle, id: Option<String>, device: Option<String>) -> Result<&CdHandle, QmpError> {
+    let name = match (id, device) {
+        (Some(id), Some(device)) if id != device => {
+            return Err(QmpError::generic("'id' and 'device' name different drives: give 'id' alone"));
+        }
+        (Some(name), _) | (None, Some(name)) => name,
+        (None, None) => return Err(QmpError::generic("Name the drive by 'id'")),
+    };
     let drive = vm.cdrom().filter(|_| name == CDROM_ID);
     drive.ok_or_else(|| QmpError {
         class: ErrorClass::DeviceNotFound,

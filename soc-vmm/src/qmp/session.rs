@@ -73,6 +73,10 @@ impl Session {
             Err(e) => return Step::Reply(Response::to(None, Err(QmpError::generic(format!("JSON parse error, {e}"))))),
         };
         let id = object.remove("id");
+        if id.as_ref().is_some_and(is_rounded) {
+            let why = "QMP input member 'id' has a number of more than 64 bits: send it as a string";
+            return Step::Reply(Response::to(None, Err(QmpError::generic(why))));
+        }
         match self.dispatch(object) {
             Ok(Some(execution)) => Step::Run(Call { id, execution }),
             Ok(None) => Step::Reply(Response::to(id, Ok(Value::Object(Map::new())))),
@@ -93,6 +97,19 @@ impl Session {
             (false, false) => Err(QmpError::not_found("Expecting capabilities negotiation with 'qmp_capabilities'")),
             (false, true) => command::find(&name)?.prepare(arguments, &self.vm).map(Some),
         }
+    }
+}
+
+/// Whether an id has a number in it that may not be the one that was sent: an integer of more than 64 bits was read as the nearest floating-point
+/// number, and a client would wait for its own.
+fn is_rounded(id: &Value) -> bool {
+    /// 2^63: below it, integers are what they are.
+    const INTEGERS_END: f64 = 9_223_372_036_854_775_808.0;
+    match id {
+        Value::Number(number) => number.is_f64() && number.as_f64().is_some_and(|f| f.abs() >= INTEGERS_END),
+        Value::Array(items) => items.iter().any(is_rounded),
+        Value::Object(members) => members.values().any(is_rounded),
+        Value::Null | Value::Bool(_) | Value::String(_) => false,
     }
 }
 
@@ -143,13 +160,17 @@ mod tests {
 
     /// The one reply to one command that is answered without the VM's loop.
     fn answer(session: &mut Session, command: &Value) -> Value {
-        let mut steps = all(session, command.to_string().as_bytes());
+        serde_json::from_str(&answer_text(session, &command.to_string())).unwrap()
+    }
+
+    fn answer_text(session: &mut Session, command: &str) -> String {
+        let mut steps = all(session, command.as_bytes());
         assert_eq!(steps.len(), 1, "{steps:?}");
         let response = match steps.remove(0) {
             Step::Reply(response) | Step::Close(response) => response,
             Step::Run(call) => tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(call.run()),
         };
-        serde_json::to_value(response).unwrap()
+        serde_json::to_string(&response).unwrap()
     }
 
     fn negotiated() -> (Session, VmControl) {
@@ -193,6 +214,46 @@ mod tests {
             json!({"name": "t", "status": "prelaunch", "cpus": 2, "memory": 1 << 29, "function": "local",
                    "pid": std::process::id()})
         );
+    }
+
+    #[test]
+    fn an_id_is_echoed_as_it_was_sent_or_refused() {
+        let (mut session, _control) = negotiated();
+        for id in ["18446744073709551615", "-9223372036854775808", "0.5"] {
+            let reply = answer_text(&mut session, &format!("{{\"execute\":\"query-name\",\"id\":{id}}}"));
+            assert_eq!(reply, format!("{{\"return\":{{\"name\":\"t\"}},\"id\":{id}}}"));
+        }
+        for id in ["18446744073709551616", "-9223372036854775809", "[{\"a\":123456789012345678901234567890}]"] {
+            let reply = answer_text(&mut session, &format!("{{\"execute\":\"query-name\",\"id\":{id}}}"));
+            assert!(reply.contains("GenericError") && reply.contains("more than 64 bits"), "{reply}");
+            assert!(!reply.contains("\"id\""), "{reply}");
+        }
+    }
+
+    #[test]
+    fn what_a_drive_is_asked_for_makes_sense() {
+        let (mut session, _control) = negotiated();
+        let mut refusal = |command: Value| {
+            let reply = answer(&mut session, &command);
+            (reply["error"]["class"].clone(), reply["error"]["desc"].as_str().unwrap().to_owned())
+        };
+        for command in ["eject", "blockdev-change-medium"] {
+            let (class, why) = refusal(json!({"execute": command, "arguments": match command {
+                "eject" => json!({"id": "cdrom0", "device": "cdrom1"}),
+                _ => json!({"id": "cdrom0", "device": "cdrom1", "filename": "/absent"}),
+            }}));
+            assert_eq!(class, "GenericError", "{why}");
+            assert!(why.contains("'id' and 'device'"), "{why}");
+        }
+        for mode in ["bogus", "", "Retain", "read-write"] {
+            let (class, why) = refusal(json!({"execute": "blockdev-change-medium",
+                "arguments": {"id": "cdrom0", "filename": "/absent", "read-only-mode": mode}}));
+            assert_eq!(class, "GenericError", "{mode}: {why}");
+        }
+        // This VM has none.
+        for same in [json!({"id": "cdrom0", "device": "cdrom0"}), json!({"device": "cdrom0"})] {
+            assert_eq!(refusal(json!({"execute": "eject", "arguments": same})).0, "DeviceNotFound");
+        }
     }
 
     #[test]
