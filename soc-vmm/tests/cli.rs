@@ -138,6 +138,71 @@ fn a_vm_that_is_not_there_is_status_4() {
     assert_eq!(status, 4);
 }
 
+#[test]
+fn an_argument_that_is_no_utf8_is_named() {
+    use std::os::unix::ffi::OsStrExt;
+    let strange = std::ffi::OsStr::from_bytes(b"web\xff");
+    for option in ["--name", "--memory", "--cmdline"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_soc-vmm"));
+        let output = command.args(["run", "--kernel", "/no/such/kernel", option]).arg(strange).output().unwrap();
+        let err = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), err.lines().count()), (Some(2), 1), "{err}");
+        assert!(err.contains(option) && err.contains("web") && err.contains("UTF-8"), "{err}");
+    }
+}
+
+/// What may be behind a control socket instead of a VM.
+#[derive(Clone, Copy, Debug)]
+enum Deaf {
+    /// It listens, and accepts nobody.
+    Mute,
+    /// Likewise, and as many wait as can.
+    Full,
+    /// It begins to greet.
+    Half,
+}
+
+#[test]
+fn whoever_does_not_greet_holds_no_command_up() {
+    use std::os::unix::net::{UnixListener, UnixStream};
+    /// Less than a command's own 70 s, more than a greeting may take.
+    const MOST: std::time::Duration = std::time::Duration::from_secs(40);
+    let dir = tempfile::tempdir().unwrap();
+    let (done, results) = std::sync::mpsc::channel();
+    let mut held = Vec::new();
+    for deaf in [Deaf::Mute, Deaf::Full, Deaf::Half] {
+        let path = dir.path().join(format!("{deaf:?}"));
+        let listener = UnixListener::bind(&path).unwrap();
+        match deaf {
+            Deaf::Mute => held.push(std::thread::spawn(move || drop((listener, std::thread::park())))),
+            Deaf::Full => {
+                nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+                let waits = UnixStream::connect(&path).unwrap();
+                held.push(std::thread::spawn(move || drop((listener, waits, std::thread::park()))));
+            }
+            Deaf::Half => held.push(std::thread::spawn(move || {
+                let mut clients = Vec::new();
+                for client in listener.incoming().take(2) {
+                    let mut client = client.unwrap();
+                    std::io::Write::write_all(&mut client, b"{\"QMP\": {\"version\"").unwrap();
+                    clients.push(client);
+                }
+                std::thread::park();
+            })),
+        }
+        for verb in ["status", "quit"] {
+            let (done, path) = (done.clone(), path.to_str().unwrap().to_owned());
+            std::thread::spawn(move || done.send((deaf, ended(&[verb, "--qmp", &path]))));
+        }
+    }
+    for _ in 0..6 {
+        let (deaf, (out, err, status)) = results.recv_timeout(MOST).expect("a command that is held up");
+        assert_eq!((out.as_str(), status, err.lines().count()), ("", 4, 1), "{deaf:?}: {err}");
+        assert!(err.contains(&format!("{deaf:?}")) && err.contains("kill -CONT"), "{err}");
+    }
+    held.iter().for_each(|thread| thread.thread().unpark());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_commands_drive_a_vm() {
     let dir = tempfile::tempdir().unwrap();

@@ -159,11 +159,12 @@ impl Invocation {
         if args.len() < 2 {
             return usage("no command; see soc-vmm --help");
         }
-        match CommandLine::try_parse_from(args) {
+        match CommandLine::try_parse_from(&args) {
             Ok(line) => Self::check(line.command),
             Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
                 Ok(Self::Print(e.to_string()))
             }
+            Err(e) if e.kind() == ErrorKind::InvalidUtf8 => usage(not_utf8(&args)),
             Err(e) => usage(in_one_line(&e)),
         }
     }
@@ -276,6 +277,20 @@ fn usage<T>(line: impl AsRef<str>) -> Result<T, Failure> {
 fn is_qemu_option(first: &OsString) -> bool {
     let first = first.as_encoded_bytes();
     first.starts_with(b"-") && !first.starts_with(b"--") && first != b"-h" && first != b"-V"
+}
+
+/// Which arguments are no UTF-8, each behind the option that it belongs to. One of them is where only UTF-8 will do; clap doesn't say which.
+fn not_utf8(args: &[OsString]) -> String {
+    let options = std::iter::once(None).chain(args.iter().map(Some));
+    let named = options.zip(args).filter(|(_, arg)| arg.to_str().is_none()).map(|(before, arg)| {
+        let option = before.and_then(|before| before.to_str()).filter(|before| before.starts_with("--"));
+        let option = option.map(|option| format!("{option} ")).unwrap_or_default();
+        format!("{option}'{}'", arg.to_string_lossy())
+    });
+    format!(
+        "no UTF-8: {}; give another name (paths of their own, as of --kernel, may be so)",
+        named.collect::<Vec<_>>().join(", ")
+    )
 }
 
 /// What clap says, without its tips and its usage.

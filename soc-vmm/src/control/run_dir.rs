@@ -30,6 +30,9 @@ pub enum RunDirError {
     /// The directory is somebody else's.
     #[error("{0} belongs to another user; remove it")]
     NotOurs(PathBuf),
+    /// There is something else in its place.
+    #[error("{0} is {1}, where soc-vmm keeps its directory; remove it")]
+    NoDirectory(PathBuf, &'static str),
     /// A living VM has the name.
     #[error("a VM named {0} is running; choose another --name, or end it with soc-vmm quit {0}")]
     NameInUse(VmName),
@@ -130,7 +133,15 @@ impl RunDir {
         let failed = |e| RunDirError::Io(self.path.clone(), e);
         make_directory(&self.path).map_err(failed)?;
         let found = fs::symlink_metadata(&self.path).map_err(failed)?;
-        if !found.is_dir() || found.uid() != nix::unistd::geteuid().as_raw() {
+        if !found.is_dir() {
+            let kind = match found.file_type() {
+                kind if kind.is_symlink() => "a symbolic link",
+                kind if kind.is_file() => "a file",
+                _ => "no directory",
+            };
+            return Err(RunDirError::NoDirectory(self.path.clone(), kind));
+        }
+        if found.uid() != nix::unistd::geteuid().as_raw() {
             return Err(RunDirError::NotOurs(self.path.clone()));
         }
         if found.mode() & 0o077 != 0 {
@@ -340,6 +351,26 @@ mod tests {
         let mut left: Vec<_> = fs::read_dir(outer.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         left.sort();
         assert_eq!(left, ["held.qmp", "held.state", "no name!.state", "other", "running.state"]);
+    }
+
+    #[test]
+    fn what_is_in_the_directory_s_place_is_said() {
+        let outer = tempfile::tempdir().unwrap();
+        let at = |name: &str| outer.path().join(name);
+        fs::write(at("file"), "").unwrap();
+        fs::create_dir(at("real")).unwrap();
+        std::os::unix::fs::symlink("real", at("link")).unwrap();
+        std::os::unix::fs::symlink("nowhere", at("dangling")).unwrap();
+        drop(UnixListener::bind(at("socket")).unwrap());
+        for (place, what) in [
+            ("file", "is a file"),
+            ("link", "is a symbolic link"),
+            ("dangling", "is a symbolic link"),
+            ("socket", "is no directory"),
+        ] {
+            let why = RunDir::at(at(place)).claim(&name("a")).unwrap_err().to_string();
+            assert!(why.contains(place) && why.contains(what) && !why.contains("another user"), "{why}");
+        }
     }
 
     #[test]

@@ -127,7 +127,7 @@ impl std::fmt::Debug for FeatureSet {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
     /// Nobody's name.
-    #[error("there is no CPU feature '{0}'")]
+    #[error("there is no CPU feature '{0}'; the names are QEMU's, see docs/operations.md")]
     Unknown(String),
     /// Not a CPUID bit. KVM gives the guest what the host has of these; no guest is told of a host's flaw that this host lacks.
     #[error("'{0}' can't be switched: with arch-capabilities the guest sees what the host has of it; leave it out")]
