@@ -86,7 +86,7 @@ fn a_vm_that_is_told_to_end_while_it_writes_its_disk_says_nothing() {
     bytes[..code.len()].copy_from_slice(&code);
     std::fs::write(&path, bytes).unwrap();
     let spec = format!("file={}", path.display());
-    for round in 0..4 {
+    for round in 0..8 {
         let mut vm = Vm::run(&["--firmware", &firmware, "--memory", "64M", "--disk", &spec]);
         // SeaBIOS talks here too.
         vm.debugcon_has("Booting from 0000:7c00\nW");
