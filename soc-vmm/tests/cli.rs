@@ -66,7 +66,12 @@ fn overlay(backing: &str) -> Vec<u8> {
 fn a_file_is_one_thing_of_a_vm() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-    let (rom, base, top, iso) = (at("rom"), at("base"), at("top.qcow2"), at("iso"));
+    let (rom, vars, base, top, iso) = (at("rom"), at("vars"), at("base"), at("top.qcow2"), at("iso"));
+    // A firmware volume's header: its length, its signature.
+    let mut variables = vec![0; 0x1000];
+    variables[32..40].copy_from_slice(&0x1000u64.to_le_bytes());
+    variables[40..44].copy_from_slice(b"_FVH");
+    std::fs::write(&vars, variables).unwrap();
     for (path, bytes) in
         [(&rom, vec![1; 0x1000]), (&base, vec![2; 0x1000]), (&top, overlay("base")), (&iso, vec![3; 512])]
     {
@@ -75,13 +80,15 @@ fn a_file_is_one_thing_of_a_vm() {
     std::os::unix::fs::symlink("rom", at("link")).unwrap();
     let disk = |path: &str| format!("file={path}");
     let console = |path: &str| format!("file:{path}");
-    let files = || [&rom, &base, &top, &iso].map(|path| std::fs::read(path).unwrap());
+    let files = || [&rom, &vars, &base, &top, &iso].map(|path| std::fs::read(path).unwrap());
     let before = files();
     let of_rom = "is also the firmware image of this VM: give a copy, or say readonly=on";
     let of_base = "the file is the disk's backing file of this VM";
     for (more, words) in [
         (vec!["--disk", &disk(&rom)], of_rom),
         (vec!["--disk", &disk(&at("link"))], of_rom),
+        (vec!["--nvram", &vars, "--disk", &disk(&vars)], "is also the variable store of this VM: give a copy"),
+        (vec!["--nvram", &vars, "--serial", &console(&vars)], "the file is the variable store of this VM"),
         (vec!["--disk", &disk(&base), "--disk", &disk(&base)], "base: it is in use: another program or disk writes it"),
         (
             vec!["--disk", &disk(&top), "--disk", &disk(&base)],

@@ -113,10 +113,10 @@ fn is_disk(file: &File) -> bool {
 #[allow(unsafe_code, reason = "an ioctl")]
 fn is_write_protected(device: &File) -> io::Result<bool> {
     /// `_IO(0x12, 94)` of linux/fs.h.
-    const BLKROGET: u32 = 0x125e;
+    const BLKROGET: libc::Ioctl = 0x125e;
     let mut flag: libc::c_int = 0;
     // SAFETY: the call writes an int where it is told, and keeps nothing.
-    let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET as _, &raw mut flag) };
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET, &raw mut flag) };
     Errno::result(done)?;
     Ok(flag != 0)
 }
