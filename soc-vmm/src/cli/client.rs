@@ -281,7 +281,8 @@ mod tests {
             std::thread::scope(|scope| {
                 let vms: Vec<_> = listeners.iter().map(|listener| scope.spawn(|| heard(listener))).collect();
                 list_in(&RunDir::at(place.path()), true, &mut Vec::new()).unwrap();
-                vms.into_iter().fold(true, |all, vm| vm.join().unwrap() && all)
+                let answers: Vec<bool> = vms.into_iter().map(|vm| vm.join().unwrap()).collect();
+                answers.into_iter().all(|answer| answer)
             })
         });
         assert!(heard_all);
