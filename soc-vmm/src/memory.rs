@@ -1,5 +1,8 @@
 //! Guest memory as the SoC reaches it: by DMA, copied, never borrowed.
 
+#[cfg(test)]
+pub(crate) mod test_ram;
+
 /// Guest-physical memory. What lies in no RAM slot, or in a read-only one for writes, is an error; nothing is written then.
 pub trait GuestMemory: Send + Sync {
     /// Copies `data.len()` bytes from guest-physical `addr`.

@@ -8,7 +8,7 @@ use super::*;
 use crate::bus::{Access, Answer, Deferred, Device, RequestId, Wake};
 use crate::devices::Persist;
 use crate::interrupt::Settling;
-use crate::memory::MemoryError;
+use crate::memory::test_ram::Ram;
 use crate::pci::test_sink::TestSink;
 
 mod dma;
@@ -25,15 +25,14 @@ const INTERRUPTS: u64 = 0x3000;
 const QUEUE: u64 = 0x4000;
 const PAGES: u64 = 0x10_0000;
 
-struct Ram(Mutex<Vec<u8>>);
+/// Words of memory.
+trait Words {
+    fn put(&self, addr: u64, value: u64);
+    fn put_entry(&self, addr: u64, entry: u128);
+    fn get(&self, addr: u64) -> u64;
+}
 
-impl Ram {
-    fn part(addr: u64, len: usize) -> Result<std::ops::Range<usize>, MemoryError> {
-        let not_ram = MemoryError::NotRam { addr, len: len as u64 };
-        let end = addr.checked_add(len as u64).filter(|end| *end <= RAM as u64).ok_or(not_ram)?;
-        Ok(addr as usize..end as usize)
-    }
-
+impl Words for Ram {
     fn put(&self, addr: u64, value: u64) {
         self.write(addr, &value.to_le_bytes()).unwrap();
     }
@@ -46,18 +45,6 @@ impl Ram {
         let mut bytes = [0; 8];
         self.read(addr, &mut bytes).unwrap();
         u64::from_le_bytes(bytes)
-    }
-}
-
-impl GuestMemory for Ram {
-    fn read(&self, addr: u64, data: &mut [u8]) -> Result<(), MemoryError> {
-        data.copy_from_slice(&self.0.lock().unwrap()[Self::part(addr, data.len())?]);
-        Ok(())
-    }
-
-    fn write(&self, addr: u64, data: &[u8]) -> Result<(), MemoryError> {
-        self.0.lock().unwrap()[Self::part(addr, data.len())?].copy_from_slice(data);
-        Ok(())
     }
 }
 
@@ -86,7 +73,7 @@ const FUNCTION: u16 = 5 << 3;
 
 impl Rig {
     fn new() -> Self {
-        let ram = Arc::new(Ram(Mutex::new(vec![0; RAM])));
+        let ram = Arc::new(Ram::new(RAM));
         let (events, settling, requester) = (TestSink::default(), Arc::<Settling>::default(), Requester::default());
         let iommu = Iommu::new(ram.clone(), &events);
         let unit = VtdRegisters::new(iommu.clone(), &events, settling.clone(), Arc::new(Quiet));

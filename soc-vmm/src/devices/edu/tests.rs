@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::bus::{RequestId, Wake};
 use crate::interrupt::{LineSink, Message};
-use crate::memory::MemoryError;
+use crate::memory::test_ram::Ram;
 use crate::pci::test_sink::TestSink;
 
 #[derive(Debug)]
@@ -24,28 +24,6 @@ impl LineSink for Level {
     }
 }
 
-/// 64 KiB of memory.
-struct Ram(Mutex<Vec<u8>>);
-
-impl Ram {
-    fn part(addr: u64, len: usize) -> Result<std::ops::Range<usize>, MemoryError> {
-        let end = addr.checked_add(len as u64).filter(|end| *end <= 0x1_0000);
-        end.map(|end| addr as usize..end as usize).ok_or(MemoryError::NotRam { addr, len: len as u64 })
-    }
-}
-
-impl GuestMemory for Ram {
-    fn read(&self, addr: u64, data: &mut [u8]) -> Result<(), MemoryError> {
-        data.copy_from_slice(&self.0.lock().unwrap()[Self::part(addr, data.len())?]);
-        Ok(())
-    }
-
-    fn write(&self, addr: u64, data: &[u8]) -> Result<(), MemoryError> {
-        self.0.lock().unwrap()[Self::part(addr, data.len())?].copy_from_slice(data);
-        Ok(())
-    }
-}
-
 struct Rig {
     edu: Edu,
     ram: Arc<Ram>,
@@ -55,8 +33,7 @@ struct Rig {
 
 impl Rig {
     fn new() -> Self {
-        let (ram, line, sink) =
-            (Arc::new(Ram(Mutex::new(vec![0; 0x1_0000]))), Arc::<Level>::default(), TestSink::default());
+        let (ram, line, sink) = (Arc::new(Ram::new(0x1_0000)), Arc::<Level>::default(), TestSink::default());
         let mut edu = Edu::new(ram.clone(), &sink, InterruptLine::new(16, line.clone()));
         edu.write_config(4, 2, 6);
         Self { edu, ram, line, sink }
