@@ -30,13 +30,13 @@ pub(crate) fn build(
     programs_of(&dir.join("Cargo.toml")).map(Some)
 }
 
-/// [`run`]s every target, as many at once as there are CPUs; those that found something.
-pub(crate) fn run_all(targets: &[String], time: Duration) -> Result<Vec<String>, String> {
+/// [`run`]s every target with that niceness, as many at once as there are CPUs; those that found something.
+pub(crate) fn run_all(targets: &[String], time: Duration, niceness: &str) -> Result<Vec<String>, String> {
     let next = AtomicUsize::new(0);
     let take_turns = || {
         let mut found = Vec::new();
         while let Some(target) = targets.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if !run(target, time)? {
+            if !run(target, time, niceness)? {
                 found.push(target.clone());
             }
         }
@@ -52,7 +52,7 @@ pub(crate) fn run_all(targets: &[String], time: Duration) -> Result<Vec<String>,
 
 /// Replays the kept inputs of `target`, then lets it look for more for `time`; whether it found nothing. What it finds stays out of
 /// the tree.
-pub(crate) fn run(target: &str, time: Duration) -> Result<bool, String> {
+pub(crate) fn run(target: &str, time: Duration, niceness: &str) -> Result<bool, String> {
     let target_dir = paths::target().join("fuzz");
     let triple = format!("{}-unknown-linux-gnu", env::consts::ARCH);
     let found = target_dir.join("found").join(target);
@@ -68,7 +68,7 @@ pub(crate) fn run(target: &str, time: Duration) -> Result<bool, String> {
     if corpus.is_dir() {
         command.arg(corpus);
     }
-    Ok(step::run_beside(&format!("fuzz {target}"), command, time + REPLAY_LIMIT)?.ok)
+    Ok(step::run_beside(&format!("fuzz {target}"), step::nice(niceness, &command), time + REPLAY_LIMIT)?.ok)
 }
 
 /// The names of a package's programs.

@@ -36,7 +36,7 @@ pub(crate) fn run(names: &[String], minutes: u32) -> Result<ExitCode, String> {
     let share = Duration::from_secs(u64::from(minutes) * 60) / parts;
     let (mut passed, mut failed) = (0, Vec::new());
     for target in fuzzed {
-        if fuzz::run(&target, share)? { passed += 1 } else { failed.push(format!("fuzz.{target}")) }
+        if fuzz::run(&target, share, "0")? { passed += 1 } else { failed.push(format!("fuzz.{target}")) }
     }
     for test in tests {
         let began = Instant::now();

@@ -74,6 +74,22 @@ fn follow(mut progress: Progress<'_>, mut command: Command, limit: Duration) -> 
     Ok(Outcome { ok, output: text })
 }
 
+/// `command` with a niceness of its own; 0 is everybody's.
+pub(crate) fn nice(niceness: &str, command: &Command) -> Command {
+    let mut nice = Command::new("nice");
+    nice.args(["-n", niceness]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => nice.env(name, value),
+            None => nice.env_remove(name),
+        };
+    }
+    if let Some(dir) = command.get_current_dir() {
+        nice.current_dir(dir);
+    }
+    nice
+}
+
 /// An error and what caused it, on one line.
 pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();

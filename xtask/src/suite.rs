@@ -1,10 +1,10 @@
 //! `cargo xtask test`: what CI runs, step by step, with every skip and its reason at the end.
 
-use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 use std::{env, fs};
 
+use tempfile::NamedTempFile;
 use testbed::fetch::{self, Arch};
 use testbed::{QUICK_VARIABLE, SKIPS_VARIABLE, build, paths};
 
@@ -18,16 +18,13 @@ const FUZZ_TIME: Duration = Duration::from_secs(5);
 /// What has unit tests that mean something on an Arm SoC: everything that runs there.
 const ON_ARM: [&str; 5] = ["ioreq-ring", "api-channel", "pcie-function", "pcie-function-card", "soc-vmm"];
 
+/// How much the processors are left to others: what only compiles, and what has time limits of its own.
+const PATIENT: &str = "19";
+const LESS_PATIENT: &str = "5";
+
 /// Runs everything; `quick` leaves out emulated machines.
 pub(crate) fn run(quick: bool) -> Result<ExitCode, String> {
-    let skips = tempfile::NamedTempFile::new().map_err(|e| format!("temporary file: {e}"))?;
-    let mut suite = Suite {
-        quick,
-        skips: skips.path().to_path_buf(),
-        counts: Counts::default(),
-        failed: Vec::new(),
-        skipped: Vec::new(),
-    };
+    let mut suite = Suite::new(quick)?;
     let began = Instant::now();
     // The network is slow, and what follows doesn't need it.
     let fetching = std::thread::spawn(move || fetch_missing(quick));
@@ -37,28 +34,50 @@ pub(crate) fn run(quick: bool) -> Result<ExitCode, String> {
     let lints = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
     suite.check("lints", cargo(lints), 15 * MINUTE)?;
     fetching.join().expect("fetching doesn't panic");
-    // Machines run one at a time and leave a core half idle: what is built for later steps takes that.
-    let targets = std::thread::scope(|scope| {
-        let built = scope.spawn(build_ahead);
+    // Machines run one at a time and leave a core half idle: what needs none of them takes that.
+    let beside = std::thread::scope(|scope| {
+        let beside = scope.spawn(|| run_beside(quick));
         suite.workspace_tests()?;
-        built.join().expect("building doesn't panic")
+        beside.join().expect("a step doesn't panic")
     })?;
-    suite.models()?;
-    suite.arm()?;
-    suite.fuzz(targets)?;
+    suite.add(beside);
     Ok(suite.summary(began.elapsed()))
 }
+
+/// The steps that run beside the workspace's tests.
+fn run_beside(quick: bool) -> Result<Suite, String> {
+    let mut suite = Suite::new(quick)?;
+    suite.models()?;
+    suite.arm()?;
+    suite.fuzz()?;
+    Ok(suite)
+}
+
+/// [`step::run`] or [`step::run_beside`].
+type Runner = fn(&str, Command, Duration) -> Result<step::Outcome, String>;
 
 struct Suite {
     quick: bool,
     /// Where tests say that they can't run.
-    skips: PathBuf,
+    skips: NamedTempFile,
     counts: Counts,
     failed: Vec<String>,
     skipped: Vec<String>,
 }
 
 impl Suite {
+    fn new(quick: bool) -> Result<Self, String> {
+        let skips = NamedTempFile::new().map_err(|e| format!("temporary file: {e}"))?;
+        Ok(Self { quick, skips, counts: Counts::default(), failed: Vec::new(), skipped: Vec::new() })
+    }
+
+    /// Takes over what other steps came to.
+    fn add(&mut self, other: Self) {
+        self.counts += other.counts;
+        self.failed.extend(other.failed);
+        self.skipped.extend(other.skipped);
+    }
+
     /// A step that isn't made of tests.
     fn check(&mut self, title: &str, command: Command, limit: Duration) -> Result<(), String> {
         if !step::run(title, command, limit)?.ok {
@@ -68,15 +87,29 @@ impl Suite {
     }
 
     /// A step that is made of tests.
-    fn tests(&mut self, title: &str, mut command: Command, limit: Duration) -> Result<(), String> {
-        command.env(SKIPS_VARIABLE, &self.skips);
+    fn tests(&mut self, title: &str, command: Command, limit: Duration) -> Result<(), String> {
+        self.tests_by(step::run, title, command, limit)
+    }
+
+    /// [`Self::tests`] beside other steps, with what those leave of the processors.
+    fn tests_beside(&mut self, title: &str, command: &Command, limit: Duration) -> Result<(), String> {
+        let mut build = step::nice(PATIENT, command);
+        build.arg("--no-run");
+        // What fails here fails again below, where it counts.
+        step::run_beside(&format!("{title}: build"), build, limit)?;
+        self.tests_by(step::run_beside, title, step::nice(LESS_PATIENT, command), limit)
+    }
+
+    fn tests_by(&mut self, run: Runner, title: &str, mut command: Command, limit: Duration) -> Result<(), String> {
+        let skips = self.skips.path();
+        command.env(SKIPS_VARIABLE, skips);
         if self.quick {
             command.env(QUICK_VARIABLE, "1");
         }
-        let outcome = step::run(title, command, limit)?;
-        let said = fs::read_to_string(&self.skips).unwrap_or_default();
+        let outcome = run(title, command, limit)?;
+        let said = fs::read_to_string(skips).unwrap_or_default();
         // Read: the next step starts with none.
-        fs::write(&self.skips, "").map_err(|e| format!("{}: {e}", self.skips.display()))?;
+        fs::write(skips, "").map_err(|e| format!("{}: {e}", skips.display()))?;
         self.skipped.extend(said.lines().map(str::to_owned));
         self.skipped.extend(left_out(&outcome.output));
         let skipped = u64::try_from(said.lines().count()).unwrap_or(u64::MAX);
@@ -121,32 +154,35 @@ impl Suite {
     }
 
     fn models(&mut self) -> Result<(), String> {
-        self.tests("models (loom)", models(), 15 * MINUTE)
+        self.tests_beside("models (loom)", &models(), 15 * MINUTE)
     }
 
-    /// Replays the kept inputs of every fuzz target, then lets it look for more.
-    fn fuzz(&mut self, targets: Option<Vec<String>>) -> Result<(), String> {
-        let Some(targets) = targets else {
-            self.failed.push("fuzz targets: build".to_owned());
-            self.counts.failed += 1;
-            return Ok(());
-        };
-        let found = fuzz::run_all(&targets, FUZZ_TIME)?;
-        self.counts.passed += (targets.len() - found.len()) as u64;
-        self.counts.failed += found.len() as u64;
-        self.failed.extend(found.iter().map(|target| format!("fuzz {target}")));
-        Ok(())
-    }
-
+    /// The unit tests of what runs on an Arm SoC, under emulation.
     fn arm(&mut self) -> Result<(), String> {
         match arm() {
-            Ok(command) => self.tests("Arm build and its tests", command, 20 * MINUTE),
+            Ok(command) => self.tests_beside("Arm build and its tests", &command, 20 * MINUTE),
             Err(error) => {
                 self.counts.skipped += 1;
                 self.skipped.push(format!("Arm build and its tests: {}", with_sources(&error)));
                 Ok(())
             }
         }
+    }
+
+    /// Replays the kept inputs of every fuzz target, then lets it look for more.
+    fn fuzz(&mut self) -> Result<(), String> {
+        let Some(targets) =
+            fuzz::build(|title, command, limit| step::run_beside(title, step::nice(PATIENT, &command), limit))?
+        else {
+            self.failed.push("fuzz targets: build".to_owned());
+            self.counts.failed += 1;
+            return Ok(());
+        };
+        let found = fuzz::run_all(&targets, FUZZ_TIME, LESS_PATIENT)?;
+        self.counts.passed += (targets.len() - found.len()) as u64;
+        self.counts.failed += found.len() as u64;
+        self.failed.extend(found.iter().map(|target| format!("fuzz {target}")));
+        Ok(())
     }
 
     fn summary(&self, elapsed: Duration) -> ExitCode {
@@ -166,36 +202,6 @@ impl Suite {
         println!("{passed} passed, {failed} failed, {skipped} skipped");
         if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
-}
-
-/// Builds what steps after the workspace's tests run, with what those leave of the processors; the fuzz targets, unless that fails. What
-/// else fails here is said by the step that runs it.
-fn build_ahead() -> Result<Option<Vec<String>>, String> {
-    let targets = fuzz::build(|title, command, limit| step::run_beside(title, patient(&command), limit))?;
-    let ahead = [("models (loom): build", Some(models())), ("Arm tests: build", arm().ok())];
-    for (title, command) in ahead {
-        if let Some(mut command) = command {
-            command.arg("--no-run");
-            step::run_beside(title, patient(&command), 20 * MINUTE)?;
-        }
-    }
-    Ok(targets)
-}
-
-/// The same command, which lets everybody else have the processors first.
-fn patient(command: &Command) -> Command {
-    let mut nice = Command::new("nice");
-    nice.args(["-n", "19"]).arg(command.get_program()).args(command.get_args());
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => nice.env(name, value),
-            None => nice.env_remove(name),
-        };
-    }
-    if let Some(dir) = command.get_current_dir() {
-        nice.current_dir(dir);
-    }
-    nice
 }
 
 fn models() -> Command {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use integration::machines::but_for_the_emulator;
 use integration::test_name;
 use testbed::bed::BedConfig;
 use testbed::guest::UP_MARK;
@@ -28,10 +29,17 @@ fn linux_finds_its_vcpus_model_and_nodes() {
     if !testbed::machines_or_skip(&test_name()) {
         return;
     }
-    let bed = BedConfig::new("machine-placement", 3).start().unwrap();
+    but_for_the_emulator(boots);
+}
+
+fn boots() {
+    let mut bed = BedConfig::new("machine-placement", 1);
+    // Where vCPUs take turns on a processor, QEMU's TCG shuts the server down now and then (docs/testbed.md).
+    bed.server.basics.cpus = 8;
+    let bed = bed.start().unwrap();
     // Two are in the other tests of machines.
-    for (cpus, function) in [(1, 0), (4, 1)] {
-        let mut vmm = Vmm::run(&bed, &VmConfig { cpus, ..VmConfig::new("linux", function) }).unwrap();
+    for cpus in [1, 4] {
+        let mut vmm = Vmm::run(&bed, &VmConfig { cpus, ..VmConfig::new("linux", 0) }).unwrap();
         vmm.expect(&format!("{UP_MARK}{cpus}"), BOOT_LIMIT).unwrap();
         ends(vmm);
     }
@@ -41,7 +49,7 @@ fn linux_finds_its_vcpus_model_and_nodes() {
         ["--numa", "cpus=0-3,memory=256M,host=0"],
         ["--numa", "cpus=4-7,memory=256M,host=0,pin=on"],
     ];
-    let vm = VmConfig { args: args.concat().into_iter().map(str::to_owned).collect(), ..VmConfig::new("linux", 2) };
+    let vm = VmConfig { args: args.concat().into_iter().map(str::to_owned).collect(), ..VmConfig::new("linux", 0) };
     let mut vmm = Vmm::run(&bed, &vm).unwrap();
     vmm.expect(&format!("{UP_MARK}8"), BOOT_LIMIT).unwrap();
     for (typed, answer) in ANSWERS {

@@ -32,8 +32,8 @@ pub fn programs(arch: Arch, packages: &[&str]) -> Result<Vec<PathBuf>, Error> {
     let missing: Vec<&str> = packages.iter().copied().filter(|package| !built.contains(&of(package))).collect();
     if !missing.is_empty() {
         let together: &[&str] = match arch {
-            Arch::Amd64 => &["testbed-init", "card", "host-kvm-shim", "soc-vmm"],
-            Arch::Arm64 => &["testbed-init", "soc-vmm"],
+            Arch::Amd64 => &["testbed-init", "card", "function-probe", "host-kvm-shim", "soc-vmm"],
+            Arch::Arm64 => &["testbed-init", "function-probe", "soc-vmm"],
         };
         // Built alone, a program would have its dependencies compiled again with the few features that it needs itself.
         let all = missing.iter().all(|package| together.contains(package));

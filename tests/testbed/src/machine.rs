@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,12 @@ use crate::{build, guest, modules, paths, scratch};
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// How long an ordinary call may take.
 const CALL_LIMIT: Duration = Duration::from_secs(30);
+
+/// In [`Machine::epitaph`]: a processor of the machine met a triple fault. No user space does that to a kernel; QEMU's TCG does
+/// (docs/testbed.md).
+pub const SHUT_DOWN: &str = "a triple fault of its processor";
+/// How QEMU logs one.
+const TRIPLE_FAULT: &str = "Triple fault";
 
 /// Why a machine can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -144,10 +151,12 @@ pub(crate) struct Model<'a> {
 pub struct Machine {
     name: String,
     // Fields are dropped in this order: QEMU first, then its sockets.
-    qemu: Child,
+    qemu: Mutex<Child>,
     console: Console,
     control: Control,
     qemu_log: PathBuf,
+    /// Where QEMU logs resets of processors.
+    resets: PathBuf,
     sockets: tempfile::TempDir,
 }
 
@@ -193,7 +202,8 @@ impl Machine {
         plug_cards(&mut command, &basics.cards);
         command.args(&basics.qemu_args);
 
-        let qemu_log = logs.join("qemu.log");
+        let (qemu_log, resets) = (logs.join("qemu.log"), logs.join("resets.log"));
+        command.args(["-d", "cpu_reset", "-D"]).arg(&resets);
         let output = File::create(&qemu_log).map_err(Error::file(&qemu_log))?;
         let errors = output.try_clone().map_err(Error::file(&qemu_log))?;
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
@@ -203,7 +213,8 @@ impl Machine {
             Ok(control) => control,
             Err(what) => return Err(dead(&basics.name, what, &console, &qemu_log)),
         };
-        let machine = Self { name: basics.name.clone(), qemu, console, control, qemu_log, sockets };
+        let machine =
+            Self { name: basics.name.clone(), qemu: Mutex::new(qemu), console, control, qemu_log, resets, sockets };
         if machine.control.wait_ready(BOOT_LIMIT) { Ok(machine) } else { Err(machine.dead("didn't come up")) }
     }
 
@@ -216,7 +227,7 @@ impl Machine {
     /// QEMU's process id.
     #[must_use]
     pub fn id(&self) -> u32 {
-        self.qemu.id()
+        self.qemu().id()
     }
 
     /// Its console.
@@ -386,14 +397,28 @@ impl Machine {
     ///
     /// # Errors
     /// It doesn't answer, or doesn't end by then.
-    pub fn power_off(mut self, limit: Duration) -> Result<(), Error> {
+    pub fn power_off(self, limit: Duration) -> Result<(), Error> {
         self.done(Request::PowerOff)?;
-        match self.qemu.wait(limit) {
+        let ended = self.qemu().wait(limit);
+        match ended {
             Ok(Some(status)) if status.success() => Ok(()),
             Ok(Some(status)) => Err(self.dead(&format!("ended with {status}"))),
             Ok(None) => Err(self.dead(&format!("didn't switch off within {limit:?}"))),
             Err(source) => Err(Error::file(&self.qemu_log)(source)),
         }
+    }
+
+    /// If it has ended by itself: how, and its last words.
+    #[must_use]
+    pub fn epitaph(&self) -> Option<String> {
+        let status = self.qemu().try_wait().ok().flatten()?;
+        let resets = fs::read_to_string(&self.resets).unwrap_or_default();
+        let why = if resets.lines().any(|line| line == TRIPLE_FAULT) { SHUT_DOWN } else { "nobody asked it to" };
+        Some(self.dead(&format!("has ended by itself ({status}; {why})")).to_string())
+    }
+
+    fn qemu(&self) -> MutexGuard<'_, Child> {
+        self.qemu.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn done(&self, request: Request) -> Result<(), Error> {

@@ -69,6 +69,8 @@ impl VmConfig {
 #[derive(Debug)]
 pub struct Vmm<'a> {
     name: String,
+    /// Where the VM's vCPUs run.
+    server: &'a Machine,
     place: Place<'a>,
     keyboard: Box<dyn Keyboard>,
     screen: Arc<Screen>,
@@ -114,7 +116,7 @@ impl<'a> Vmm<'a> {
             None => native(bed, config)?,
         };
         screen.fill_from(output)?;
-        Ok(Self { name: config.name.clone(), place, keyboard, screen, seen: 0 })
+        Ok(Self { name: config.name.clone(), server: &bed.server, place, keyboard, screen, seen: 0 })
     }
 
     /// Waits, at most for `limit`, until the guest has printed `text` beyond what was expected before.
@@ -238,7 +240,7 @@ impl<'a> Vmm<'a> {
             name: self.name.clone(),
             what: what.to_owned(),
             console: lines[lines.len().saturating_sub(30)..].join("\n"),
-            said: format!("soc-vmm said: {}", self.errors()),
+            said: format!("soc-vmm said: {}{}", self.errors(), self.server.epitaph().unwrap_or_default()),
         }
     }
 }

@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
 use payloads::watch;
+use testbed::machine::SHUT_DOWN as SERVER_SHUT_DOWN;
 
 use super::{MOST, Server};
 
@@ -79,15 +80,15 @@ const SHUT_DOWN: &str = "a triple fault resets the machine: rip 0xfff0 ";
 /// Begins the panic of a test that met the emulator's fault.
 const EMULATOR_S: &str = "the emulator's fault: ";
 
-/// Runs a test; and once more, from the start, if a guest in it was reset the way that the emulator now and then resets one by
-/// itself (docs/testbed.md): the processor shut down, and the memory that the guest watches is whole. What anybody does to a guest
-/// would be done to it in the second run too.
+/// Runs a test; and once more, from the start, if the emulator did in it what it now and then does by itself (docs/testbed.md): it reset
+/// a guest whose watched memory is whole, or the server. What anybody does to either would be done to it in the second run too.
 ///
 /// # Panics
 /// As the test does.
 pub fn but_for_the_emulator(test: impl Fn()) {
     let Err(panic) = catch_unwind(AssertUnwindSafe(&test)) else { return };
-    if !panic.downcast_ref::<String>().is_some_and(|text| text.starts_with(EMULATOR_S)) {
+    let is_emulator_s = |text: &String| text.starts_with(EMULATOR_S) || text.contains(SERVER_SHUT_DOWN);
+    if !panic.downcast_ref().is_some_and(is_emulator_s) {
         resume_unwind(panic);
     }
     println!("{EMULATOR_S}once more");
@@ -119,6 +120,7 @@ mod tests {
         assert_eq!(runs(&[]), (1, true));
         assert_eq!(runs(&[&emulator_s]), (2, true));
         assert_eq!(runs(&[&emulator_s, &emulator_s]), (2, false));
+        assert_eq!(runs(&[&format!("server-1 has ended by itself (exit status: 0; {SERVER_SHUT_DOWN})")]), (2, true));
         assert_eq!(runs(&["VM 0 was touched"]), (1, false));
         assert_eq!(runs(&[&emulator_s, "VM 0 was touched"]), (2, false));
     }
