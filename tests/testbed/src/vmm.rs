@@ -278,11 +278,14 @@ impl Screen {
     fn find(&self, text: &str, from: usize, limit: Duration) -> Option<usize> {
         let end = Instant::now() + limit;
         let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut from = from;
         loop {
             let at = bytes[from..].windows(text.len()).position(|window| window == text.as_bytes());
             if let Some(at) = at {
                 return Some(from + at + text.len());
             }
+            // What was looked at is not looked at again, but for the start of a `text` that isn't all there.
+            from = from.max((bytes.len() + 1).saturating_sub(text.len()));
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return None;
