@@ -43,7 +43,7 @@ pub(crate) fn run(demo: &Demo) -> Result<ExitCode, String> {
         "Everything in the server ran under emulation: times say nothing about hardware. KVM's counts have the exits that"
     );
     println!(
-        "it finished itself, too. The guest has no PCI yet, and says so; this kernel's TSCs allow no posted writes."
+        "it finished itself, too; DMA from the host is mostly what going to sleep costs. This server's TSCs allow no posted writes."
     );
     if let Some(path) = &demo.json {
         figures.write_json(path)?;

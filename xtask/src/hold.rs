@@ -17,7 +17,7 @@ use testbed::card::{HOST_HOST, HOST_VM, SOC_HOST, SOC_VM};
 use testbed::fetch::Arch;
 use testbed::machine::Machine;
 use testbed::protocol::PciId;
-use testbed::{build, guest, paths, scratch};
+use testbed::{build, guest, paths, scratch, server};
 
 use crate::step::with_sources;
 use crate::{Soc, Up, terminal};
@@ -145,7 +145,13 @@ pub(crate) fn console(number: usize, soc: bool) -> Result<ExitCode, String> {
         (_, false) => &server.console,
     };
     println!("Ctrl-] leaves this console; `help` lists what it takes");
-    terminal::attach(socket).map_err(|e| at(socket, &e))?;
+    terminal::attach(socket).map_err(|e| match e.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => {
+            let (name, logs) = (&server.name, server.log.parent().unwrap_or(&server.log));
+            format!("{name} has ended by itself; its last words, and QEMU's, are in {}", logs.display())
+        }
+        _ => at(socket, &e),
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -161,7 +167,11 @@ pub(crate) fn hold(up: &Up) -> Result<ExitCode, String> {
         if up.soc == Soc::Arm64 {
             config = config.with_arm_soc();
         }
-        beds.push(config.start().map_err(|e| with_sources(&e))?);
+        let bed = config.start().and_then(|bed| {
+            server::slow_periodic_timers(&bed.server)?;
+            Ok(bed)
+        });
+        beds.push(bed.map_err(|e| with_sources(&e))?);
     }
     let servers: Result<Vec<_>, _> = beds.iter().map(describe).collect();
     let held = Held { socket, servers: servers? };

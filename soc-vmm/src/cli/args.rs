@@ -102,7 +102,7 @@ pub(super) struct RunArgs {
     /// vCPUs, and how they are arranged: N[,sockets=S][,cores=C][,threads=T]
     #[arg(long, value_name = "N", default_value = "1")]
     pub(super) cpus: Cpus,
-    /// CPU that the guest sees: host, x86-64-v2, -v3, -v4, or a model of QEMU's; [,+FEATURE][,-FEATURE]
+    /// CPU that the guest sees: host, max, x86-64-v2, -v3, -v4, or a model of QEMU's; [,+FEATURE][,-FEATURE][,hv-…]
     #[arg(long, value_name = "host|MODEL", default_value = "host")]
     pub(super) cpu: CpuSpec,
     /// Host CPU that each vCPU stays on, as 0=4,1=5
@@ -156,7 +156,7 @@ pub(super) struct RunArgs {
     /// One more control socket: unix:SOCKET
     #[arg(long, value_name = "SPEC")]
     pub(super) qmp: Vec<QmpSocket>,
-    /// PCIe function: local, unix:SOCKET, card:SOCKET, pci:BDF, pool
+    /// PCIe function: local, unix:SOCKET, card:SOCKET, pci:BDF
     #[arg(long, value_name = "SPEC", default_value = "local")]
     pub(super) function: FunctionSpec,
     /// Don't start the vCPUs

@@ -11,6 +11,7 @@ use integration::test_name;
 use testbed::bed::{Bed, BedConfig};
 use testbed::debian::{self, Answer, COMMAND_LINE, Firmware, Image, Passt, Shell, Tools};
 use testbed::protocol::Status;
+use testbed::server::slow_periodic_timers;
 use testbed::vmm::{Boot, VmConfig, Vmm};
 
 /// How long firmware, GRUB and Debian may take together. Well under a minute on an idle machine.
@@ -53,7 +54,7 @@ fn through_seabios(place: &Place) {
 fn through_ovmf(place: &Place) {
     const NAME: &str = "debian";
     let firmware = ["--firmware", path(&place.firmware.ovmf_code), "--nvram", path(&place.firmware.ovmf_vars)];
-    place.bed.server.write(SHORTEST_PERIOD, "1000000").unwrap();
+    slow_periodic_timers(&place.bed.server).unwrap();
 
     let mut vm = place.run(&firmware);
     // Without an entry, the firmware takes the loader that lies where it looks by itself.
@@ -79,13 +80,6 @@ fn by_its_kernel(place: &Place) {
     vm.log_in().does_all(Tables::Read);
     vm.ends();
 }
-
-/// KVM lets no periodic timer of a guest be faster than this, in µs.
-///
-/// QEMU's TCG aborts where a nested guest writes CR8 while KVM waits for it to take an interrupt (a lock is missing, up to 11.1). OVMF's
-/// interrupt handler ends with such a write, and its timer ticks every 10 ms, missed ticks at once: a handler that is kept up finds the
-/// next tick waiting. Slow ticks leave it time.
-const SHORTEST_PERIOD: &str = "/sys/module/kvm/parameters/min_timer_period_us";
 
 /// An emulated server, and what a VM on it is started with, as soc-vmm finds it where it runs.
 struct Place {
