@@ -131,15 +131,20 @@ impl<F: HostFunction> Lane<F> {
     fn sleep(&mut self, shared: &Shared, called: &mut bool) -> Result<Completion, Unanswered> {
         self.ring.about_to_sleep();
         shared.counters.add(Count::Sleep, 1);
+        let mut signalled = true;
         let answer = loop {
             if let Some(completion) = self.ring.poll()? {
+                // Else there was an answer and no signal: the vector was lost, or is very late.
+                if !signalled {
+                    shared.counters.add(Count::SleepLate, 1);
+                }
                 break completion;
             }
             if shared.called() {
                 shared.acknowledge()?;
                 *called = true;
             }
-            self.sleeper.sleep();
+            signalled = self.sleeper.sleep();
         };
         self.ring.awake();
         Ok(answer)
@@ -163,10 +168,10 @@ impl Sleeper {
         Ok(Self(epoll))
     }
 
-    /// Returns after a signal, perhaps an old one, or without any: the caller looks again.
-    fn sleep(&self) {
+    /// Returns after a signal, perhaps an old one, or without any, and says which: the caller looks again.
+    fn sleep(&self) -> bool {
         let mut events = [EpollEvent::empty(); 2];
-        let _ = self.0.wait(&mut events, EpollTimeout::from(LONGEST_SLEEP));
+        self.0.wait(&mut events, EpollTimeout::from(LONGEST_SLEEP)) != Ok(0)
     }
 }
 

@@ -287,6 +287,7 @@ pub(crate) enum Count {
     PostedFull,
     Doorbell,
     Sleep,
+    SleepLate,
     SpinNs,
     WaitNs,
     Unclaimed,
@@ -294,7 +295,7 @@ pub(crate) enum Count {
     LineStale,
 }
 
-const NAMES: [&str; 17] = [
+const NAMES: [&str; 18] = [
     "shim.pio",
     "shim.mmio",
     "shim.msr",
@@ -307,6 +308,7 @@ const NAMES: [&str; 17] = [
     "shim.posted_full",
     "shim.doorbell",
     "shim.sleep",
+    "shim.sleep_late",
     "shim.spin_ns",
     "shim.wait_ns",
     "shim.unclaimed",

@@ -138,6 +138,8 @@ fn signals_that_are_lost_late_or_doubled_end_nothing(server: &mut Server) {
     const F: u32 = function::SLOWED;
     let mut vm = running(server, F);
     let name = Server::name(F);
+    let late = |server: &Server| server.counters(F).get("host.shim.sleep_late");
+    let before_all = late(server);
     for (order, counted) in [
         ("doorbell 0 drop", Some("doorbells_dropped")),
         ("doorbell 0 delay 200", None),
@@ -160,6 +162,7 @@ fn signals_that_are_lost_late_or_doubled_end_nothing(server: &mut Server) {
     }
     Watched::new(F).goes_on(server);
     server.counters(F).agree();
+    assert!(late(server) > before_all, "no sleep ended without its vector");
 
     server.card("dma 0 torn");
     one_line("torn transfers", &vm.wait(MOST), 6, &["the VM is lost"]);
