@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -17,6 +19,7 @@ use crate::process::Child;
 use crate::protocol::{Ended, Status};
 use crate::{build, guest, scratch};
 
+const SIGKILL: i32 = 9;
 /// How long a soc-vmm command other than `run` may take.
 const COMMAND_LIMIT: Duration = Duration::from_secs(90);
 
@@ -80,8 +83,18 @@ pub struct Vmm<'a> {
 
 #[derive(Debug)]
 enum Place<'a> {
-    Native { program: PathBuf, process: Child, errors: PathBuf, _dir: tempfile::TempDir },
-    Soc { soc: &'a Machine, pid: i32 },
+    Native {
+        program: PathBuf,
+        process: Child,
+        errors: PathBuf,
+        _dir: tempfile::TempDir,
+    },
+    /// The port takes one visitor at a time: the next VM's waits until this one has hung up.
+    Soc {
+        soc: &'a Machine,
+        pid: i32,
+        port: UnixStream,
+    },
 }
 
 /// Where keys go.
@@ -108,10 +121,11 @@ impl<'a> Vmm<'a> {
                 let args = arguments(config, &spec, GUEST_KERNEL, GUEST_INITRD);
                 let args: Vec<&str> = args.iter().map(String::as_str).collect();
                 let channel = soc_channel(config.function);
-                let stream = soc.channel(&channel)?;
-                let output = stream.try_clone().map_err(Error::file(&channel))?;
+                let port = soc.channel(&channel)?;
+                let clone = || port.try_clone().map_err(Error::file(&channel));
+                let (keyboard, output) = (clone()?, clone()?);
                 let pid = soc.run(SOC_VMM, &args, Some(&channel))?;
-                (Place::Soc { soc, pid }, Box::new(stream), Box::new(output))
+                (Place::Soc { soc, pid, port }, Box::new(keyboard), Box::new(output))
             }
             None => native(bed, config)?,
         };
@@ -173,7 +187,7 @@ impl<'a> Vmm<'a> {
     pub fn errors(&self) -> String {
         match &self.place {
             Place::Native { errors, .. } => std::fs::read_to_string(errors).unwrap_or_default(),
-            Place::Soc { soc, pid } => soc.control().output(*pid).join("\n"),
+            Place::Soc { soc, pid, .. } => soc.control().output(*pid).join("\n"),
         }
     }
 
@@ -217,7 +231,7 @@ impl<'a> Vmm<'a> {
     fn ended(&mut self, limit: Duration) -> Result<Option<Status>, Error> {
         Ok(match &mut self.place {
             Place::Native { process, .. } => process.wait(limit).map_err(Error::file(&self.name))?.map(status_of),
-            Place::Soc { soc, pid } => soc.control().wait_for_exit(*pid, limit),
+            Place::Soc { soc, pid, .. } => soc.control().wait_for_exit(*pid, limit),
         })
     }
 
@@ -226,10 +240,9 @@ impl<'a> Vmm<'a> {
     /// # Errors
     /// It is gone already.
     pub fn kill(&mut self) -> Result<(), Error> {
-        const SIGKILL: i32 = 9;
         match &mut self.place {
             Place::Native { process, .. } => process.kill().map_err(Error::file(&self.name)),
-            Place::Soc { soc, pid } => soc.signal(*pid, SIGKILL),
+            Place::Soc { soc, pid, .. } => soc.signal(*pid, SIGKILL),
         }
     }
 
@@ -247,11 +260,13 @@ impl<'a> Vmm<'a> {
 
 impl Drop for Vmm<'_> {
     fn drop(&mut self) {
-        // The native one dies with its handle.
-        if let Place::Soc { soc, pid } = self.place
-            && soc.control().wait_for_exit(pid, Duration::ZERO).is_none()
-        {
-            let _ = self.kill();
+        // The native one dies with its handle. This one's port is free for the next VM when it is gone.
+        if let Place::Soc { soc, pid, port } = &self.place {
+            if soc.control().wait_for_exit(*pid, Duration::ZERO).is_none() {
+                let _ = soc.signal(*pid, SIGKILL);
+                let _ = soc.control().wait_for_exit(*pid, COMMAND_LIMIT);
+            }
+            let _ = port.shutdown(Shutdown::Both);
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crate::fetch;
@@ -38,7 +39,7 @@ const ARGUMENTS: [&str; 14] = [
 #[derive(Debug)]
 pub struct Passt {
     socket: PathBuf,
-    // Kept for its end. One on a SoC ends with that.
+    // Kept for its end. One on a SoC ends by itself.
     _process: Option<Child>,
 }
 
@@ -75,15 +76,17 @@ impl Passt {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_on(soc: &Machine) -> Result<Self, Error> {
-        const SOCKET: &str = "/tmp/passt";
+        // The one before ends by itself, but not at once.
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let socket = format!("/tmp/passt-{}", STARTED.fetch_add(1, Relaxed));
         // Started by root it becomes somebody else, whom it would look for in /etc/passwd.
-        let own = ["--runas", "65534:65534", "--socket", SOCKET];
+        let own = ["--runas", "65534:65534", "--socket", &socket];
         let pid = soc.run(SOC_PASST, &[&ARGUMENTS[..], &own].concat(), None)?;
         if soc.control().wait_for_output(pid, "UNIX domain socket bound at", LIMIT).is_none() {
             let said = soc.control().output(pid).join("\n");
             return Err(Error::file(SOC_PASST)(io::Error::new(io::ErrorKind::NotConnected, said)));
         }
-        Ok(Self { socket: SOCKET.into(), _process: None })
+        Ok(Self { socket: socket.into(), _process: None })
     }
 
     /// Where a VMM connects.
