@@ -1,9 +1,9 @@
 //! Every message's bytes, as docs/wire.md promises them: `tests/golden/channel/NAME.hex`.
 
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, DirtyFetch, DirtyRun, Extent, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name,
-    NumaNode, PciDevice, PostedRange, RamRequest, Route, RouteKind, SlotFlags, StateRequest, Statistic, VCPU_ALL, VM,
-    VmCreated,
+    Call, CpuidEntry, CreateVm, DirtyFetch, DirtyRun, Discard, Extent, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi,
+    Name, NotifyPage, NumaNode, PciDevice, PostedRange, RamRequest, Route, RouteKind, SlotFlags, StateRequest,
+    Statistic, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Writer;
 use api_channel::event::Event;
@@ -58,6 +58,7 @@ fn calls_of_the_vm() {
     call("add-ram", &Call::AddRam(RamRequest { id: 1, node: -1, len: 1 << 30, iova: 1 << 32, huge: 2 << 20 }));
     let slot = |base, flags| Memslot { base, len: 0xa0000, offset: 0x1000, ram: 2, flags };
     call("set-memslots", &Call::SetMemslots(vec![slot(0, 0), slot(0xfffc_0000, SlotFlags::READ_ONLY)]));
+    call("discard", &Call::Discard(vec![Discard { ram: 1, reserved: 0, offset: 0x20_0000, len: 0x3000 }]));
     call("run", &Call::Run(VCPU_ALL));
     call("pause", &Call::Pause(3));
     call("kick", &Call::Kick(1));
@@ -83,9 +84,12 @@ fn calls_about_interrupts_and_notifications() {
     call("msi", &Call::Msi(Msi { address: 0xfee0_0000, data: 0x30, reserved: 0 }));
     call("lines", &Call::Lines(vec![0x8001_0009_0000_0003]));
     call("irqfd", &Call::Irqfd(Irqfd { vector: 9, gsi: 24, on: 1, resample: 1 }));
-    let notify = IoEvent { address: 0xfe00_3000, data: 1, len: 2, port: 0, match_data: 1, on: 1 };
+    let notify =
+        IoEvent { address: 0xfe00_3000, data: 1, len: 2, port: 0, match_data: 1, on: 1, event: 5, reserved: 0 };
     call("io-event", &Call::IoEvent(notify));
     call("posted-ranges", &Call::PostedRanges(vec![PostedRange { base: 0x402, len: 1, ports: 1 }]));
+    let page = |page, base| NotifyPage { base, page, reserved: 0 };
+    call("notify-pages", &Call::NotifyPages(vec![page(0, 0x8_0000_4000), page(31, 0x8_0000_7000)]));
 }
 
 #[test]

@@ -2,13 +2,16 @@
 
 mod soc;
 
+use std::os::fd::AsFd;
+
 use api_channel::Status;
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, DirtyFetch, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name, PostedRange,
-    RamRequest, Route, StateRequest, VCPU_ALL, VM,
+    Call, CpuidEntry, CreateVm, DirtyFetch, Discard, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name, NotifyPage,
+    PostedRange, RamRequest, Route, StateRequest, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Reader;
 use api_channel::state::{Lapic, Msr, Type, records};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use pcie_function::SocFunction;
 use soc::Soc;
 
@@ -35,6 +38,7 @@ fn of_a_vm() -> Vec<Call> {
         Call::SetApicIds(vec![0]),
         Call::AddRam(ram(1, 4096)),
         Call::SetMemslots(vec![]),
+        Call::Discard(vec![]),
         Call::SetCpuid { vcpu: 0, entries: vec![] },
         Call::GetState(state(0)),
         Call::SetState { target: 0, records: vec![] },
@@ -45,8 +49,18 @@ fn of_a_vm() -> Vec<Call> {
         Call::Msi(Msi { address: 0xfee0_0000, data: 0x30, reserved: 0 }),
         Call::Lines(vec![]),
         Call::Irqfd(Irqfd { vector: 60, gsi: 4, on: 1, resample: 0 }),
-        Call::IoEvent(IoEvent { address: 0x5000, data: 0, len: 4, port: 0, match_data: 0, on: 1 }),
+        Call::IoEvent(IoEvent {
+            address: 0x5000,
+            data: 0,
+            len: 4,
+            port: 0,
+            match_data: 0,
+            on: 1,
+            event: 0,
+            reserved: 0,
+        }),
         Call::PostedRanges(vec![]),
+        Call::NotifyPages(vec![]),
         Call::DirtyLog(true),
         Call::DirtyFetch(DirtyFetch { ram: 0, clear: 0, first: 0, pages: 1 }),
         Call::Statistics,
@@ -75,8 +89,10 @@ fn before_the_first_memslots_there_are_no_vcpus() {
     let mut soc = Soc::start(&[]);
     soc.create_vm(1, Irqchip::Full);
     let works = |call: &Call| {
-        matches!(call, Call::SetApicIds(_) | Call::AddRam(_) | Call::IoEvent(_) | Call::PostedRanges(_))
-            || matches!(call, Call::Statistics | Call::DestroyVm)
+        matches!(
+            call,
+            Call::SetApicIds(_) | Call::AddRam(_) | Call::Discard(_) | Call::IoEvent(_) | Call::PostedRanges(_)
+        ) || matches!(call, Call::Statistics | Call::DestroyVm)
     };
     for call in of_a_vm().into_iter().filter(|c| !works(c)) {
         let (_, why) = soc.refused(&call);
@@ -233,8 +249,9 @@ fn arguments_out_of_range_are_refused_by_name() {
         assert_eq!(soc.refused(&Call::SetMemslots(bad.clone())).0, Status::ARGUMENT, "{bad:?}");
     }
     soc.ok(&Call::SetMemslots(vec![slot(0, 1 << 20, 0)]));
+    let discard = |ram, offset, len| Discard { ram, reserved: 0, offset, len };
     let range = |base, len, ports| PostedRange { base, len, ports };
-    let io = IoEvent { address: 0x5000, data: 0, len: 4, port: 0, match_data: 0, on: 1 };
+    let io = IoEvent { address: 0x5000, data: 0, len: 4, port: 0, match_data: 0, on: 1, event: 0, reserved: 0 };
     for bad in [
         Call::Run(2),
         Call::Pause(2),
@@ -253,6 +270,12 @@ fn arguments_out_of_range_are_refused_by_name() {
         Call::IoEvent(IoEvent { len: 3, ..io }),
         Call::IoEvent(IoEvent { len: 0, match_data: 1, ..io }),
         Call::IoEvent(IoEvent { port: 1, address: 0x1_0000, ..io }),
+        Call::Discard(vec![discard(0, 0, 0)]),
+        Call::Discard(vec![discard(0, 1, 4096)]),
+        Call::Discard(vec![discard(0, 4096, 4095)]),
+        Call::Discard(vec![discard(0, 1 << 20, 4096)]),
+        Call::Discard(vec![discard(0, 4096, !4095)]),
+        Call::Discard(vec![discard(1, 0, 4096)]),
         Call::PostedRanges(vec![range(0, 0, 0)]),
         Call::PostedRanges(vec![range(0, 8, 0), range(7, 1, 0)]),
     ] {
@@ -277,6 +300,10 @@ fn arguments_out_of_range_are_refused_by_name() {
         Call::Msi(Msi { address: 0, data: 0, reserved: 1 }),
         Call::SetRouting(vec![Route { gsi: 1, kind: 2, address: 0, data: 0, reserved: 1 }]),
         Call::PostedRanges(vec![range(0, 8, 2)]),
+        Call::Discard(vec![Discard { reserved: 1, ..discard(0, 0, 4096) }]),
+        Call::IoEvent(IoEvent { reserved: 1, ..io }),
+        Call::IoEvent(IoEvent { on: 0, event: 1, ..io }),
+        Call::NotifyPages(vec![NotifyPage { base: 1 << 30, page: 0, reserved: 1 }]),
     ];
     for bad in malformed {
         assert_eq!(soc.refused(&bad).0, Status::MALFORMED, "{bad:?}");
@@ -286,16 +313,35 @@ fn arguments_out_of_range_are_refused_by_name() {
     assert_eq!(soc.refused(&Call::SetState { target: 0, records: other(19) }).0, Status::ARGUMENT);
     assert_eq!(soc.refused(&Call::SetState { target: VM, records: other(1) }).0, Status::ARGUMENT);
     soc.ok(&Call::SetState { target: 0, records: other(0x8063) });
+    // A function of this machine has none: a guest's writes signal what both ends share.
+    let page = NotifyPage { base: 1 << 30, page: 0, reserved: 0 };
+    assert_eq!(soc.created.unwrap().features & VmCreated::NOTIFY, 0);
+    assert_eq!(soc.refused(&Call::NotifyPages(vec![page])).0, Status::UNAVAILABLE);
+    soc.ok(&Call::NotifyPages(vec![]));
+    assert_ne!(soc.created.unwrap().features & VmCreated::DISCARD, 0);
+    soc.function.write(0x3fff, &[1; 0x2002]).unwrap();
+    soc.ok(&Call::Discard(vec![discard(0, 0x4000, 0x1000), discard(0, 0x8000, 0x2000)]));
+    let mut left = [2; 0x2002];
+    soc.function.read(0x3fff, &mut left).unwrap();
+    assert!(left[0] == 1 && left[1..0x1001] == [0; 0x1000] && left[0x1001..] == [1; 0x1001]);
     // After all that the VM is whole.
     soc.set_cpuid(0);
     soc.function.write(0x1000, &[0xe6, 0x90, 0xf4, 0xeb, 0xfd]).unwrap();
     soc.set_real_mode(0, 0x1000);
     soc.ok(&Call::Run(0));
     soc.until("runs", |soc| soc.seen.len() == 1);
+    assert_eq!(soc.refused(&Call::IoEvent(io)).0, Status::UNAVAILABLE, "nothing is shared");
+    let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK).unwrap();
+    let io = IoEvent { event: soc.function.share(bell.as_fd()).unwrap(), ..io };
+    let off = IoEvent { on: 0, event: 0, ..io };
     soc.ok(&Call::IoEvent(io));
     assert_eq!(soc.refused(&Call::IoEvent(io)).0, Status::STATE);
-    soc.ok(&Call::IoEvent(IoEvent { on: 0, ..io }));
-    assert_eq!(soc.refused(&Call::IoEvent(IoEvent { on: 0, ..io })).0, Status::STATE);
+    soc.ok(&Call::IoEvent(off));
+    assert_eq!(soc.refused(&Call::IoEvent(off)).0, Status::STATE);
+    assert_eq!(soc.refused(&Call::IoEvent(io)).0, Status::UNAVAILABLE, "an eventfd is given once");
+    // Something else than an eventfd.
+    let event = soc.function.share(std::io::stderr().as_fd()).unwrap();
+    soc.refused(&Call::IoEvent(IoEvent { event, ..io }));
     assert!(soc.shut_down().success());
 }
 

@@ -63,7 +63,7 @@ pub enum BusError {
 impl fmt::Display for BusError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Gone => "the function is gone (removed, or its link is down)",
+            Self::Gone => "the function is gone (removed, its link is down, or its host-kvm-shim has ended)",
             Self::Dma => "a DMA transfer failed",
             Self::Stale => "the function was reset",
         })

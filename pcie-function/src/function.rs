@@ -1,6 +1,7 @@
 //! The two ends of a function.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use ioreq_ring::{BusError, BusMemory};
 
@@ -74,15 +75,29 @@ pub trait HostFunction: Send {
     /// Nothing is mapped at `iova`, or the function is gone.
     fn unmap(&mut self, iova: Iova) -> Result<(), FunctionError>;
 
+    /// Whether what is mapped for the device stays in memory for as long as that: a page that is given back would only be another one
+    /// then than the device's.
+    fn pins(&self) -> bool {
+        true
+    }
+
     /// How many vectors the function has.
     fn vectors(&self) -> u32;
 
     /// The eventfd of a vector, if there is such a vector.
     fn vector(&self, vector: u32) -> Option<BorrowedFd<'_>>;
 
-    /// The eventfd that rings `bell`, where ringing is a write to one: KVM can then ring by itself (ioeventfd).
-    fn doorbell_event(&self, bell: Doorbell) -> Option<BorrowedFd<'_>> {
-        let _ = bell;
+    /// The eventfd that the SoC's end shared by this number ([`SocFunction::share`]): KVM signals it by itself (ioeventfd).
+    ///
+    /// # Errors
+    /// This kind of function shares none, none of this number is shared, or the function is lost.
+    fn shared(&self, event: u32) -> Result<OwnedFd, FunctionError> {
+        Err(FunctionError::Unusable(format!("no eventfd {event} is shared on this kind of function")))
+    }
+
+    /// The function's notify pages, of 4096 bytes each: KVM may show any of them to the guest, who can do nothing by it but signal what
+    /// [`SocFunction::set_notify`] says. Where the function vanishes, so do they. `None`: it has none.
+    fn notify_pages(&self) -> Option<crate::Window> {
         None
     }
 
@@ -130,6 +145,39 @@ pub trait SocFunction: std::fmt::Debug + Send + Sync + 'static {
     /// The card's count of resets and link losses. A transfer carries the one its function was opened with; a stale one is refused.
     fn generation(&self) -> u32;
 
+    /// Whether host memory is loads and stores away, so that it costs the bus nothing to look at it again and again.
+    fn is_near(&self) -> bool {
+        false
+    }
+
+    /// The file behind the host memory at `iova`, for another process of this machine to map. `None`: host memory is not on this machine,
+    /// or nothing is mapped there.
+    fn file(&self, iova: Iova) -> Option<MemoryFile> {
+        let _ = iova;
+        None
+    }
+
+    /// Shares an eventfd with the host's end, which asks for it by the number returned ([`HostFunction::shared`]), once. `None`: both
+    /// ends are not on one machine, or too many wait to be asked for.
+    fn share(&self, event: BorrowedFd<'_>) -> Option<u32> {
+        let _ = event;
+        None
+    }
+
+    /// How many notify pages the function has.
+    fn notify_pages(&self) -> u32 {
+        0
+    }
+
+    /// Has every write to notify page `page` signal `event`: another one than before, where there was one.
+    ///
+    /// # Errors
+    /// There is no such page, or the system gives it no interrupt.
+    fn set_notify(&self, page: u32, event: BorrowedFd<'_>) -> Result<(), FunctionError> {
+        let _ = event;
+        Err(FunctionError::Unusable(format!("this kind of function has no notify page {page}")))
+    }
+
     /// Readable when the generation or the link changed. Then ask [`SocFunction::check`].
     fn lost_event(&self) -> BorrowedFd<'_>;
 
@@ -147,6 +195,17 @@ pub trait SocFunction: std::fmt::Debug + Send + Sync + 'static {
     fn renew(&self) -> Result<(), BusError> {
         self.check()
     }
+}
+
+/// Host memory as the file that it is. Its size is sealed.
+#[derive(Clone, Debug)]
+pub struct MemoryFile {
+    /// The file.
+    pub file: Arc<OwnedFd>,
+    /// Where in it the byte is that was asked for.
+    pub offset: u64,
+    /// Bytes that are mapped from there on.
+    pub len: u64,
 }
 
 /// Why a function can't be opened or used.

@@ -14,7 +14,7 @@ pub mod regions;
 mod state;
 pub mod vfio;
 
-pub use function::{Bell, Doorbell, FunctionError, HostFunction, Iova, SocFunction, Windowed};
+pub use function::{Bell, Doorbell, FunctionError, HostFunction, Iova, MemoryFile, SocFunction, Windowed};
 pub use ioreq_ring::{BusError, BusMemory};
 pub use mapped::{Mapping, Reach, Window};
 pub use state::{Illegal, State};

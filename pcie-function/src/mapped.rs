@@ -228,6 +228,20 @@ impl Window {
         // atomic may be shared with writers that this process doesn't know.
         unsafe { &*self.mapping.base.as_ptr().add(self.offset + offset).cast::<AtomicU64>() }
     }
+
+    /// Looked at once: a loop over them costs a quarter of one over [`Window::word`].
+    fn words(&self, offset: usize, count: usize) -> &[AtomicU64] {
+        if count == 0 {
+            return &[];
+        }
+        let end = count.checked_mul(8).and_then(|len| offset.checked_add(len));
+        assert!(
+            offset.is_multiple_of(8) && end.is_some_and(|end| end <= self.len),
+            "{count} words at {offset:#x} outside their window"
+        );
+        // SAFETY: as for `word`.
+        unsafe { std::slice::from_raw_parts(self.mapping.base.as_ptr().add(self.offset + offset).cast(), count) }
+    }
 }
 
 impl BusMemory for Window {
@@ -254,8 +268,8 @@ impl BusMemory for Window {
 
     fn copy_in(&self, offset: usize, data: &[u8]) {
         let (words, tail) = data.as_chunks::<8>();
-        for (i, word) in words.iter().enumerate() {
-            self.word(offset + i * 8).store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+        for (to, word) in self.words(offset, words.len()).iter().zip(words) {
+            to.store(u64::from_ne_bytes(*word), Ordering::Relaxed);
         }
         if !tail.is_empty() {
             let mut last = [0; 8];
@@ -267,8 +281,8 @@ impl BusMemory for Window {
     fn copy_out(&self, offset: usize, data: &mut [u8]) {
         let (words, tail) = data.as_chunks_mut::<8>();
         let whole = words.len() * 8;
-        for (i, word) in words.iter_mut().enumerate() {
-            *word = self.word(offset + i * 8).load(Ordering::Relaxed).to_ne_bytes();
+        for (word, from) in words.iter_mut().zip(self.words(offset, whole / 8)) {
+            *word = from.load(Ordering::Relaxed).to_ne_bytes();
         }
         if !tail.is_empty() {
             let last = self.word(offset + whole).load(Ordering::Relaxed).to_ne_bytes();
@@ -330,6 +344,25 @@ mod tests {
             (cut(2, 2), cut(4, 4), cut(3, 3), cut(0, 0)),
             (vec![(2, 2)], vec![(4, 4)], vec![(3, 1), (4, 2)], vec![])
         );
+    }
+
+    #[test]
+    fn bytes_are_copied_wherever_they_begin_and_end() {
+        let fd = crate::local::sealed_memfd("test", 64).unwrap();
+        let window = Mapping::new(fd.as_fd(), 0, 64, Reach::Local).unwrap().window();
+        for offset in 0..=64 {
+            for len in 0..=64 - offset {
+                let mut all = [0xaa; 64];
+                window.copy_in(0, &all);
+                let data: Vec<u8> = (1..=len as u8).collect();
+                window.write_bytes(offset, &data);
+                all[offset..offset + len].copy_from_slice(&data);
+                let (mut read, mut whole) = (vec![0xee; len], [0xee; 64]);
+                window.read_bytes(offset, &mut read);
+                window.copy_out(0, &mut whole);
+                assert_eq!((read, whole), (data, all), "{len} bytes at {offset}");
+            }
+        }
     }
 
     #[test]

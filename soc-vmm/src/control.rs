@@ -14,11 +14,14 @@
 //! actions that are to be done, and [`VmControl::finish`] changes the state, tells the monitors, then answers who asked.
 
 mod cdrom;
+mod cpus;
+mod devices;
 mod event;
 mod listen;
 mod run_dir;
 mod run_state;
 mod signals;
+mod slots;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,9 +30,14 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::ahci::{CdHandle, TrayListener};
+use crate::cpus::{CpuListener, CpusHandle};
+use crate::slots::{DeviceListeners, SlotListener, SlotsHandle};
 
-pub use cdrom::{CDROM_ID, CdromSlot};
-pub use event::{CrashAction, Event, EventKind, ShutdownCause};
+use cpus::CpusPlace;
+use slots::SlotsPlace;
+
+pub use cdrom::{BALLOON_ID, CDROM_ID, CdromSlot};
+pub use event::{CrashAction, Event, EventKind, IoAction, IoOperation, ShutdownCause};
 pub use listen::{ListenError, ListeningSocket};
 pub use run_dir::{Claim, NameError, RunDir, RunDirError, VmName};
 pub use run_state::RunState;
@@ -61,9 +69,18 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
     let (state_in, state) = watch::channel(RunState::Prelaunch);
     let (events, _) = broadcast::channel(QUEUED_EVENTS);
     let cdrom = CdromSlot::default();
-    let handle =
-        VmHandle { info: info.into(), commands: commands_in, state, events: events.downgrade(), cdrom: cdrom.clone() };
-    (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom })
+    let slots = SlotsPlace::default();
+    let cpus = CpusPlace::default();
+    let handle = VmHandle {
+        info: info.into(),
+        commands: commands_in,
+        state,
+        events: events.downgrade(),
+        cdrom: cdrom.clone(),
+        slots: slots.clone(),
+        cpus: cpus.clone(),
+    };
+    (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom, slots, cpus })
 }
 
 /// Why a command was not done.
@@ -89,6 +106,8 @@ pub struct VmHandle {
     /// Weak, so that monitors see the stream's end when the VM has ended.
     events: broadcast::WeakSender<Event>,
     cdrom: CdromSlot,
+    slots: SlotsPlace,
+    cpus: CpusPlace,
 }
 
 impl VmHandle {
@@ -110,6 +129,16 @@ impl VmHandle {
     /// The CD-ROM drive, if there is one.
     pub fn cdrom(&self) -> Option<&CdHandle> {
         self.cdrom.get()
+    }
+
+    /// The slots of the machine; none: it is still being built.
+    pub fn slots(&self) -> Option<&SlotsHandle> {
+        self.slots.get()
+    }
+
+    /// Its processors; none: the machine is still being built.
+    pub fn cpus(&self) -> Option<&CpusHandle> {
+        self.cpus.get()
     }
 
     /// QMP `stop`: returns when no vCPU runs. Nothing to do unless it runs.
@@ -244,6 +273,8 @@ pub struct VmControl {
     /// Whether the vCPUs run once the VM is built.
     autostart: bool,
     cdrom: CdromSlot,
+    slots: SlotsPlace,
+    cpus: CpusPlace,
 }
 
 impl VmControl {
@@ -265,6 +296,35 @@ impl VmControl {
     /// The machine has a CD-ROM drive.
     pub fn has_cdrom(&self, drive: CdHandle) {
         self.cdrom.fill(drive);
+    }
+
+    /// Who hears of devices that were taken out, and tells monitors.
+    pub fn slot_listener(&self) -> Arc<dyn SlotListener> {
+        Arc::new(slots::Gone(self.events.downgrade()))
+    }
+
+    /// Who hear of what devices meet, and tell monitors.
+    ///
+    /// # Panics
+    /// Outside of a runtime.
+    pub fn device_listeners(&self) -> DeviceListeners {
+        let events = Arc::new(devices::DeviceEvents::new(self.events.downgrade()));
+        DeviceListeners { disks: events.clone(), ports: events.clone(), balloons: events }
+    }
+
+    /// The machine is built, with these slots.
+    pub fn has_slots(&self, slots: SlotsHandle) {
+        self.slots.fill(slots);
+    }
+
+    /// Who hears of processors, and tells monitors.
+    pub fn cpu_listener(&self) -> Arc<dyn CpuListener> {
+        Arc::new(cpus::Teller(self.events.downgrade()))
+    }
+
+    /// The machine is built, with these processors.
+    pub fn has_cpus(&self, cpus: CpusHandle) {
+        self.cpus.fill(cpus);
     }
 
     /// Waits for the order to quit while the VM is being built: returns when it came, and waits for ever if nobody is left who could

@@ -32,3 +32,17 @@ pub(crate) fn dial(path: &Path, patience: Duration) -> io::Result<UnixStream> {
         }
     }
 }
+
+/// Connects to who listens at `path`, if that takes no waiting. The stream doesn't block.
+///
+/// # Errors
+/// The system's; [`io::ErrorKind::WouldBlock`]: it is to be tried again.
+pub(crate) fn dial_now(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    match connect(fd.as_raw_fd(), &UnixAddr::new(path)?) {
+        Ok(()) => Ok(UnixStream::from(fd)),
+        Err(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
+        Err(errno) => Err(errno.into()),
+    }
+}

@@ -5,7 +5,9 @@
 use std::process::ExitCode;
 
 use soc_vmm::cli::{self, ExitStatus, Failure, Invocation};
-use soc_vmm::{inventory, say::say, vm};
+use soc_vmm::{inventory, log, say::say, vm};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 fn main() -> ExitCode {
     let ended = Invocation::parse(std::env::args_os()).and_then(invoke);
@@ -27,7 +29,7 @@ fn invoke(invocation: Invocation) -> Result<ExitStatus, Failure> {
         Invocation::Run(config) => {
             // Where a record can't be written, it would say so on the same standard error, and panic.
             let log = tracing_subscriber::fmt().with_max_level(config.log).log_internal_errors(false);
-            log.with_writer(std::io::stderr).init();
+            log.with_writer(std::io::stderr).finish().with(log::records(config.log)).init();
             return vm::run(&config);
         }
         Invocation::Host { function, json } => inventory::host(&function, json, &mut out)?,

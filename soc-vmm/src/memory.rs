@@ -1,7 +1,14 @@
 //! Guest memory as the SoC reaches it: by DMA, copied, never borrowed.
 
+mod files;
+mod log;
 #[cfg(test)]
 pub(crate) mod test_ram;
+
+use std::sync::Arc;
+
+pub use files::{Borrower, Lender, RamFile, RamFiles};
+pub use log::GuestLog;
 
 /// Guest-physical memory. What lies in no RAM slot, or in a read-only one for writes, is an error; nothing is written then.
 pub trait GuestMemory: Send + Sync {
@@ -16,6 +23,18 @@ pub trait GuestMemory: Send + Sync {
     /// # Errors
     /// Part of the range is not writable RAM, or the DMA failed.
     fn write(&self, addr: u64, data: &[u8]) -> Result<(), MemoryError>;
+
+    /// Whether it may be looked at again and again: that costs no bus its time.
+    fn is_near(&self) -> bool {
+        false
+    }
+
+    /// The files that it is, for a process of this machine that maps them, lent to `borrower`; none: it is behind a function that moves bytes.
+    /// They stay the same as long as the VM lives, and have all RAM; what of it the chipset hides at a time is in them too.
+    fn files(&self, borrower: &Arc<Borrower>) -> Option<RamFiles> {
+        let _ = borrower;
+        None
+    }
 }
 
 /// Why guest memory was not reached.

@@ -97,7 +97,14 @@ fn a_file_is_one_thing_of_a_vm() {
         (vec!["--disk", &disk(&iso), "--cdrom", &iso], "another program or disk writes it"),
         (vec!["--disk", &disk(&top), "--debugcon", &console(&base)], of_base),
         (vec!["--disk", &disk(&top), "--serial", &console(&base)], of_base),
-        (vec!["--disk", &disk(&top), "--serial", &console(&top)], "the file is the disk image of this VM"),
+        (
+            vec!["--disk", &disk(&top), "--serial", &console(&top)],
+            "top.qcow2 is also the serial port's output of this VM",
+        ),
+        (
+            vec!["--disk", &format!("{},readonly=on", disk(&top)), "--serial", &console(&top)],
+            "the file is the disk image of this VM",
+        ),
         (vec!["--cdrom", &iso, "--serial", &console(&iso)], "the file is the CD-ROM's image of this VM"),
     ] {
         let serial: &[&str] = if more.contains(&"--serial") { &[] } else { &["--serial", "null"] };

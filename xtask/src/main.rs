@@ -3,6 +3,7 @@
 mod bench;
 mod conformance;
 mod counts;
+mod debian;
 mod demo;
 mod fuzz;
 mod hold;
@@ -12,6 +13,7 @@ mod suite;
 mod table;
 mod terminal;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -43,7 +45,7 @@ enum Task {
     },
     /// This project beside its peers, interleaved in one run: [NAME…] [--json FILE] [--record].
     Bench {
-        /// Names of figures, all of them if none is given; and the options above.
+        /// Names of figures, all but those inside an emulated server (`server`) if none is given; and the options above.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
@@ -69,6 +71,11 @@ enum Testbed {
         /// The console of its SoC instead.
         #[arg(long)]
         soc: bool,
+    },
+    /// Copy a Debian disk for a guest, who has a driver for every device, and print what soc-vmm is to be told.
+    Debian {
+        /// Where to; nothing may be there.
+        disk: PathBuf,
     },
     /// Keep servers up until told to stop: what `up` starts.
     #[command(hide = true)]
@@ -107,6 +114,7 @@ fn main() -> ExitCode {
             Testbed::Up(up) => hold::up(&up),
             Testbed::Down => hold::down(),
             Testbed::Console { server, soc } => hold::console(server, soc),
+            Testbed::Debian { disk } => debian::copy(&disk),
             Testbed::Hold(up) => hold::hold(&up),
         },
     };

@@ -128,7 +128,7 @@ impl Suite {
             .args(["nextest", "--version"])
             .output()
             .is_ok_and(|output| output.status.success());
-        let limit = 30 * MINUTE;
+        let limit = 45 * MINUTE;
         if nextest {
             // nextest leaves out examples in documentation.
             self.tests(

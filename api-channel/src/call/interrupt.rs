@@ -56,7 +56,19 @@ pub struct Irqfd {
     pub resample: u32,
 }
 
-/// A guest write that KVM finishes itself and turns into a doorbell.
+/// A notify page of the function, where the guest is to see it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct NotifyPage {
+    /// Guest-physical address: whole pages.
+    pub base: u64,
+    /// The page's number.
+    pub page: u32,
+    /// Reserved, 0.
+    pub reserved: u32,
+}
+
+/// A guest write that KVM finishes itself: it signals an eventfd, where host and SoC share some.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 pub struct IoEvent {
@@ -72,4 +84,8 @@ pub struct IoEvent {
     pub match_data: u32,
     /// 1: add, 0: remove.
     pub on: u32,
+    /// To add: the eventfd, by the number under which the SoC's end of the function shares it. To remove: 0.
+    pub event: u32,
+    /// Reserved, 0.
+    pub reserved: u32,
 }

@@ -58,6 +58,21 @@ pub struct Memslot {
     pub flags: u32,
 }
 
+/// Memory that the guest doesn't need: the host takes it back, and it reads as zeros when it is next touched. The SoC has ended every
+/// use of its own before it asks.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct Discard {
+    /// The allocation, of normal pages.
+    pub ram: u32,
+    /// Reserved, 0.
+    pub reserved: u32,
+    /// Offset within it, page-aligned.
+    pub offset: u64,
+    /// Bytes, whole pages.
+    pub len: u64,
+}
+
 /// Fetches dirty pages.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]

@@ -7,8 +7,8 @@ mod memory;
 mod vcpu;
 mod vm;
 
-pub use interrupt::{IoEvent, Irqfd, Msi, Route, RouteKind};
-pub use memory::{DirtyFetch, DirtyRun, Extent, Memslot, PAGE, RamRequest, SlotFlags};
+pub use interrupt::{IoEvent, Irqfd, Msi, NotifyPage, Route, RouteKind};
+pub use memory::{DirtyFetch, DirtyRun, Discard, Extent, Memslot, PAGE, RamRequest, SlotFlags};
 pub use vcpu::{CpuidEntry, Groups, PostedRange, StateRequest, VCPU_ALL, VM};
 pub use vm::{CreateVm, HostInfo, Irqchip, Name, NumaNode, PciDevice, Statistic, VmCreated};
 
@@ -35,6 +35,8 @@ pub enum Call {
     AddRam(RamRequest),
     /// Replaces the whole set of memslots at once: vCPUs out of the guest, dirty bits of dying slots harvested, swap, resume.
     SetMemslots(Vec<Memslot>),
+    /// Gives memory back to the host, where [`VmCreated::DISCARD`] says that it takes some.
+    Discard(Vec<Discard>),
     /// Sets a vCPU's CPUID, before it first runs.
     SetCpuid {
         /// The vCPU.
@@ -76,6 +78,8 @@ pub enum Call {
     IoEvent(IoEvent),
     /// Replaces the set of address ranges whose writes are posted.
     PostedRanges(Vec<PostedRange>),
+    /// Replaces the set of the function's notify pages that the guest sees, where [`VmCreated::NOTIFY`] says that it can see any.
+    NotifyPages(Vec<NotifyPage>),
     /// Starts or stops the dirty log of every writable slot.
     DirtyLog(bool),
     /// Fetches runs of dirty pages, in bulk, and clears them.
@@ -103,6 +107,7 @@ impl Call {
             Self::SetApicIds(_) => 0x102,
             Self::AddRam(_) => 0x110,
             Self::SetMemslots(_) => 0x111,
+            Self::Discard(_) => 0x112,
             Self::SetCpuid { .. } => 0x200,
             Self::SetAffinity { .. } => 0x201,
             Self::GetState(_) => 0x210,
@@ -116,6 +121,7 @@ impl Call {
             Self::Irqfd(_) => 0x403,
             Self::IoEvent(_) => 0x500,
             Self::PostedRanges(_) => 0x501,
+            Self::NotifyPages(_) => 0x502,
             Self::DirtyLog(_) => 0x600,
             Self::DirtyFetch(_) => 0x601,
             Self::Statistics => 0x700,
@@ -139,6 +145,7 @@ impl Call {
             Self::SetApicIds(ids) => w.list(ids),
             Self::AddRam(ram) => w.put(ram),
             Self::SetMemslots(slots) => w.list(slots),
+            Self::Discard(runs) => w.list(runs),
             Self::SetCpuid { vcpu, entries } => w.put(&u64::from(*vcpu)).list(entries),
             Self::SetAffinity { vcpu, cpus } => w.put(&u64::from(*vcpu)).list(cpus),
             Self::GetState(state) => w.put(state),
@@ -150,6 +157,7 @@ impl Call {
             Self::Irqfd(irqfd) => w.put(irqfd),
             Self::IoEvent(event) => w.put(event),
             Self::PostedRanges(ranges) => w.list(ranges),
+            Self::NotifyPages(pages) => w.list(pages),
             Self::DirtyLog(on) => w.put(&u64::from(*on)),
             Self::DirtyFetch(fetch) => w.put(fetch),
         }
@@ -172,6 +180,7 @@ impl Call {
             0x102 => Self::SetApicIds(r.list(MOST)?),
             0x110 => Self::AddRam(r.take()?),
             0x111 => Self::SetMemslots(r.list(MOST)?),
+            0x112 => Self::Discard(r.list(MOST)?),
             0x200 => Self::SetCpuid { vcpu: narrow(r.take()?)?, entries: r.list(MOST)? },
             0x201 => Self::SetAffinity { vcpu: narrow(r.take()?)?, cpus: r.list(MOST)? },
             0x210 => Self::GetState(r.take()?),
@@ -188,6 +197,7 @@ impl Call {
             0x403 => Self::Irqfd(r.take()?),
             0x500 => Self::IoEvent(r.take()?),
             0x501 => Self::PostedRanges(r.list(MOST)?),
+            0x502 => Self::NotifyPages(r.list(MOST)?),
             0x600 => match r.take::<u64>()? {
                 0 => Self::DirtyLog(false),
                 1 => Self::DirtyLog(true),

@@ -96,7 +96,8 @@ pub struct VmCreated {
     pub free_vector: u32,
     /// How many of them.
     pub free_vectors: u32,
-    /// Whether host TSCs are synchronised, so that writes may be posted (bit 0); level lines with resample work (bit 1).
+    /// Whether host TSCs are synchronised, so that writes may be posted (bit 0); level lines with resample work (bit 1); the host takes
+    /// guest memory back (bit 2); the guest can be shown the function's notify pages (bit 3).
     pub features: u32,
 }
 
@@ -105,6 +106,13 @@ impl VmCreated {
     pub const POSTING: u32 = 1;
     /// [`VmCreated::features`]: irqfd with resample reports the guest's EOI.
     pub const RESAMPLE: u32 = 2;
+
+    /// [`VmCreated::features`]: the host takes guest memory back; where a device pins it, it can't.
+    pub const DISCARD: u32 = 4;
+
+    /// [`VmCreated::features`]: the guest can be shown the function's notify pages. How many there are the function says to both its
+    /// ends.
+    pub const NOTIFY: u32 = 8;
 
     /// The vector that wakes `lane`.
     #[must_use]

@@ -63,6 +63,7 @@ impl<F: HostFunction + 'static> Session<'_, F> {
                     Call::SetMemslots(slots) => {
                         machine.set_memslots(session.host, session.offer, &slots).map(Into::into)
                     }
+                    Call::Discard(runs) => machine.discard(&session.offer.function, &runs).map(Into::into),
                     Call::SetApicIds(ids) => machine.set_apic_ids(session.host, ids).map(Into::into),
                     Call::Irqfd(irqfd) => session.irqfd(&irqfd).map(Into::into),
                     Call::IoEvent(event) => machine.io_event(&session.offer.function, &event).map(Into::into),
@@ -125,6 +126,7 @@ impl<F: HostFunction + 'static> Session<'_, F> {
 /// Calls that need no more than the VM.
 fn on_vm<F: HostFunction + 'static>(machine: &mut Machine<F>, call: Call) -> Result<Reply, Refusal> {
     match call {
+        Call::NotifyPages(pages) => machine.set_notify_pages(&pages).map(Into::into),
         Call::SetCpuid { vcpu, entries } => machine.set_cpuid(vcpu, entries).map(Into::into),
         Call::SetAffinity { vcpu, cpus } => machine.set_affinity(vcpu, cpus).map(Into::into),
         Call::GetState(request) => machine.state(&request).map(Reply::bulk),

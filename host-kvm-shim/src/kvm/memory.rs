@@ -95,6 +95,17 @@ impl GuestMemory {
         Errno::result(done).map(drop)
     }
 
+    /// Gives whole pages back to the host (madvise(2), `MADV_REMOVE`): they are zeros when they are next touched, here and wherever the
+    /// memfd is mapped.
+    pub(crate) fn discard(&self, offset: usize, len: usize) -> Result<(), Errno> {
+        let within = offset.checked_add(len).is_some_and(|end| end <= self.len);
+        if !within || len == 0 {
+            return Err(Errno::EINVAL);
+        }
+        // SAFETY: the range is within this mapping, whose content nobody in this process refers to.
+        unsafe { madvise(self.base.byte_add(offset), len, MmapAdvise::MADV_REMOVE) }
+    }
+
     /// Bytes that are not taken from the host yet.
     pub(crate) fn untaken(&self) -> u64 {
         // Counted in units of 512 bytes (stat(2)); where it isn't told, all may be still to come.

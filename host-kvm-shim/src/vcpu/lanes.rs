@@ -25,6 +25,8 @@ pub(crate) struct Lanes<F: HostFunction> {
     /// The first vector of the lanes, and how many they have.
     vectors: (u32, u32),
     all_vectors: u32,
+    /// Memory that is mapped for the device can't be given back.
+    pinned: bool,
 }
 
 /// The vector of the channel; those of the lanes follow.
@@ -58,7 +60,8 @@ impl<F: HostFunction> Lanes<F> {
         };
         let soc_idle = offer.soc_idle().ok_or_else(|| Refusal::unavailable("the inbox has no lines"))?;
         let vectors = (LANE_VECTOR, lane_vectors);
-        Ok(Self { vcpus, requests, controls, posted, inbox, outbox, soc_idle, vectors, all_vectors })
+        let pinned = offer.function.pins();
+        Ok(Self { vcpus, requests, controls, posted, inbox, outbox, soc_idle, vectors, all_vectors, pinned })
     }
 
     /// What the SoC is told of them.
@@ -72,6 +75,9 @@ impl<F: HostFunction> Lanes<F> {
         }
         if irqchip == Irqchip::Full && host.has_resample() {
             features |= VmCreated::RESAMPLE;
+        }
+        if !self.pinned {
+            features |= VmCreated::DISCARD;
         }
         VmCreated {
             completions: self.inbox.0,

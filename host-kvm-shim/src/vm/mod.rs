@@ -5,6 +5,7 @@ mod dirty;
 mod io_events;
 pub(crate) mod lines;
 mod notices;
+mod notify;
 pub(crate) mod posted;
 mod ram;
 mod slots;
@@ -15,8 +16,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api_channel::call::{
-    CreateVm, DirtyFetch, Extent, IoEvent, Irqchip, Memslot, PAGE, RamRequest, Route, StateRequest, VCPU_ALL, VM,
-    VmCreated,
+    CreateVm, DirtyFetch, Discard, Extent, IoEvent, Irqchip, Memslot, NotifyPage, PAGE, RamRequest, Route,
+    StateRequest, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Malformed;
 use ioreq_ring::HostLane;
@@ -39,6 +40,7 @@ use crate::vcpu::{Abilities, Command, Handle, Lane, Lanes, Plan, Shared, Spin, W
 use dirty::Harvest;
 use io_events::IoEvents;
 use lines::Lines;
+use notify::NotifyPages;
 use posted::Posted;
 use ram::Ram;
 use slots::Slots;
@@ -66,6 +68,7 @@ pub(crate) struct Machine<F: HostFunction> {
     apic_ids: Vec<u32>,
     name: String,
     slots: Slots,
+    notify: NotifyPages,
     harvest: Harvest,
     lanes: Lanes<F>,
     rams: BTreeMap<u32, Ram>,
@@ -112,7 +115,11 @@ impl<F: HostFunction + 'static> Machine<F> {
         enable_cap(&*vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, [log.into(), 0, 0, 0])
             .map_err(Refusal::nix("make the dirty log exact"))?;
         let lanes = Lanes::new(offer, vcpus)?;
-        let created = lanes.created(host, irqchip);
+        let mut created = lanes.created(host, irqchip);
+        let notify = NotifyPages::new(offer.function.notify_pages(), host.most_memslots());
+        if notify.count() != 0 {
+            created.features |= VmCreated::NOTIFY;
+        }
         let environment = Environment {
             lines: Lines::new(vm.clone()),
             posted: Posted::default(),
@@ -129,7 +136,8 @@ impl<F: HostFunction + 'static> Machine<F> {
             create: *create,
             apic_ids: (0..vcpus).collect(),
             name,
-            slots: Slots::new(host.most_memslots()),
+            slots: Slots::new(host.most_memslots() - notify.count()),
+            notify,
             harvest: Harvest::default(),
             lanes,
             rams: BTreeMap::new(),
@@ -188,9 +196,30 @@ impl<F: HostFunction + 'static> Machine<F> {
         Ok(extents)
     }
 
+    /// Gives memory back to the host: all of the runs, or those before the first that can't be.
+    pub(crate) fn discard(&self, function: &F, runs: &[Discard]) -> Result<(), Refusal> {
+        if runs.iter().any(|run| run.reserved != 0) {
+            return Err(Malformed.into());
+        }
+        if function.pins() {
+            return Err(Refusal::unavailable(
+                "guest memory is pinned for this function's device, so it can't be given back",
+            ));
+        }
+        for run in runs {
+            let ram = self.rams.get(&run.ram);
+            ram.ok_or_else(|| Refusal::argument(format!("there is no RAM {}", run.ram)))?.discard(run)?;
+        }
+        Ok(())
+    }
+
     /// Replaces the memslots; the first set brings the chips and the vCPUs.
     pub(crate) fn set_memslots(&mut self, host: &Host, offer: &Offer<F>, wanted: &[Memslot]) -> Result<(), Refusal> {
         self.slots.check(wanted, &self.rams)?;
+        if let Some(slot) = wanted.iter().find(|slot| self.notify.meets(slot.base, slot.len)) {
+            let Memslot { base, len, .. } = slot;
+            return Err(Refusal::argument(format!("memslot at {base:#x}+{len:#x}: a notify page is there")));
+        }
         if self.vcpus.is_empty() {
             if wanted.is_empty() {
                 return Err(Refusal::argument("the first set of memslots is empty".into()));
@@ -201,6 +230,19 @@ impl<F: HostFunction + 'static> Machine<F> {
             return self.create_vcpus(host, offer).inspect_err(|_| self.vcpus.clear());
         }
         self.with_vcpus_out(|this| this.slots.replace(&this.vm, wanted, &this.rams, &mut this.harvest))
+    }
+
+    /// Replaces the set of notify pages that the guest sees.
+    pub(crate) fn set_notify_pages(&mut self, wanted: &[NotifyPage]) -> Result<(), Refusal> {
+        if wanted.iter().any(|page| page.reserved != 0) {
+            return Err(Malformed.into());
+        }
+        self.named(VCPU_ALL)?;
+        self.notify.check(wanted, |base, len| self.slots.meets(base, len))?;
+        if self.notify.is(wanted) {
+            return Ok(());
+        }
+        self.with_vcpus_out(|this| this.notify.replace(&*this.vm, wanted))
     }
 
     /// Holds every vCPU out of the guest while `change` is made. One that waits for the SoC is out: it goes on waiting.

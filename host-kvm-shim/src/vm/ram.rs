@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use api_channel::call::{Extent, PAGE, RamRequest};
+use api_channel::call::{Discard, Extent, PAGE, RamRequest};
 use nix::errno::Errno;
 use pcie_function::{FunctionError, HostFunction, Iova};
 
@@ -16,6 +16,7 @@ pub(crate) struct Ram {
     pub(crate) memory: GuestMemory,
     /// The node that it is on, where the SoC said so.
     node: Option<u32>,
+    huge: bool,
     iova: Iova,
 }
 
@@ -64,7 +65,20 @@ impl Ram {
             errno => Refusal::os(what, errno),
         })?;
         let iova = map(function, &memory, iova)?;
-        Ok((Self { memory, node, iova }, vec![Extent { offset: 0, iova, len }]))
+        Ok((Self { memory, node, huge: huge != 0, iova }, vec![Extent { offset: 0, iova, len }]))
+    }
+
+    /// Gives part of it back to the host.
+    pub(crate) fn discard(&self, run: &Discard) -> Result<(), Refusal> {
+        let Discard { ram, offset, len, .. } = *run;
+        if self.huge {
+            return Err(Refusal::unavailable(format!("RAM {ram} is huge pages, which are its VM's until it ends")));
+        }
+        let within = len != 0 && offset.checked_add(len).is_some_and(|end| end <= self.memory.len());
+        if !within || !offset.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) {
+            return Err(Refusal::argument(format!("{len:#x} bytes at {offset:#x} are no pages of RAM {ram}")));
+        }
+        self.memory.discard(offset as usize, len as usize).map_err(Refusal::nix("give memory back"))
     }
 
     /// Takes the memory away from the device; once this returns, no transfer touches it.

@@ -45,6 +45,11 @@ impl Slots {
             .map(|(&n, s)| (n, s))
     }
 
+    /// Whether one has part of these addresses.
+    pub(crate) fn meets(&self, base: u64, len: u64) -> bool {
+        self.slots.values().any(|slot| slot.base < base.saturating_add(len) && base < slot.base + slot.len)
+    }
+
     /// Checks a new set against the allocations and itself.
     pub(crate) fn check(&self, wanted: &[Memslot], rams: &BTreeMap<u32, Ram>) -> Result<(), Refusal> {
         let bad = |slot: &Memslot, why: &str| {

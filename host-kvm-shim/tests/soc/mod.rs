@@ -21,7 +21,7 @@ use ioreq_ring::{BusMemory, Completion, Request, SocLane, SocWindows, drain};
 use pcie_function::header::{HostHeader, SocHeader, VERSION, epoch};
 use pcie_function::local::{LocalRemote, LocalSoc};
 use pcie_function::regions::{self, Region, Spaces, Type as RegionType};
-use pcie_function::{Doorbell, Mapping, Reach, SocFunction, Window, Windowed};
+use pcie_function::{Mapping, Reach, SocFunction, Window, Windowed};
 
 /// What is waited for at most, anywhere. Making a VM and ending it take the kernel a dozen grace periods, one after the other, and each
 /// takes half a second where others have the CPUs.
@@ -439,10 +439,4 @@ pub fn wait(mut child: Child) -> ExitStatus {
         }
         std::thread::sleep(Duration::from_millis(2));
     }
-}
-
-/// The bit of a doorbell's eventfd: whether it rang since it was read last.
-pub fn rang(soc: &Soc, bell: Doorbell) -> bool {
-    let mut count = [0; 8];
-    nix::unistd::read(soc.function.doorbell(bell), &mut count).is_ok()
 }

@@ -35,6 +35,10 @@ pub mod bar {
     pub const MEMORY: u32 = 2;
     /// MSI-X table and PBA.
     pub const MSIX: u32 = 4;
+    /// Notify pages, on the host side of a vm function: nothing else is in it.
+    pub const NOTIFY: u32 = 5;
+    /// Bytes of a notify page.
+    pub const NOTIFY_PAGE: u64 = 0x1000;
     /// Bytes of [`REGISTERS`].
     pub const REGISTERS_SIZE: u64 = 0x1_0000;
     /// Bytes of [`MSIX`].
@@ -65,6 +69,8 @@ pub mod register {
     pub const MEMORY_SIZE: u64 = 0x20;
     /// 4 bytes, read-only: MSI-X vectors of the host function.
     pub const VECTORS: u64 = 0x28;
+    /// 4 bytes, read-only: notify pages; 0 on a card of version 1.0.
+    pub const NOTIFY_PAGES: u64 = 0x2c;
     /// 4 bytes, read-only: [`super::STATUS_LINK`]. One aligned 8-byte load gives it and [`GENERATION`].
     pub const STATUS: u64 = 0x30;
     /// 4 bytes, read-only: resets and link losses, from 1.
@@ -96,7 +102,7 @@ pub const MAGIC: u32 = u32::from_le_bytes(*b"OBRD");
 /// Major version of the interface.
 pub const VERSION_MAJOR: u16 = 1;
 /// Minor version of the interface.
-pub const VERSION_MINOR: u16 = 0;
+pub const VERSION_MINOR: u16 = 1;
 /// `VERSION`.
 pub const VERSION: u32 = (VERSION_MAJOR as u32) << 16 | VERSION_MINOR as u32;
 /// Whether what starts with these two registers is a card that this side can drive.
@@ -165,9 +171,11 @@ pub mod soc_vector {
     pub const DMA_DONE: u32 = 4;
     /// An `EVENTS` bit was set.
     pub const EVENT: u32 = 5;
-    /// How many there are.
+    /// Vectors that every SoC function has. The first behind them is notify page 0's, and each page has one.
     pub const COUNT: u32 = 8;
 }
 
+/// The most notify pages a function may have: MSI-X has 2048 vectors.
+pub const NOTIFY_PAGES_MAX: u32 = 2040;
 /// The least number of vectors a host function has.
 pub const HOST_VECTORS_MIN: u32 = 128;

@@ -18,6 +18,8 @@ pub struct Profile {
     pub registers: u32,
     /// The BAR with card memory.
     pub memory: u32,
+    /// The BAR with notify pages, where the card has any.
+    pub notify: u32,
 }
 
 /// A side of a card.
@@ -47,6 +49,7 @@ pub const PROFILES: &[Profile] = &[Profile {
     ],
     registers: bar::REGISTERS,
     memory: bar::MEMORY,
+    notify: bar::NOTIFY,
 }];
 
 impl Profile {

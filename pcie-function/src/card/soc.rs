@@ -83,6 +83,7 @@ pub struct SocCard<T> {
     /// Readable with `event`, or when the transport is lost.
     lost: Epoll,
     vectors: u32,
+    notify_pages: u32,
 }
 
 /// What the function and its windows share.
@@ -118,7 +119,8 @@ impl<T: Transport> SocCard<T> {
         let generation = State::read(&transport)?.generation;
         let queue = Mutex::new(Queue::new(memory, iova, generation));
         let shared = Arc::new(Shared { transport, queue, generation: AtomicU32::new(generation) });
-        Ok(Self { card, shared, bells, event, lost, vectors: identity.vectors })
+        let Identity { vectors, notify_pages, .. } = identity;
+        Ok(Self { card, shared, bells, event, lost, vectors, notify_pages })
     }
 }
 
@@ -155,6 +157,18 @@ impl<T: Transport> SocFunction for SocCard<T> {
 
     fn doorbell(&self, bell: Doorbell) -> BorrowedFd<'_> {
         self.bells[bell as usize].as_fd()
+    }
+
+    fn notify_pages(&self) -> u32 {
+        self.notify_pages
+    }
+
+    fn set_notify(&self, page: u32, event: BorrowedFd<'_>) -> Result<(), FunctionError> {
+        if page >= self.notify_pages {
+            let why = format!("the function has {} notify pages, and none of number {page}", self.notify_pages);
+            return Err(FunctionError::Unusable(why));
+        }
+        self.shared.transport.set_vector(soc_vector::COUNT + page, event)
     }
 
     fn generation(&self) -> u32 {
@@ -308,6 +322,7 @@ impl<T: Transport> BusMemory for CardRemote<T> {
 struct Identity {
     memory: u64,
     vectors: u32,
+    notify_pages: u32,
 }
 
 impl Identity {
@@ -319,7 +334,11 @@ impl Identity {
             let why = format!("what is plugged in has {memory:#x} bytes of memory and role {role}");
             return Err(FunctionError::Unusable(why));
         }
-        Ok(Self { memory, vectors })
+        let notify_pages = transport.read32(register::NOTIFY_PAGES)?;
+        if notify_pages > card::NOTIFY_PAGES_MAX {
+            return Err(FunctionError::Unusable(format!("what is plugged in has {notify_pages} notify pages")));
+        }
+        Ok(Self { memory, vectors, notify_pages })
     }
 }
 

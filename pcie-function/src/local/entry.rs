@@ -1,8 +1,10 @@
 //! One mapping of host memory as the SoC's end uses it: revoking it is the fence that an IOMMU's unmap is.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use crate::{BusMemory, Window};
+use crate::{BusMemory, MemoryFile, Window};
 
 /// A mapping that the host announced, until it is revoked.
 ///
@@ -13,6 +15,8 @@ use crate::{BusMemory, Window};
 #[derive(Debug)]
 pub(super) struct Entry {
     window: Window,
+    file: Arc<OwnedFd>,
+    offset: u64,
     device_writes: bool,
     revoked: AtomicBool,
     users: AtomicU32,
@@ -28,8 +32,10 @@ impl Drop for User<'_> {
 }
 
 impl Entry {
-    pub(super) fn new(window: Window, device_writes: bool) -> Self {
-        Self { window, device_writes, revoked: AtomicBool::new(false), users: AtomicU32::new(0) }
+    /// Of memory of `file` from `offset` on.
+    pub(super) fn new(window: Window, file: OwnedFd, offset: u64, device_writes: bool) -> Self {
+        let file = Arc::new(file);
+        Self { window, file, offset, device_writes, revoked: AtomicBool::new(false), users: AtomicU32::new(0) }
     }
 
     /// Bytes.
@@ -40,6 +46,12 @@ impl Entry {
     /// Whether the SoC may write.
     pub(super) fn device_writes(&self) -> bool {
         self.device_writes
+    }
+
+    /// The file from byte `from` of the mapping on. Revoking doesn't take it back from who has it.
+    pub(super) fn file(&self, from: usize) -> MemoryFile {
+        let (offset, len) = (self.offset + from as u64, (self.len() - from) as u64);
+        MemoryFile { file: self.file.clone(), offset, len }
     }
 
     /// Accesses the memory; `None` if it is revoked, or the host took the pages behind it away: what was read is nothing then.

@@ -71,10 +71,10 @@ impl LocalHost {
         Ok(())
     }
 
-    /// Waits for the SoC's end to say that it has done what it was told.
-    fn done(&self) -> Result<(), FunctionError> {
+    /// Waits for the SoC's end to say that it has done what it was told; the descriptors that it sends with that.
+    fn done(&self) -> Result<Vec<OwnedFd>, FunctionError> {
         let why = match Message::receive(self.socket.as_fd()) {
-            Ok(Some((Message::Done, _))) => return Ok(()),
+            Ok(Some((Message::Done, fds))) => return Ok(fds),
             Ok(Some(_)) => FunctionError::Unusable("the function's other end broke its protocol".into()),
             Ok(None) => return Err(BusError::Gone.into()),
             Err(FunctionError::Os(_, Errno::EAGAIN)) => FunctionError::Unusable(format!(
@@ -129,7 +129,11 @@ impl HostFunction for LocalHost {
             return Err(FunctionError::Unusable(format!("nothing is mapped at IOVA {iova:#x}")));
         }
         Message::Unmap { iova }.send(self.socket.as_fd(), &[])?;
-        self.done()
+        self.done().map(drop)
+    }
+
+    fn pins(&self) -> bool {
+        false
     }
 
     fn vectors(&self) -> u32 {
@@ -140,8 +144,10 @@ impl HostFunction for LocalHost {
         self.vectors.get(vector as usize).map(AsFd::as_fd)
     }
 
-    fn doorbell_event(&self, bell: crate::Doorbell) -> Option<BorrowedFd<'_>> {
-        Some(self.bells[bell as usize].as_fd())
+    fn shared(&self, event: u32) -> Result<OwnedFd, FunctionError> {
+        Message::Shared { event }.send(self.socket.as_fd(), &[])?;
+        let fds = <[OwnedFd; 1]>::try_from(self.done()?);
+        fds.map(|[fd]| fd).map_err(|_| FunctionError::Unusable(format!("no eventfd {event} is shared")))
     }
 
     fn lost_event(&self) -> BorrowedFd<'_> {

@@ -33,7 +33,9 @@ pub(super) enum Message {
     Map { iova: u64, len: u64, offset: u64, device_writes: bool },
     /// Host: what was mapped at `iova` is not any more.
     Unmap { iova: u64 },
-    /// SoC: the last Map or Unmap is done.
+    /// Host: asks for the eventfd that was shared by this number.
+    Shared { event: u32 },
+    /// SoC: what the host said last is done. Behind [`Message::Shared`], with the eventfd, if there is one.
     Done,
 }
 
@@ -47,6 +49,7 @@ impl Message {
             Self::Map { iova, len, offset, device_writes } => [MAGIC, 3, iova, len, offset, device_writes.into()],
             Self::Unmap { iova } => [MAGIC, 4, iova, 0, 0, 0],
             Self::Done => [MAGIC, 5, 0, 0, 0, 0],
+            Self::Shared { event } => [MAGIC, 6, event.into(), 0, 0, 0],
         }
     }
 
@@ -57,6 +60,7 @@ impl Message {
             [MAGIC, 3, iova, len, offset, w @ (0 | 1)] => Some(Self::Map { iova, len, offset, device_writes: w == 1 }),
             [MAGIC, 4, iova, 0, 0, 0] => Some(Self::Unmap { iova }),
             [MAGIC, 5, 0, 0, 0, 0] => Some(Self::Done),
+            [MAGIC, 6, event, 0, 0, 0] => Some(Self::Shared { event: u32::try_from(event).ok()? }),
             _ => None,
         }
     }
@@ -164,8 +168,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_parsed_message_says_the_same_again(kind in 0u64..7, words: [u64; 4]) {
-            let words = [MAGIC, kind, words[0], words[1], words[2], words[3] % 3];
+        fn a_parsed_message_says_the_same_again(kind in 0u64..8, words: [u64; 4]) {
+            let mut words = [MAGIC, kind, words[0], words[1], words[2], words[3] % 3];
+            if kind == 6 {
+                words = [MAGIC, kind, words[2] >> 31, 0, 0, 0];
+            }
             if let Some(message) = Message::parse(words) {
                 prop_assert_eq!(message.to_words(), words);
             }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -13,10 +13,14 @@ use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, UnixAddr, co
 use super::entry::Entry;
 use super::message::{Message, is_sealed, limit_waits};
 use crate::function::{eventfd, signal};
-use crate::{BusError, BusMemory, Doorbell, FunctionError, Iova, Mapping, Reach, SocFunction, Window, Windowed};
+use crate::{
+    BusError, BusMemory, Doorbell, FunctionError, Iova, Mapping, MemoryFile, Reach, SocFunction, Window, Windowed,
+};
 
 /// Most mappings that a host's end may announce: a VM has at most 64 of RAM, and a few mailboxes.
 const MOST_MAPPINGS: usize = 256;
+/// Most eventfds that wait for the host's end to ask for them.
+const MOST_SHARED: usize = 64;
 /// IOVAs are mapped by pages of so many bytes.
 const PAGE: u64 = 4096;
 /// Most vectors: MSI-X has no more than 2048.
@@ -41,11 +45,19 @@ pub struct LocalSoc {
 struct Shared {
     socket: OwnedFd,
     table: RwLock<BTreeMap<Iova, Arc<Entry>>>,
+    offers: Mutex<Offers>,
     lost: AtomicBool,
     /// A posted write that faulted: later flushes say so.
     faulted: AtomicBool,
     lost_event: OwnedFd,
     failure: LocalFailure,
+}
+
+/// Eventfds that the host's end may ask for, once each.
+#[derive(Debug, Default)]
+struct Offers {
+    next: u32,
+    waiting: BTreeMap<u32, OwnedFd>,
 }
 
 /// Why this end gave a function up, where it was this end.
@@ -131,6 +143,7 @@ impl LocalSoc {
         let shared = Arc::new(Shared {
             socket,
             table: RwLock::default(),
+            offers: Mutex::default(),
             lost: AtomicBool::new(false),
             faulted: AtomicBool::new(false),
             lost_event: eventfd()?,
@@ -181,13 +194,15 @@ impl Shared {
     /// Obeys until the host's end hangs up.
     fn obey_all(&self) -> Result<(), FunctionError> {
         while let Some((message, fds)) = Message::receive(self.socket.as_fd())? {
-            self.obey(message, fds)?;
-            Message::Done.send(self.socket.as_fd(), &[])?;
+            let event = self.obey(message, fds)?;
+            let event: Vec<_> = event.iter().map(AsRawFd::as_raw_fd).collect();
+            Message::Done.send(self.socket.as_fd(), &event)?;
         }
         Ok(())
     }
 
-    fn obey(&self, message: Message, fds: Vec<OwnedFd>) -> Result<(), FunctionError> {
+    /// Does what the host's end says; what it asked for.
+    fn obey(&self, message: Message, fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>, FunctionError> {
         let broken = || FunctionError::Unusable("the function's other end broke its protocol".into());
         let table = || self.table.write().unwrap_or_else(PoisonError::into_inner);
         match message {
@@ -205,16 +220,21 @@ impl Shared {
                     return Err(broken());
                 }
                 let window = Mapping::guarded(fd.as_fd(), offset, size, Reach::Local)?.window();
-                table.insert(iova, Arc::new(Entry::new(window, device_writes)));
-                Ok(())
+                table.insert(iova, Arc::new(Entry::new(window, fd, offset, device_writes)));
+                Ok(None)
             }
             Message::Unmap { iova } => {
                 let entry = table().remove(&iova).ok_or_else(broken)?;
                 entry.revoke();
-                Ok(())
+                Ok(None)
             }
+            Message::Shared { event } => Ok(self.offers().waiting.remove(&event)),
             _ => Err(broken()),
         }
+    }
+
+    fn offers(&self) -> MutexGuard<'_, Offers> {
+        self.offers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The mapping that holds all of `len` bytes at `iova`, and where in it they start.
@@ -272,6 +292,28 @@ impl SocFunction for LocalSoc {
 
     fn generation(&self) -> u32 {
         1
+    }
+
+    fn is_near(&self) -> bool {
+        true
+    }
+
+    fn file(&self, iova: Iova) -> Option<MemoryFile> {
+        let (entry, from) = self.shared.find(iova, 1).ok()?;
+        entry.device_writes().then(|| entry.file(from))
+    }
+
+    fn share(&self, event: BorrowedFd<'_>) -> Option<u32> {
+        let event = event.try_clone_to_owned().ok()?;
+        let mut offers = self.shared.offers();
+        // A host that asks for none of them costs so many descriptors, and no more.
+        if offers.waiting.len() >= MOST_SHARED {
+            return None;
+        }
+        let number = offers.next;
+        offers.next = number.wrapping_add(1);
+        offers.waiting.insert(number, event);
+        Some(number)
     }
 
     fn lost_event(&self) -> BorrowedFd<'_> {

@@ -10,7 +10,8 @@ use crate::{Bell, BusError, Doorbell, FunctionError, HostFunction, Iova};
 
 /// The host's end of another function, modelled.
 ///
-/// KVM can't ring its doorbells ([`HostFunction::doorbell_event`] gives none): that would be neither counted nor delayed.
+/// It shares no eventfds ([`HostFunction::shared`]) and has no notify pages: what KVM signals, or the guest writes, by itself would be
+/// neither counted nor delayed.
 #[derive(Debug)]
 pub struct ModelledHost<F> {
     pub(super) inner: F,

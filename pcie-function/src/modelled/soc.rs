@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::counts::Crossings;
 use super::link::{End, Link, Side};
 use super::window::ModelledWindow;
-use crate::{BusError, Doorbell, Iova, SocFunction};
+use crate::{BusError, Doorbell, FunctionError, Iova, MemoryFile, SocFunction};
 
 /// The SoC's end of another function, modelled.
 #[derive(Debug)]
@@ -82,6 +82,29 @@ impl<F: SocFunction> SocFunction for ModelledSoc<F> {
 
     fn doorbell(&self, bell: Doorbell) -> BorrowedFd<'_> {
         self.inner.doorbell(bell)
+    }
+
+    fn is_near(&self) -> bool {
+        self.end.is_none() && self.inner.is_near()
+    }
+
+    /// Nothing is counted where the host signals it: it crosses no bus. A link that takes time has none.
+    fn share(&self, event: BorrowedFd<'_>) -> Option<u32> {
+        if self.end.is_some() { None } else { self.inner.share(event) }
+    }
+
+    /// What others do to it is not counted. A link that takes time has none.
+    fn file(&self, iova: Iova) -> Option<MemoryFile> {
+        if self.end.is_some() { None } else { self.inner.file(iova) }
+    }
+
+    /// As with shared eventfds: the guest's write is neither counted nor held back, so a link that takes time has none.
+    fn notify_pages(&self) -> u32 {
+        if self.end.is_some() { 0 } else { self.inner.notify_pages() }
+    }
+
+    fn set_notify(&self, page: u32, event: BorrowedFd<'_>) -> Result<(), FunctionError> {
+        self.inner.set_notify(page, event)
     }
 
     fn generation(&self) -> u32 {

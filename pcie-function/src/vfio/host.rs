@@ -21,6 +21,7 @@ pub struct VfioHost {
     opened: Opened,
     registers: Window,
     card: Window,
+    notify: Option<Window>,
     generation: u32,
     /// Made when they are first asked for: an idle function takes no interrupts of the host.
     vectors: Vec<OnceCell<OwnedFd>>,
@@ -41,9 +42,10 @@ impl VfioHost {
             registers.load_u32(register::VERSION as usize),
         )?;
         let generation = state(&registers)?;
+        let notify = opened.map_notify_pages(registers.load_u32(register::NOTIFY_PAGES as usize))?;
         let count = registers.load_u32(register::VECTORS as usize).min(opened.vectors);
         let vectors = (0..count).map(|_| OnceCell::new()).collect();
-        Ok(Self { opened, registers, card, generation, vectors })
+        Ok(Self { opened, registers, card, notify, generation, vectors })
     }
 
     /// What the function is for.
@@ -103,6 +105,10 @@ impl HostFunction for VfioHost {
             let _ = place.set(event);
         }
         place.get().map(AsFd::as_fd)
+    }
+
+    fn notify_pages(&self) -> Option<Window> {
+        self.notify.clone()
     }
 
     fn lost_event(&self) -> BorrowedFd<'_> {

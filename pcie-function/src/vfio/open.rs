@@ -11,6 +11,7 @@ use super::domain::Domain;
 use super::sys::{Container, Device, Group};
 use super::sysfs::{DEVICES, Found, find};
 use crate::card::profile::{Profile, Side};
+use crate::card::{NOTIFY_PAGES_MAX, bar};
 use crate::function::eventfd;
 use crate::header::Role;
 use crate::{BusError, FunctionError, Mapping, Window};
@@ -86,6 +87,25 @@ impl Opened {
         let len = usize::try_from(region.size).ok().filter(|len| region.mappable && *len != 0);
         let len = len.ok_or_else(|| FunctionError::Unusable(format!("BAR {bar} of the function can't be mapped")))?;
         Mapping::device(self.device.as_fd(), region.offset, len).map(|mapping| mapping.window())
+    }
+
+    /// Maps the notify pages, of which the card says that it has `count`; none where they can't be mapped.
+    pub(super) fn map_notify_pages(&self, count: u32) -> Result<Option<Window>, FunctionError> {
+        if count == 0 {
+            return Ok(None);
+        }
+        let bar = self.profile.notify;
+        let region = self.device.region(bar).map_err(os("look at a BAR"))?;
+        let len = u64::from(count) * bar::NOTIFY_PAGE;
+        if count > NOTIFY_PAGES_MAX || len > region.size {
+            let why = format!("the card says that it has {count} notify pages, in a BAR of {:#x} bytes", region.size);
+            return Err(FunctionError::Unusable(why));
+        }
+        // The kernel lets no process map what shares a page with something else.
+        if !region.mappable {
+            return Ok(None);
+        }
+        Mapping::device(self.device.as_fd(), region.offset, len as usize).map(|mapping| Some(mapping.window()))
     }
 
     /// Has MSI-X vector `vector` signal `event`. One that came before is delivered now.

@@ -2,7 +2,7 @@
 
 use acpi_tables::aml::{
     Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If, Method, Name, OpRegion,
-    OpRegionSpace, Package, Path, ResourceTemplate, Return, Scope, Store,
+    OpRegionSpace, Package, Path, ResourceTemplate, Return, Scope, Store, While,
 };
 use acpi_tables::{Aml, AmlSink};
 
@@ -73,6 +73,11 @@ pub(super) fn resources(of: &str, descriptors: &[Term]) -> Term {
 
 pub(super) fn when(predicate: &dyn Aml, body: &[Term]) -> Term {
     Term::of(&If::new(predicate, refs(body)))
+}
+
+/// `While`.
+pub(super) fn again(predicate: &dyn Aml, body: &[Term]) -> Term {
+    Term::of(&While::new(predicate, refs(body)))
 }
 
 pub(super) fn store(to: &dyn Aml, value: &dyn Aml) -> Term {

@@ -77,15 +77,15 @@ impl FirmwareTables {
     }
 }
 
-/// Adds the files to a fw_cfg. They are made when firmware asks for them: by then it has put the configuration space's window where
-/// `ecam` (base, bytes) tells.
+/// Adds the files to a fw_cfg. They are made when firmware asks for them, of `config` as `update` changes it: by then it has put the
+/// configuration space's window where it wants it, and there may be other processors than at the start.
 ///
 /// # Errors
 /// There are more than [`MAX_CPUS`].
 pub fn add_files(
     builder: Builder,
     config: &AcpiConfig,
-    ecam: impl Fn() -> Option<(u64, u64)> + Clone + Send + 'static,
+    update: impl Fn(&mut AcpiConfig) + Clone + Send + 'static,
 ) -> Result<Builder, AcpiError> {
     // The tables are longest where there is a window to tell of.
     let mut longest = config.clone();
@@ -97,9 +97,7 @@ pub fn add_files(
         let config = config.clone();
         move || {
             let mut config = config.clone();
-            if let Some(pci) = &mut config.pci {
-                pci.ecam = ecam();
-            }
+            update(&mut config);
             FirmwareTables::build(&config)
         }
     };

@@ -3,6 +3,8 @@
 //! The tables are built once, with offsets for addresses, and leave by two ways: placed in guest memory for a kernel that boots without
 //! firmware ([`AcpiTables`]), or as files of fw_cfg with a script by which firmware places them ([`FirmwareTables`], [`add_files`]).
 
+use std::collections::BTreeSet;
+
 use acpi_tables::Aml;
 use acpi_tables::sdt::Sdt;
 
@@ -35,8 +37,10 @@ const OEM_REVISION: u32 = 1;
 /// What the tables tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AcpiConfig {
-    /// APIC ID of each vCPU, the boot processor first; the index is its ACPI processor UID.
+    /// APIC ID of each vCPU that there can be, the boot processor first; the index is its ACPI processor UID.
     pub apic_ids: Vec<u32>,
+    /// vCPUs that are not there yet: indices into `apic_ids`. The tables are as long with as without them.
+    pub absent: BTreeSet<usize>,
     /// How many serial ports there are: of COM1 to COM4 the first so many.
     pub serial_ports: u8,
     /// Whether the i8042's keyboard port is there (I/O 0x60 and 0x64, IRQ 1).

@@ -141,6 +141,24 @@ fn processors_beyond_254_are_x2apics() {
 }
 
 #[test]
+fn processors_that_are_not_there_yet_can_come() {
+    let config = AcpiConfig { absent: [2, 298].into(), ..config(300) };
+    let (with, without) =
+        (AcpiTables::new(&config, 0x2000_0000).unwrap(), AcpiTables::new(&self::config(300), 0x2000_0000));
+    let len = |tables: &AcpiTables| tables.pieces().map(|(at, bytes)| (at, bytes.len())).collect::<Vec<_>>();
+    assert_eq!(len(&with), len(&without.unwrap()));
+    let guest = Guest(&with);
+    let flags = structures(guest.find(b"APIC")).into_iter().filter_map(|structure| match structure[0] {
+        0 => Some(u32_at(structure, 4)),
+        9 => Some(u32_at(structure, 8)),
+        _ => None,
+    });
+    // Not enabled, online capable.
+    let absent: Vec<_> = flags.enumerate().filter(|(_, flags)| *flags != 1).collect();
+    assert_eq!(absent, [(2, 2), (298, 2)]);
+}
+
+#[test]
 fn lines_that_differ_from_isa_are_told() {
     let tables = AcpiTables::new(&config(1), 0x2000_0000).unwrap();
     let guest = Guest(&tables);
@@ -193,7 +211,8 @@ fn acpica_reads_the_tables() {
     if let Some(pci) = &mut acpi_hotplug.pci {
         (pci.hotplug, pci.ecam) = (Hotplug::Acpi, None);
     }
-    for config in [config(300), full(), acpi_hotplug] {
+    let absent = AcpiConfig { absent: (1..6).chain(290..300).collect(), ..full() };
+    for config in [config(1), config(300), full(), acpi_hotplug, absent] {
         let tables = AcpiTables::new(&config, 0x2000_0000).unwrap();
         let guest = Guest(&tables);
         let mut all = guest.tables();
@@ -323,7 +342,10 @@ fn files_tell_the_window_in_force_and_keep_their_length() {
     let mut config = full();
     let ecam = Arc::new(Mutex::new(None));
     let now = ecam.clone();
-    let mut reader = Reader::new(|builder| add_files(builder, &config, move || *now.lock().unwrap()).unwrap());
+    let mut reader = Reader::new(|builder| {
+        let update = move |config: &mut AcpiConfig| config.pci.as_mut().unwrap().ecam = *now.lock().unwrap();
+        add_files(builder, &config, update).unwrap()
+    });
     let before = reader.files();
     for window in [None, Some((0xe000_0000, 0x1000_0000)), Some((0xc000_0000, 0x400_0000)), Some((1 << 40, 1 << 28))] {
         *ecam.lock().unwrap() = window;

@@ -27,6 +27,36 @@ pub enum BlockError {
     /// Asked to write.
     #[error("the disk is read-only")]
     ReadOnly,
+    /// Asked to be smaller.
+    #[error("the disk has {size} bytes and would lose what is behind byte {wanted}: a disk in use only grows")]
+    Shrinks {
+        /// Bytes of the disk.
+        size: u64,
+        /// Bytes asked for.
+        wanted: u64,
+    },
+    /// Asked for a size that no disk has.
+    #[error("a disk can't have {wanted} bytes: give a multiple of 512, below 8 EiB")]
+    OddSize {
+        /// Bytes asked for.
+        wanted: u64,
+    },
+    /// Asked to grow, which this kind can't.
+    #[error("a disk of this kind can't grow")]
+    FixedSize,
+}
+
+impl BlockError {
+    /// Whether the image, or the file system that it is on, is full: a retry may do better once there is room.
+    pub fn is_no_space(&self) -> bool {
+        let full = |error: &io::Error| {
+            matches!(
+                error.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+            )
+        };
+        matches!(self, Self::Image { source: ImageProblem::Io { source, .. }, .. } if full(source))
+    }
 }
 
 /// What is wrong with an image.
@@ -49,6 +79,14 @@ pub enum ImageProblem {
     /// No bytes.
     #[error("it is empty: make it as large as the disk shall be (truncate -s 10G FILE)")]
     Empty,
+    /// A block device that was to grow, and hasn't.
+    #[error("it is a block device of {len} bytes, which are less than {size}: grow the device first")]
+    SmallDevice {
+        /// Bytes wanted.
+        size: u64,
+        /// Bytes there.
+        len: u64,
+    },
     /// Someone cut it off while it was used.
     #[error("it is shorter than when it was opened: restore it")]
     Shrunk,

@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::libc;
+use nix::unistd::{SysconfVar, sysconf};
 
 use super::error::ImageProblem;
+use super::queue::{BUFFER_ALIGN, Buffer};
 use super::spec::ImageFormat;
 
 /// The first bytes of a qcow2 file.
@@ -19,6 +21,8 @@ pub(super) const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 // What can fail, and what the user can look at.
 const OPEN: &str = "open it (check its path and permissions)";
 const OPEN_TO_WRITE: &str = "open it to write (check its permissions, or say readonly=on)";
+const OPEN_DIRECT: &str = "open it past the page cache (its file system must know O_DIRECT; else say cache=writeback)";
+const GROW: &str = "grow it (check its permissions and the room on its file system)";
 const EXAMINE: &str = "examine it (check the file system that it is on)";
 pub(super) const READ: &str = "read it (check the disk that it is on)";
 pub(super) const WRITE: &str = "write it (check the disk that it is on)";
@@ -52,6 +56,17 @@ pub(super) struct Opened {
     /// Bytes.
     pub(super) len: u64,
     pub(super) id: FileId,
+    /// The same file past the page cache, where that is wanted.
+    pub(super) direct: Option<Direct>,
+}
+
+/// A file opened with O_DIRECT (open(2)).
+#[derive(Debug)]
+pub(super) struct Direct {
+    pub(super) file: File,
+    /// What addresses, places and lengths must be multiples of. Above 512 it is no less than a page: the page cache, through which
+    /// everything else goes, then never has a part of what is transferred past it.
+    pub(super) align: u64,
 }
 
 impl Opened {
@@ -64,7 +79,8 @@ impl Opened {
             // What it is matters more than that it can't be written.
             Err(error) if !read_only && error.kind() != io::ErrorKind::NotFound => match open(false) {
                 Ok(file) if !is_disk(&file) => file,
-                _ => return Err(failed(OPEN_TO_WRITE)(error)),
+                Ok(_) => return Err(failed(OPEN_TO_WRITE)(error)),
+                Err(_) => return Err(failed(OPEN)(error)),
             },
             other => other.map_err(failed(OPEN))?,
         };
@@ -87,22 +103,66 @@ impl Opened {
         if len == 0 {
             return Err(ImageProblem::Empty);
         }
-        Ok(Self { file, path: path.into(), read_only, len, id: FileId::of(&metadata) })
+        Ok(Self { file, path: path.into(), read_only, len, id: FileId::of(&metadata), direct: None })
+    }
+
+    /// Opens it past the page cache as well.
+    pub(super) fn past_cache(mut self) -> Result<Self, ImageProblem> {
+        let direct = || {
+            let mut options = OpenOptions::new();
+            options.read(true).write(!self.read_only).custom_flags(OFlag::O_DIRECT.bits());
+            // The same file, whatever has its name by now.
+            let file = options.open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
+            let align = alignment(&file)?;
+            Ok(Direct { file, align })
+        };
+        let direct = direct().map_err(|source| ImageProblem::Io { action: OPEN_DIRECT, source })?;
+        self.direct = Some(direct);
+        Ok(self)
+    }
+
+    /// Makes a file `size` bytes long, which is more than it has; of a block device, looks whether somebody has.
+    pub(super) fn resize(&self, size: u64) -> Result<(), ImageProblem> {
+        let failed = |source| ImageProblem::Io { action: GROW, source };
+        let metadata = self.file.metadata().map_err(failed)?;
+        if metadata.is_file() {
+            return self.file.set_len(size).map_err(failed);
+        }
+        let len = (&self.file).seek(SeekFrom::End(0)).map_err(failed)?;
+        if len < size { Err(ImageProblem::SmallDevice { size, len }) } else { Ok(()) }
     }
 
     /// Fills `buf` from `offset`; the bytes that there were.
     pub(super) fn read_up_to(&self, buf: &mut [u8], offset: u64) -> Result<usize, ImageProblem> {
-        let mut count = 0;
-        while count < buf.len() {
-            match self.file.read_at(&mut buf[count..], offset.saturating_add(count as u64)) {
-                Ok(0) => break,
-                Ok(more) => count += more,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(source) => return Err(ImageProblem::Io { action: READ, source }),
-            }
-        }
-        Ok(count)
+        read_up_to(&self.file, buf, offset).map_err(|source| ImageProblem::Io { action: READ, source })
     }
+}
+
+/// Fills `buf` from `offset`; the bytes that there were.
+pub(super) fn read_up_to(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut count = 0;
+    while count < buf.len() {
+        match file.read_at(&mut buf[count..], offset.saturating_add(count as u64)) {
+            Ok(0) => break,
+            Ok(more) => count += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(count)
+}
+
+/// What a file that is open with O_DIRECT wants to be aligned: it is tried, as there are kernels that don't tell.
+fn alignment(file: &File) -> io::Result<u64> {
+    let mut buffer = Buffer::default();
+    match file.read_at(buffer.front(512), 0) {
+        Ok(_) => return Ok(512),
+        Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => {}
+        Err(error) => return Err(error),
+    }
+    file.read_at(buffer.front(BUFFER_ALIGN), 0)?;
+    let page = sysconf(SysconfVar::PAGE_SIZE)?.unwrap_or(0);
+    Ok((BUFFER_ALIGN as u64).max(page as u64))
 }
 
 fn is_disk(file: &File) -> bool {

@@ -7,6 +7,7 @@ mod error;
 mod file;
 mod lock;
 mod qcow2;
+mod queue;
 mod raw;
 mod spec;
 #[cfg(test)]
@@ -16,6 +17,8 @@ use std::sync::Arc;
 
 pub use error::{BlockError, ImageProblem};
 pub use file::FileId;
+pub use queue::{Aio, BUFFER_ALIGN, BlockQueue, Buffer, Done, Job, Operation, open_queue};
+pub use raw::RawFile;
 pub use spec::{ImageFormat, ImageSpec};
 
 use file::Opened;
@@ -62,6 +65,20 @@ pub trait BlockBackend: Send + Sync {
     /// # Errors
     /// As [`BlockBackend::write_at`].
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), BlockError>;
+
+    /// Makes the disk larger; what is new reads as zeros, unless it is a block device's. Other calls may be under way.
+    ///
+    /// # Errors
+    /// Read-only, not larger, or it can't be; it has its size then.
+    fn grow(&self, size: u64) -> Result<(), BlockError> {
+        check_growth(self, size)?;
+        Err(BlockError::FixedSize)
+    }
+
+    /// The file whose bytes are the disk's, where that is so.
+    fn raw(&self) -> Option<Arc<RawFile>> {
+        None
+    }
 }
 
 /// Opens an image. It stays open, whatever happens to its name.
@@ -78,11 +95,12 @@ pub fn open(spec: &ImageSpec) -> Result<Arc<dyn BlockBackend>, BlockError> {
     let problem = |source| BlockError::Image { path: spec.path.clone(), source };
     let opened = Opened::new(&spec.path, spec.read_only).map_err(problem)?;
     lock::lock(&opened.file, spec.read_only).map_err(problem)?;
-    match file::format_of(&opened, spec.format).map_err(problem)? {
-        ImageFormat::Raw => raw::Raw::new(opened).map(|image| Arc::new(image) as Arc<dyn BlockBackend>),
-        ImageFormat::Qcow2 => qcow2::Qcow2::new(opened).map(|image| Arc::new(image) as Arc<dyn BlockBackend>),
-    }
-    .map_err(problem)
+    let format = file::format_of(&opened, spec.format).map_err(problem)?;
+    let opened = if spec.direct { opened.past_cache().map_err(problem)? } else { opened };
+    Ok(match format {
+        ImageFormat::Raw => Arc::new(raw::Raw::new(opened)),
+        ImageFormat::Qcow2 => Arc::new(qcow2::Qcow2::new(opened).map_err(problem)?),
+    })
 }
 
 /// Writes zeros one by one, where neither a file system nor a format can make them.
@@ -100,5 +118,19 @@ fn check_range(offset: u64, len: u64, size: u64) -> Result<(), BlockError> {
     match offset.checked_add(len) {
         Some(end) if end <= size => Ok(()),
         _ => Err(BlockError::OutOfRange { offset, len, size }),
+    }
+}
+
+/// `Ok` if a disk may become that large.
+fn check_growth(disk: &(impl BlockBackend + ?Sized), wanted: u64) -> Result<(), BlockError> {
+    let size = disk.size();
+    if disk.is_read_only() {
+        Err(BlockError::ReadOnly)
+    } else if !wanted.is_multiple_of(512) || wanted > i64::MAX as u64 {
+        Err(BlockError::OddSize { wanted })
+    } else if wanted < size {
+        Err(BlockError::Shrinks { size, wanted })
+    } else {
+        Ok(())
     }
 }

@@ -7,15 +7,18 @@ mod guard;
 mod header;
 
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use imago::format::PreallocateMode;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, qcow2, raw};
 
 use super::error::{BlockError, ImageProblem};
 use super::file::{self, FileId, Opened};
 use super::lock::lock;
 use super::spec::ImageFormat;
-use super::{BlockBackend, check_range, write_zeros};
+use super::{BlockBackend, check_growth, check_range, write_zeros};
+use crate::cli::with_causes;
 use guard::{Guarded, Shrunk};
 use header::Header;
 
@@ -24,6 +27,7 @@ const DEPTH: usize = 64;
 
 const OPEN: &str = "open it as qcow2 (look at it with qemu-img check)";
 const READ: &str = "read it (check the disk that it is on, and the image with qemu-img check)";
+const GROW: &str = "grow it (check the room on its file system, and the image with qemu-img check)";
 const WRITE: &str = "write it (check the disk that it is on, and the image with qemu-img check)";
 
 /// A qcow2 image with its backing files.
@@ -34,7 +38,9 @@ pub(super) struct Qcow2 {
     /// The chain from the top.
     files: Vec<FileId>,
     path: PathBuf,
-    size: u64,
+    size: AtomicU64,
+    /// Bytes of the disk that it stands on; 0 without one.
+    backing_size: u64,
     read_only: bool,
 }
 
@@ -42,20 +48,24 @@ impl Qcow2 {
     pub(super) fn new(opened: Opened) -> Result<Self, ImageProblem> {
         let (path, read_only) = (opened.path.clone(), opened.read_only);
         let mut files = Vec::new();
-        let image = open_qcow2(opened, &mut files)?;
-        let size = image.size();
-        Ok(Self { image: RwLock::new(image), files, path, size, read_only })
+        let (image, backing_size) = open_qcow2(opened, &mut files)?;
+        let size = image.size().into();
+        Ok(Self { image: RwLock::new(image), files, path, size, backing_size, read_only })
     }
 
     fn image(&self) -> RwLockReadGuard<'_, FormatAccess<Guarded>> {
         self.image.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn image_alone(&self) -> RwLockWriteGuard<'_, FormatAccess<Guarded>> {
+        self.image.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn check_write(&self, offset: u64, len: u64) -> Result<(), BlockError> {
         if self.read_only {
             return Err(BlockError::ReadOnly);
         }
-        check_range(offset, len, self.size)
+        check_range(offset, len, self.size())
     }
 
     fn failed(&self, action: &'static str) -> impl Fn(std::io::Error) -> BlockError {
@@ -71,9 +81,22 @@ impl Qcow2 {
     }
 }
 
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        if self.read_only {
+            return;
+        }
+        // What its tables have in memory: it has nowhere else to go, and nobody else to tell.
+        if let Err(e) = self.image_alone().flush().map_err(self.failed(WRITE)) {
+            let why = with_causes(&e);
+            tracing::error!("{why}: what was written last is lost; repair it (qemu-img check -r all)");
+        }
+    }
+}
+
 impl BlockBackend for Qcow2 {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     fn is_read_only(&self) -> bool {
@@ -85,7 +108,7 @@ impl BlockBackend for Qcow2 {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
-        check_range(offset, buf.len() as u64, self.size)?;
+        check_range(offset, buf.len() as u64, self.size())?;
         self.image().read(buf, offset).map_err(self.failed(READ))
     }
 
@@ -104,7 +127,7 @@ impl BlockBackend for Qcow2 {
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError> {
         self.check_write(offset, len)?;
-        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        let mut image = self.image_alone();
         match image.discard_to_any(offset, len) {
             // Version 2 has no clusters that are known to be zeros.
             Err(error) if error.kind() == std::io::ErrorKind::Unsupported => Ok(()),
@@ -115,7 +138,7 @@ impl BlockBackend for Qcow2 {
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), BlockError> {
         self.check_write(offset, len)?;
         if may_unmap {
-            let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+            let mut image = self.image_alone();
             match image.discard_to_zero(offset, len) {
                 Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {}
                 done => return done.map_err(self.failed(WRITE)),
@@ -128,10 +151,23 @@ impl BlockBackend for Qcow2 {
             done => done.map_err(self.failed(WRITE)),
         }
     }
+
+    fn grow(&self, size: u64) -> Result<(), BlockError> {
+        check_growth(self, size)?;
+        let image = self.image_alone();
+        let old = self.size();
+        // What the disk that it stands on has there was never this one's.
+        let how = if self.backing_size > old { PreallocateMode::Zero } else { PreallocateMode::None };
+        let grown = if size > old { image.resize_grow(size, how) } else { Ok(()) };
+        // The header that says so is there before the guest relies on it.
+        grown.and_then(|()| image.flush()).and_then(|()| image.sync()).map_err(self.failed(GROW))?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
 }
 
-/// Opens the image and all that it stands on; `above` are the files that stand on it, and gets all of these.
-fn open_qcow2(opened: Opened, above: &mut Vec<FileId>) -> Result<FormatAccess<Guarded>, ImageProblem> {
+/// Opens the image and all that it stands on, and says how large the disk is that it stands on; `above` are the files that stand on it, and gets all of these.
+fn open_qcow2(opened: Opened, above: &mut Vec<FileId>) -> Result<(FormatAccess<Guarded>, u64), ImageProblem> {
     let header = Header::read(&opened)?;
     above.push(opened.id);
     let backing = match header.backing {
@@ -144,7 +180,7 @@ fn open_qcow2(opened: Opened, above: &mut Vec<FileId>) -> Result<FormatAccess<Gu
                 Some("qcow2") => Some(ImageFormat::Qcow2),
                 Some(other) => return Err(ImageProblem::BackingFormat(other.into())),
             };
-            let image = open_backing(&path, format, above);
+            let image = open_backing(&path, format, opened.direct.is_some(), above);
             Some(image.map_err(|source| match source {
                 // Of a long chain the first file and the one at fault are enough.
                 ImageProblem::Backing { .. } => source,
@@ -153,16 +189,19 @@ fn open_qcow2(opened: Opened, above: &mut Vec<FileId>) -> Result<FormatAccess<Gu
         }
     };
     let writable = !opened.read_only;
+    let backing_size = backing.as_ref().map_or(0, FormatAccess::size);
     let image = Guarded::new(opened, header.cluster).and_then(|file| {
         qcow2::Qcow2::<Guarded>::builder(file).write(writable).backing(backing).open(DenyImplicitOpenGate::default())
     });
-    image.map(FormatAccess::new).map_err(|source| ImageProblem::Io { action: OPEN, source })
+    let image = image.map_err(|source| ImageProblem::Io { action: OPEN, source })?;
+    Ok((FormatAccess::new(image), backing_size))
 }
 
 /// Opens a backing file, which is only read.
 fn open_backing(
     path: &Path,
     format: Option<ImageFormat>,
+    direct: bool,
     above: &mut Vec<FileId>,
 ) -> Result<FormatAccess<Guarded>, ImageProblem> {
     if above.len() == DEPTH {
@@ -173,8 +212,10 @@ fn open_backing(
         return Err(ImageProblem::BackingLoop);
     }
     lock(&opened.file, true)?;
-    match file::format_of(&opened, format)? {
-        ImageFormat::Qcow2 => open_qcow2(opened, above),
+    let format = file::format_of(&opened, format)?;
+    let opened = if direct { opened.past_cache()? } else { opened };
+    match format {
+        ImageFormat::Qcow2 => open_qcow2(opened, above).map(|(image, _)| image),
         ImageFormat::Raw => {
             above.push(opened.id);
             let image =

@@ -1,15 +1,17 @@
 //! Raw images: the disk's bytes in a file or on a block device.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::error::{BlockError, ImageProblem};
-use super::file::{FileId, Opened, WRITE};
-use super::{BlockBackend, check_range, write_zeros};
+use super::file::{FileId, Opened, READ, WRITE, read_up_to};
+use super::{BlockBackend, check_growth, check_range, write_zeros};
 
 /// Bytes of the smallest unit that a disk has.
 const SECTOR: u64 = 512;
@@ -19,71 +21,113 @@ const SECTOR: u64 = 512;
 /// Like QEMU, it rounds an odd size up: what the file lacks of the last sector reads as zeros, and the file grows when that sector
 /// is written.
 #[derive(Debug)]
-pub(super) struct Raw {
+pub(super) struct Raw(Arc<RawFile>);
+
+/// A file whose bytes are the disk's. Who calls the system himself finds here what to call, and what an answer means.
+#[derive(Debug)]
+pub struct RawFile {
     opened: Opened,
-    size: u64,
+    /// Bytes that the file must at least have.
+    len: AtomicU64,
 }
 
 impl Raw {
-    pub(super) fn new(opened: Opened) -> Result<Self, ImageProblem> {
-        let size = opened.len.next_multiple_of(SECTOR);
-        Ok(Self { opened, size })
-    }
-
-    fn path(&self) -> PathBuf {
-        self.opened.path.clone()
-    }
-
-    fn failed(&self, source: ImageProblem) -> BlockError {
-        BlockError::Image { path: self.path(), source }
-    }
-
-    fn write_failed(&self, source: impl Into<io::Error>) -> BlockError {
-        self.failed(ImageProblem::Io { action: WRITE, source: source.into() })
+    pub(super) fn new(opened: Opened) -> Self {
+        let len = opened.len.into();
+        Self(Arc::new(RawFile { opened, len }))
     }
 
     fn check_write(&self, offset: u64, len: u64) -> Result<(), BlockError> {
-        if self.opened.read_only {
+        if self.is_read_only() {
             return Err(BlockError::ReadOnly);
         }
-        check_range(offset, len, self.size)
+        check_range(offset, len, self.size())
     }
 
     /// Has the file system do it; whether it could.
     fn allocate(&self, how: FallocateFlags, offset: u64, len: u64) -> Result<bool, BlockError> {
-        let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
         // The size is a file's, which the system counts with a sign.
         let (at, count) = (offset.cast_signed(), len.cast_signed());
         loop {
-            match fallocate(&self.opened.file, how | keep, at, count) {
+            match fallocate(&self.0.opened.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, at, count) {
                 Ok(()) => return Ok(true),
                 Err(Errno::EINTR) => {}
-                // EINVAL: of a block device, what is no multiple of its sector.
-                Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => return Ok(false),
-                Err(errno) => return Err(self.write_failed(errno)),
+                Err(errno) if RawFile::cant_allocate(errno) => return Ok(false),
+                Err(errno) => return Err(self.0.write_failed(errno)),
             }
         }
     }
 }
 
-impl BlockBackend for Raw {
-    fn size(&self) -> u64 {
-        self.size
+impl RawFile {
+    /// Bytes of the disk.
+    pub(super) fn size(&self) -> u64 {
+        self.len.load(Ordering::Acquire).next_multiple_of(SECTOR)
     }
 
-    fn is_read_only(&self) -> bool {
+    pub(super) fn is_read_only(&self) -> bool {
         self.opened.read_only
     }
 
+    /// The descriptor for a transfer: past the page cache where that is wanted and place and memory are aligned for it.
+    pub(super) fn file_for(&self, memory: *const u8, offset: u64, len: usize) -> &File {
+        let file = self.opened.direct.as_ref();
+        let fits = |align: u64| [memory.addr() as u64, offset, len as u64].iter().all(|n| n.is_multiple_of(align));
+        file.filter(|direct| fits(direct.align)).map_or(&self.opened.file, |direct| &direct.file)
+    }
+
+    /// The descriptor for everything else.
+    pub(super) fn file(&self) -> &File {
+        &self.opened.file
+    }
+
+    /// What a read that ends at `end` says: the file's end, behind which the last sector is zeros, or that somebody has cut it off.
+    pub(super) fn check_end(&self, end: u64) -> Result<(), BlockError> {
+        if end < self.len.load(Ordering::Acquire) { Err(self.failed(ImageProblem::Shrunk)) } else { Ok(()) }
+    }
+
+    /// Whether a file system or device says that it can't make holes or zeros there.
+    pub(super) fn cant_allocate(errno: Errno) -> bool {
+        // EINVAL: of a block device, what is no multiple of its sector.
+        matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV)
+    }
+
+    pub(super) fn failed(&self, source: ImageProblem) -> BlockError {
+        BlockError::Image { path: self.opened.path.clone(), source }
+    }
+
+    pub(super) fn read_failed(&self, source: impl Into<io::Error>) -> BlockError {
+        self.failed(ImageProblem::Io { action: READ, source: source.into() })
+    }
+
+    pub(super) fn write_failed(&self, source: impl Into<io::Error>) -> BlockError {
+        self.failed(ImageProblem::Io { action: WRITE, source: source.into() })
+    }
+}
+
+impl BlockBackend for Raw {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.0.is_read_only()
+    }
+
     fn files(&self) -> &[FileId] {
-        std::slice::from_ref(&self.opened.id)
+        std::slice::from_ref(&self.0.opened.id)
+    }
+
+    fn raw(&self) -> Option<Arc<RawFile>> {
+        Some(self.0.clone())
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
-        check_range(offset, buf.len() as u64, self.size)?;
-        let count = self.opened.read_up_to(buf, offset).map_err(|problem| self.failed(problem))?;
-        if count < buf.len() && offset + (count as u64) < self.opened.len {
-            return Err(self.failed(ImageProblem::Shrunk));
+        check_range(offset, buf.len() as u64, self.size())?;
+        let file = self.0.file_for(buf.as_ptr(), offset, buf.len());
+        let count = read_up_to(file, buf, offset).map_err(|error| self.0.read_failed(error))?;
+        if count < buf.len() {
+            self.0.check_end(offset + count as u64)?;
         }
         buf[count..].fill(0);
         Ok(())
@@ -91,14 +135,15 @@ impl BlockBackend for Raw {
 
     fn write_at(&self, data: &[u8], offset: u64) -> Result<(), BlockError> {
         self.check_write(offset, data.len() as u64)?;
-        self.opened.file.write_all_at(data, offset).map_err(|error| self.write_failed(error))
+        let file = self.0.file_for(data.as_ptr(), offset, data.len());
+        file.write_all_at(data, offset).map_err(|error| self.0.write_failed(error))
     }
 
     fn flush(&self) -> Result<(), BlockError> {
-        if self.opened.read_only {
+        if self.is_read_only() {
             return Ok(());
         }
-        self.opened.file.sync_data().map_err(|error| self.write_failed(error))
+        self.0.file().sync_data().map_err(|error| self.0.write_failed(error))
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError> {
@@ -116,5 +161,11 @@ impl BlockBackend for Raw {
             return Ok(());
         }
         write_zeros(self, offset, len)
+    }
+
+    fn grow(&self, size: u64) -> Result<(), BlockError> {
+        check_growth(self, size)?;
+        let resized = self.0.opened.resize(size).map_err(|problem| self.0.failed(problem));
+        resized.map(|()| self.0.len.store(size, Ordering::Release))
     }
 }

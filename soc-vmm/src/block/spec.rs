@@ -20,12 +20,14 @@ pub struct ImageSpec {
     pub format: Option<ImageFormat>,
     /// It is not written.
     pub read_only: bool,
+    /// It is read and written past the page cache (O_DIRECT), and so are the files that it stands on.
+    pub direct: bool,
 }
 
 impl ImageSpec {
     /// An image that is written, its format told by its name.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), format: None, read_only: false }
+        Self { path: path.into(), format: None, read_only: false, direct: false }
     }
 
     /// The same, only read: a CD-ROM.

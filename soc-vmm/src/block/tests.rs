@@ -1,5 +1,6 @@
 //! Images on a real file system.
 
+mod growth;
 mod locks;
 mod opening;
 mod qcow2;
@@ -8,6 +9,7 @@ mod shrunk;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use imago::file::File;
 use imago::qcow2::Qcow2;
@@ -51,7 +53,22 @@ impl Dir {
 }
 
 fn opened(path: &Path) -> Arc<dyn BlockBackend> {
-    open(&ImageSpec::new(path)).unwrap_or_else(|error| panic!("{}", with_causes(&error)))
+    open_anew(&ImageSpec::new(path))
+}
+
+/// Opens an image that was closed before. It may be locked for a moment more: a process that another test has just started holds all that
+/// was open then, until it executes its program.
+pub(super) fn open_anew(spec: &ImageSpec) -> Arc<dyn BlockBackend> {
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        match open(spec) {
+            Ok(image) => return image,
+            Err(BlockError::Image { source: ImageProblem::InUse { .. }, .. }) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => panic!("{}", with_causes(&error)),
+        }
+    }
 }
 
 fn bytes(image: &dyn BlockBackend, offset: u64, len: usize) -> Vec<u8> {

@@ -135,6 +135,25 @@ impl BootPlan {
         self.plan.blobs.push((to, bytes));
     }
 
+    /// Has a kernel find these ACPI tables from the next load on, where the first ones were: each is as long as it was.
+    ///
+    /// # Errors
+    /// As [`AcpiTables::new`].
+    pub fn describe(&mut self, layout: &MemoryLayout, acpi: &AcpiConfig) -> Result<(), BootError> {
+        if self.plan.facs.is_none() {
+            return Ok(());
+        }
+        let tables = AcpiTables::new(acpi, layout.low_end())?;
+        for (to, bytes) in tables.pieces() {
+            if let Some((_, blob)) =
+                self.plan.blobs.iter_mut().find(|(at, blob)| *at == to && blob.len() == bytes.len())
+            {
+                *blob = bytes.to_vec();
+            }
+        }
+        Ok(())
+    }
+
     /// The state in which the boot processor starts. The others start as [`Entry::application_processor`].
     pub fn entry(&self) -> &Entry {
         &self.plan.entry

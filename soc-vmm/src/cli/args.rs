@@ -1,18 +1,24 @@
 //! The command line as clap reads it. What is meant by it, all checks done, is [`super::Invocation`].
 
 use std::ffi::OsString;
+use std::marker::PhantomData;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, builder::PossibleValuesParser, builder::TypedValueParser};
 use tracing::level_filters::LevelFilter;
 
+use super::balloon::BalloonSpec;
+use super::channel::ChannelSpec;
 use super::cpu::Cpus;
-use super::disk::{CdromSpec, DiskSpec};
+use super::disk::{CdromSpec, parse_id};
+use super::entropy::EntropySpec;
 use super::iommu::IommuModel;
-use super::net::NetSpec;
 use super::numa::NumaNode;
 use super::test_device::TestDevice;
-use super::values::{CpuAffinity, DebugconSpec, FunctionSpec, Memory, QmpSocket, SerialSpec};
+use super::values::{CpuAffinity, DebugconSpec, DiskSize, FunctionSpec, Memory, QmpSocket, SerialSpec, ValueError};
+use super::vhost::{AnyDisk, AnyNet, FsSpec};
+use super::vsock::VsockSpec;
 use crate::control::VmName;
 use crate::cpuid::CpuSpec;
 
@@ -79,6 +85,53 @@ pub(super) enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Adds a disk to a VM, and prints its id
+    AddDisk {
+        /// The VM's name
+        name: VmName,
+        /// file=F[,format=raw|qcow2][,readonly=on][,id=I][,…] or vhost-user=SOCKET[,queues=N][,id=I], as of run --disk
+        #[arg(value_name = "SPEC")]
+        spec: DiskText,
+    },
+    /// Adds a network interface to a VM, and prints its id
+    AddNet {
+        /// The VM's name
+        name: VmName,
+        /// tap=NAME or stream=SOCKET, then [,queues=N][,reconnect=S][,mtu=N][,limit-bytes=N][,limit-frames=N][,mac=M][,id=I]; or
+        /// vhost-user=SOCKET[,queues=N][,mac=M][,id=I], as of run --net
+        #[arg(value_name = "SPEC")]
+        spec: NetText,
+    },
+    /// Adds a vCPU to a VM, and prints its id
+    AddCpu {
+        /// The VM's name
+        name: VmName,
+    },
+    /// Takes a disk, a network interface or a vCPU out of a VM, once its guest lets go of it
+    Remove {
+        /// The VM's name
+        name: VmName,
+        /// The device
+        #[arg(value_parser = parse_id)]
+        id: String,
+    },
+    /// Makes a VM's disk larger, while its guest uses it
+    Resize {
+        /// The VM's name
+        name: VmName,
+        /// The disk
+        #[arg(value_parser = parse_id)]
+        id: String,
+        /// The size that it shall have: MiB, or with K, M, G, T
+        size: DiskSize,
+    },
+    /// Has a VM's guest make do with less memory, by its balloon, or gives some back
+    Balloon {
+        /// The VM's name
+        name: VmName,
+        /// The memory that it shall have: MiB, or with K, M, G, T
+        size: DiskSize,
+    },
     #[command(external_subcommand)]
     Other(Vec<OsString>),
 }
@@ -99,7 +152,7 @@ pub(super) struct RunArgs {
     /// Name, for the other commands [default: vm-PID]
     #[arg(long, value_name = "N")]
     pub(super) name: Option<VmName>,
-    /// vCPUs, and how they are arranged: N[,sockets=S][,cores=C][,threads=T]
+    /// vCPUs, how many can be added, and how all are arranged: N[,maxcpus=M][,sockets=S][,cores=C][,threads=T]
     #[arg(long, value_name = "N", default_value = "1")]
     pub(super) cpus: Cpus,
     /// CPU that the guest sees: host, max, x86-64-v2, -v3, -v4, or a model of QEMU's; [,+FEATURE][,-FEATURE][,hv-…]
@@ -129,15 +182,32 @@ pub(super) struct RunArgs {
     /// Variable store of the firmware, a file that it writes
     #[arg(long, value_name = "VARS", requires = "firmware")]
     pub(super) nvram: Option<PathBuf>,
-    /// A disk: file=F[,format=raw|qcow2][,readonly=on][,id=I]
+    /// A disk: file=F[,format=raw|qcow2][,readonly=on][,id=I][,queues=N][,cache=writeback|writethrough|none|directsync][,aio=io_uring|threads]
+    /// [,iops=N[,iops_max=N]][,bps=N[,bps_max=N]][,werror=enospc|report|stop|ignore][,rerror=report|stop|ignore]; or vhost-user=SOCKET[,queues=N][,id=I]
     #[arg(long, value_name = "SPEC")]
-    pub(super) disk: Vec<DiskSpec>,
+    pub(super) disk: Vec<AnyDisk>,
     /// The medium of a CD-ROM drive
     #[arg(long, value_name = "FILE")]
     pub(super) cdrom: Option<CdromSpec>,
-    /// A network interface: stream=SOCKET[,mac=M][,id=I]
+    /// A network interface: tap=NAME, tap=fd:N or stream=SOCKET, then [,queues=N][,reconnect=S][,mtu=N][,limit-bytes=N][,limit-frames=N][,mac=M][,id=I];
+    /// or vhost-user=SOCKET[,queues=N][,mac=M][,id=I]
     #[arg(long, value_name = "SPEC")]
-    pub(super) net: Vec<NetSpec>,
+    pub(super) net: Vec<AnyNet>,
+    /// A file system of the SoC's, by virtiofsd: vhost-user=SOCKET,tag=TAG[,queues=N][,id=I]
+    #[arg(long, value_name = "SPEC")]
+    pub(super) fs: Vec<FsSpec>,
+    /// A source of entropy: on, or max-bytes=N[,period=MS]
+    #[arg(long, value_name = "SPEC")]
+    pub(super) entropy: Option<EntropySpec>,
+    /// A channel to a program in the guest, qemu-guest-agent say: unix:SOCKET,name=NAME[,connect=on][,id=I]
+    #[arg(long, value_name = "SPEC")]
+    pub(super) channel: Vec<ChannelSpec>,
+    /// Sockets between guest and SoC: cid=N,socket=SOCKET
+    #[arg(long, value_name = "SPEC")]
+    pub(super) vsock: Option<VsockSpec>,
+    /// A balloon: on[,deflate-on-oom=on][,free-page-reporting=on]
+    #[arg(long, value_name = "SPEC")]
+    pub(super) balloon: Option<BalloonSpec>,
     /// An IOMMU: intel
     #[arg(long, value_name = "MODEL")]
     pub(super) iommu: Option<IommuModel>,
@@ -201,8 +271,24 @@ impl LaterArgs {
 }
 
 /// Commands of which the interface is fixed and the work isn't there.
-pub(super) const LATER_COMMANDS: [&str; 9] =
-    ["add-disk", "add-net", "remove", "resize", "migrate", "cancel-migration", "save", "clone", "pool"];
+pub(super) const LATER_COMMANDS: [&str; 5] = ["migrate", "cancel-migration", "save", "clone", "pool"];
+
+/// The text of a disk or an interface: good by itself, and for the VM to read.
+#[derive(Clone, Debug)]
+pub(super) struct Checked<T>(pub(super) String, PhantomData<T>);
+
+/// Of `--disk`.
+pub(super) type DiskText = Checked<AnyDisk>;
+/// Of `--net`.
+pub(super) type NetText = Checked<AnyNet>;
+
+impl<T: FromStr<Err = ValueError>> FromStr for Checked<T> {
+    type Err = ValueError;
+
+    fn from_str(s: &str) -> Result<Self, ValueError> {
+        s.parse::<T>().map(|_| Self(s.to_owned(), PhantomData))
+    }
+}
 
 fn level_parser() -> impl TypedValueParser<Value = LevelFilter> {
     PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"])

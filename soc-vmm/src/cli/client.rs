@@ -10,13 +10,16 @@ use serde_json::json;
 
 use super::{ExitStatus, Failure, Target, Verb, one_line};
 use crate::control::{CDROM_ID, Counters, RunDir, VmName};
-use crate::qmp::types::{Empty, OutboardVm};
-use crate::qmp::{Client, ClientError};
+use crate::devices::CpuReport;
+use crate::qmp::types::{Empty, NewDeviceId, ObjectProperty, OutboardVm};
+use crate::qmp::{Add, Client, ClientError, PERIPHERAL, ROOT_PORT};
 
 /// How long a VM may take to greet: it does so whatever else it does, unless it is stopped or starves.
 const GREETING: Duration = Duration::from_secs(5);
 /// How long it may take for a command: longer than it takes to give up by itself.
 const PATIENCE: Duration = Duration::from_secs(70);
+/// How long its guest may take to let a device go: Linux takes seven seconds, of which five are for the user to think again.
+const LETTING_GO: Duration = Duration::from_secs(60);
 /// How long it may take to show itself in a list.
 const LIST_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -25,7 +28,16 @@ const LIST_PATIENCE: Duration = Duration::from_secs(1);
 struct Status {
     #[serde(flatten)]
     vm: OutboardVm,
+    devices: Vec<DeviceShown>,
     counters: Counters,
+}
+
+/// A device behind a root port, or a vCPU that was added.
+#[derive(serde::Serialize)]
+struct DeviceShown {
+    id: String,
+    /// By QEMU's name.
+    driver: String,
 }
 
 /// Does `verb` to one VM and writes what there is to show.
@@ -53,11 +65,12 @@ pub fn perform(verb: &Verb, target: &Target, out: &mut dyn Write) -> Result<(), 
     let command = match *verb {
         Verb::Status { json } => {
             let vm = client.execute("x-query-outboard-vm").map_err(failed)?;
+            let devices = devices(&mut client).map_err(failed)?;
             if !json {
-                return written(write_status(out, &vm));
+                return written(write_status(out, &vm, &devices));
             }
             let counters = client.execute("x-query-outboard-counters").map_err(failed)?;
-            return written(write_json(out, &Status { vm, counters }));
+            return written(write_json(out, &Status { vm, devices, counters }));
         }
         Verb::Pause => "stop",
         Verb::Resume => "cont",
@@ -67,6 +80,38 @@ pub fn perform(verb: &Verb, target: &Target, out: &mut dyn Write) -> Result<(), 
         Verb::Eject { force } => {
             let arguments = json!({ "id": CDROM_ID, "force": force });
             return client.execute_with::<Empty>("eject", &arguments).map(drop).map_err(failed);
+        }
+        Verb::AddDisk(ref spec) => {
+            let added = add(&mut client, "x-outboard-add-disk", spec)?.map_err(failed)?;
+            return written(writeln!(out, "{}", one_line(&added.id)));
+        }
+        Verb::AddNet(ref spec) => {
+            let added = add(&mut client, "x-outboard-add-net", spec)?.map_err(failed)?;
+            return written(writeln!(out, "{}", one_line(&added.id)));
+        }
+        Verb::Resize { ref id, size } => {
+            let arguments = json!({ "device": id, "size": size });
+            return client.execute_with::<Empty>("block_resize", &arguments).map(drop).map_err(failed);
+        }
+        Verb::Balloon(size) => {
+            let arguments = json!({ "value": size });
+            return client.execute_with::<Empty>("balloon", &arguments).map(drop).map_err(failed);
+        }
+        Verb::AddCpu => {
+            let added: NewDeviceId = client.execute("x-outboard-add-cpu").map_err(failed)?;
+            return written(writeln!(out, "{}", one_line(&added.id)));
+        }
+        Verb::Remove { ref id } => {
+            client.execute_with::<Empty>("device_del", &json!({ "id": id })).map_err(failed)?;
+            let stays = |why: &str| Failure::new(ExitStatus::Failed, format!("{shown}: {id}: {why}"));
+            return match client.wait_for_event(|name, data| gone(id, name, data), LETTING_GO) {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(status)) => Err(stays(&refusal(status))),
+                Err(ClientError::Lost(ref e)) if e.kind() == io::ErrorKind::TimedOut => {
+                    Err(stays("the guest is asked to let it go, and has not yet: it may still do so, and a reset will"))
+                }
+                Err(e) => Err(failed(e)),
+            };
         }
         Verb::Insert { ref file, force } => {
             // The VM's working directory is another one.
@@ -83,6 +128,53 @@ pub fn perform(verb: &Verb, target: &Target, out: &mut dyn Write) -> Result<(), 
         client.wait_for_end(PATIENCE).map_err(failed)?;
     }
     Ok(())
+}
+
+/// The devices of a VM; none as long as it is being built.
+fn devices(client: &mut Client) -> Result<Vec<DeviceShown>, ClientError> {
+    let children: Vec<ObjectProperty> = match client.execute_with("qom-list", &json!({ "path": PERIPHERAL })) {
+        Err(ClientError::Refused(_)) => Vec::new(),
+        answered => answered?,
+    };
+    let device = |ObjectProperty { name, kind }| {
+        let driver = kind.strip_prefix("child<")?.strip_suffix('>').filter(|driver| *driver != ROOT_PORT)?;
+        Some(DeviceShown { id: name, driver: driver.to_owned() })
+    };
+    Ok(children.into_iter().filter_map(device).collect())
+}
+
+/// What an event says of the device with this name: that it is gone, or that the guest keeps it, by its status code.
+fn gone(id: &str, event: &str, data: &serde_json::Value) -> Option<Result<(), u32>> {
+    let number = |name: &str| data["info"][name].as_u64()?.try_into().ok();
+    match event {
+        "DEVICE_DELETED" if data["device"] == id => Some(Ok(())),
+        "ACPI_DEVICE_OST" if data["info"]["device"] == id => {
+            let report = CpuReport { cpu: 0, source: number("source")?, status: number("status")? };
+            report.is_refusal().then_some(Err(report.status))
+        }
+        _ => None,
+    }
+}
+
+/// Why a guest keeps a device (ACPI 6.5 §6.3.5.2, table 6.42).
+fn refusal(status: u32) -> String {
+    let why = match status {
+        0x80 => "it can't let it go",
+        0x81 => "it is in use",
+        0x82 => "it is busy",
+        0x83 => "something that depends on it is busy",
+        _ => return format!("the guest refuses to let it go, with ACPI's status {status:#x}; see its log"),
+    };
+    format!("the guest refuses to let it go: {why}; see its log")
+}
+
+/// Adds a device; paths in its text begin where this process is.
+fn add(client: &mut Client, command: &str, spec: &str) -> Result<Result<NewDeviceId, ClientError>, Failure> {
+    let directory =
+        std::env::current_dir().map_err(|e| Failure::of(ExitStatus::Unavailable, "the working directory", &e))?;
+    let arguments = serde_json::to_value(Add { spec: spec.to_owned(), directory });
+    let arguments = arguments.map_err(|e| Failure::of(ExitStatus::Usage, "the working directory", &e))?;
+    Ok(client.execute_with(command, &arguments))
 }
 
 /// Writes a table of this user's VMs, or their JSON. A VM that doesn't answer is listed as such, one that died is not.
@@ -184,10 +276,11 @@ fn write_json<T: serde::Serialize>(out: &mut dyn Write, value: &T) -> io::Result
     writeln!(out)
 }
 
-fn write_status(out: &mut dyn Write, vm: &OutboardVm) -> io::Result<()> {
+fn write_status(out: &mut dyn Write, vm: &OutboardVm, devices: &[DeviceShown]) -> io::Result<()> {
     let plural = if vm.cpus == 1 { "" } else { "s" };
     let (name, status, cpus, memory, function, pid) = row(vm);
-    writeln!(out, "{name}: {status} ({cpus} vCPU{plural}, {memory}, function {function}, pid {pid})")
+    writeln!(out, "{name}: {status} ({cpus} vCPU{plural}, {memory}, function {function}, pid {pid})")?;
+    devices.iter().try_for_each(|device| writeln!(out, "  {} ({})", one_line(&device.id), one_line(&device.driver)))
 }
 
 fn write_table(out: &mut dyn Write, vms: &[OutboardVm], silent: &[String]) -> io::Result<()> {
@@ -344,7 +437,9 @@ mod tests {
             assert!(!text.trim_end_matches('\n').contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
             text
         };
-        assert_eq!(shown(&|out| write_status(out, &vm)).lines().count(), 1);
+        let devices = ["disk0\u{7}", "net0"].map(|id| DeviceShown { id: id.into(), driver: "virtio\n".into() });
+        assert_eq!(shown(&|out| write_status(out, &vm, &[])).lines().count(), 1);
+        assert_eq!(shown(&|out| write_status(out, &vm, &devices)).lines().count(), 3);
         assert_eq!(shown(&|out| write_table(out, std::slice::from_ref(&vm), &[])).lines().count(), 2);
         let json = shown(&|out| write_json(out, &vm));
         assert_eq!(json.lines().count(), 1);

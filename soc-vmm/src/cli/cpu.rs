@@ -5,16 +5,14 @@ use std::str::FromStr;
 use super::values::{ValueError, wrong};
 use crate::cpuid::{MAX_CPUS, Topology};
 
-/// vCPUs as `N[,sockets=S][,cores=C][,threads=T]`: what isn't said follows, and is one socket, one thread a core.
+/// vCPUs as `N[,maxcpus=M][,sockets=S][,cores=C][,threads=T]`: N at the start, of M that there can be, which are arranged. What isn't
+/// said follows, and is as many as at the start, one socket, one thread a core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Cpus(pub(super) Topology);
-
-impl Cpus {
-    /// How many.
-    pub(super) fn count(self) -> u16 {
-        // At most MAX_CPUS.
-        self.0.cpus() as u16
-    }
+pub(super) struct Cpus {
+    /// How many at the start.
+    pub(super) present: u16,
+    /// How those that there can be are arranged.
+    pub(super) topology: Topology,
 }
 
 impl FromStr for Cpus {
@@ -22,20 +20,29 @@ impl FromStr for Cpus {
 
     fn from_str(s: &str) -> Result<Self, ValueError> {
         let mut words = s.split(',');
-        let count = match words.next().unwrap_or_default().parse() {
+        let present = match words.next().unwrap_or_default().parse() {
             Ok(count @ 1..=MAX_CPUS) => count,
             _ => return wrong(format!("a VM has 1 to {MAX_CPUS} vCPUs")),
         };
-        let mut given = [("sockets", None), ("cores", None), ("threads", None)];
+        let mut given = [("maxcpus", None), ("sockets", None), ("cores", None), ("threads", None)];
         for word in words {
             let (name, value) = word.split_once('=').unwrap_or((word, ""));
             let slot = given.iter_mut().find(|(known, value)| *known == name && value.is_none());
             match (slot, value.parse::<u32>()) {
                 (Some((_, slot)), Ok(value @ 1..=MAX_CPUS)) => *slot = Some(value),
-                _ => return wrong(format!("'{word}': write N[,sockets=S][,cores=C][,threads=T], each once")),
+                (Some(_), _) => return wrong(format!("{word}: it is a number from 1 to {MAX_CPUS}")),
+                _ => {
+                    return wrong(format!(
+                        "'{word}': write N[,maxcpus=M][,sockets=S][,cores=C][,threads=T], each once"
+                    ));
+                }
             }
         }
-        let [(_, sockets), (_, cores), (_, threads)] = given;
+        let [(_, count), (_, sockets), (_, cores), (_, threads)] = given;
+        let count = count.unwrap_or(present);
+        if count < present {
+            return wrong(format!("{present} vCPUs at the start, of at most {count}: maxcpus= is no smaller"));
+        }
         let sockets = sockets.unwrap_or_else(|| match cores {
             Some(cores) => count / (cores * threads.unwrap_or(1)),
             None => 1,
@@ -43,7 +50,7 @@ impl FromStr for Cpus {
         let threads = threads.unwrap_or_else(|| cores.map_or(1, |cores| count / (sockets.max(1) * cores)));
         let cores = cores.unwrap_or_else(|| count / (sockets * threads));
         match Topology::new(sockets, cores, threads) {
-            Ok(topology) if topology.cpus() == count => Ok(Self(topology)),
+            Ok(topology) if topology.cpus() == count => Ok(Self { present: present as u16, topology }),
             _ => wrong(format!("{count} vCPUs can't be arranged so: sockets × cores × threads must be {count}")),
         }
     }
@@ -56,7 +63,7 @@ mod tests {
     use super::*;
 
     fn cpus(s: &str) -> Option<(u32, u32, u32)> {
-        let topology = s.parse::<Cpus>().ok()?.0;
+        let topology = s.parse::<Cpus>().ok()?.topology;
         Some((topology.sockets(), topology.cores(), topology.threads()))
     }
 
@@ -73,6 +80,9 @@ mod tests {
             ("8,cores=2,threads=2", (2, 2, 2)),
             ("8,threads=2,sockets=4", (4, 1, 2)),
             ("12,sockets=2,cores=3,threads=2", (2, 3, 2)),
+            ("1,maxcpus=1", (1, 1, 1)),
+            ("3,maxcpus=8", (1, 8, 1)),
+            ("3,sockets=4,maxcpus=8", (4, 2, 1)),
         ] {
             assert_eq!(cpus(text), Some(arranged), "{text}");
         }
@@ -97,6 +107,10 @@ mod tests {
             "4,threads=8",
             "4,sockets=2,sockets=2",
             "4,dies=1",
+            "4,maxcpus=3",
+            "4,maxcpus=0",
+            "4,maxcpus=1025",
+            "4,maxcpus=8,sockets=4,cores=3",
             "8,sockets=2,cores=3,threads=1",
             "1024,cores=1024,threads=1024",
         ] {
@@ -108,14 +122,16 @@ mod tests {
         #[test]
         fn any_numbers_are_that_many_vcpus_or_refused(
             count in 0u32..1100,
+            most in prop::option::of(0u32..1100),
             given in prop::array::uniform3(prop::option::of(0u32..1100)),
         ) {
             let mut text = count.to_string();
+            most.into_iter().for_each(|most| text += &format!(",maxcpus={most}"));
             for (name, value) in ["sockets", "cores", "threads"].into_iter().zip(given) {
                 value.into_iter().for_each(|value| text += &format!(",{name}={value}"));
             }
             if let Ok(cpus) = text.parse::<Cpus>() {
-                prop_assert_eq!(cpus.0.cpus(), count);
+                prop_assert_eq!((u32::from(cpus.present), cpus.topology.cpus()), (count, most.unwrap_or(count)));
             }
         }
     }

@@ -91,9 +91,12 @@ impl Error for Failure {}
 
 /// Limits that anything may meet, in this process or in a shim whose words are passed on: what to do is the same wherever it was.
 fn with_advice(line: String) -> String {
-    let met = [(Errno::EMFILE, "ulimit -n"), (Errno::EFBIG, "ulimit -f")];
-    match met.iter().find(|(errno, limit)| line.contains(errno.desc()) && !line.contains(limit)) {
-        Some((_, limit)) => format!("{line}; raise {limit}"),
+    let met = [
+        (Errno::EMFILE, "ulimit -n", ""),
+        (Errno::EFBIG, "ulimit -f", ", unless it is more than a file of its file system can have"),
+    ];
+    match met.iter().find(|(errno, limit, _)| line.contains(errno.desc()) && !line.contains(limit)) {
+        Some((_, limit, unless)) => format!("{line}; raise {limit}{unless}"),
         None => line,
     }
 }

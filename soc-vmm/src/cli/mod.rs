@@ -1,15 +1,20 @@
 //! The command line: from arguments to a checked [`Invocation`], and the commands that are clients of running VMs.
 
 mod args;
+mod balloon;
+mod channel;
 mod client;
 mod cpu;
 mod disk;
+mod entropy;
 mod exit;
 mod iommu;
 mod net;
 mod numa;
 mod test_device;
 mod values;
+mod vhost;
+mod vsock;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -25,14 +30,19 @@ use crate::control::VmName;
 use crate::cpuid::{CpuSpec, Topology};
 use crate::numa::NodeSpec;
 
+pub use balloon::BalloonSpec;
+pub use channel::ChannelSpec;
 pub use client::{list, perform, print};
-pub use disk::{CdromSpec, DiskSpec};
+pub use disk::{CdromSpec, DiskSpec, DiskTuning};
+pub use entropy::EntropySpec;
 pub use exit::{ExitStatus, Failure};
 pub(crate) use exit::{one_line, with_causes};
 pub use iommu::IommuModel;
 pub use net::{Mac, NetSpec};
 pub use test_device::TestDevice;
 pub use values::{Bdf, CpuAffinity, DebugconSpec, FunctionSpec, HugePages, Memory, SerialSpec, ValueError};
+pub use vhost::{AnyDisk, AnyNet, FsSpec, VhostRole, VhostSpec};
+pub use vsock::VsockSpec;
 
 /// What a command line asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,6 +90,26 @@ pub enum Verb {
         /// Also where the guest has locked the tray.
         force: bool,
     },
+    /// `add-disk`.
+    AddDisk(String),
+    /// `add-net`.
+    AddNet(String),
+    /// Adds a vCPU.
+    AddCpu,
+    /// `remove`.
+    Remove {
+        /// The device.
+        id: String,
+    },
+    /// `resize`.
+    Resize {
+        /// The disk.
+        id: String,
+        /// Bytes that it shall have.
+        size: u64,
+    },
+    /// `balloon`: bytes that the guest shall have.
+    Balloon(u64),
     /// `insert`.
     Insert {
         /// The medium's image.
@@ -103,9 +133,9 @@ pub enum Target {
 pub struct RunConfig {
     /// Its name among this user's VMs.
     pub name: VmName,
-    /// vCPUs, 1 to [`MAX_CPUS`](crate::cpuid::MAX_CPUS).
+    /// vCPUs at the start, 1 to [`MAX_CPUS`](crate::cpuid::MAX_CPUS).
     pub cpus: u16,
-    /// How they are arranged.
+    /// How those that there can be are arranged.
     pub topology: Topology,
     /// The guest's CPU.
     pub cpu: CpuSpec,
@@ -118,11 +148,21 @@ pub struct RunConfig {
     /// What to boot.
     pub boot: BootSource,
     /// Disks.
-    pub disks: Vec<DiskSpec>,
+    pub disks: Vec<AnyDisk>,
     /// The CD-ROM drive's medium.
     pub cdrom: Option<CdromSpec>,
     /// Network interfaces.
-    pub nets: Vec<NetSpec>,
+    pub nets: Vec<AnyNet>,
+    /// File systems of the SoC's.
+    pub file_systems: Vec<FsSpec>,
+    /// The source of entropy, if there is one.
+    pub entropy: Option<EntropySpec>,
+    /// Channels to programs in the guest.
+    pub channels: Vec<ChannelSpec>,
+    /// The device for sockets, if there is one.
+    pub vsock: Option<VsockSpec>,
+    /// The balloon, if there is one.
+    pub balloon: Option<BalloonSpec>,
     /// The IOMMU, if there is one; firmware isn't booted then.
     pub iommu: Option<IommuModel>,
     /// Devices for tests, each once.
@@ -182,6 +222,12 @@ impl Invocation {
             Command::Powerdown(target) => Self::Perform(Verb::Powerdown, target.into()),
             Command::Eject { name, force } => Self::Perform(Verb::Eject { force }, Target::Name(name)),
             Command::Insert { name, file, force } => Self::Perform(Verb::Insert { file, force }, Target::Name(name)),
+            Command::AddDisk { name, spec } => Self::Perform(Verb::AddDisk(spec.0), Target::Name(name)),
+            Command::AddNet { name, spec } => Self::Perform(Verb::AddNet(spec.0), Target::Name(name)),
+            Command::Resize { name, id, size } => Self::Perform(Verb::Resize { id, size: size.0 }, Target::Name(name)),
+            Command::Balloon { name, size } => Self::Perform(Verb::Balloon(size.0), Target::Name(name)),
+            Command::AddCpu { name } => Self::Perform(Verb::AddCpu, Target::Name(name)),
+            Command::Remove { name, id } => Self::Perform(Verb::Remove { id }, Target::Name(name)),
             Command::Quit(target) => Self::Perform(Verb::Quit, target.into()),
             Command::Other(words) => {
                 let name = words.first().map(|word| word.to_string_lossy()).unwrap_or_default();
@@ -200,7 +246,8 @@ impl RunConfig {
         if let Some(line) = args.later.refusal() {
             return usage(line);
         }
-        let cpus = args.cpus.count();
+        // What is said of a vCPU is said of those that can come too.
+        let cpus = args.cpus.topology.cpus() as u16;
         let cpu_affinity = args.cpu_affinity.unwrap_or_default();
         if let Some((vcpu, _)) = cpu_affinity.0.iter().find(|(vcpu, _)| *vcpu >= cpus) {
             return usage(format!("--cpu-affinity names vCPU {vcpu}, but --cpus is {cpus}: vCPUs count from 0"));
@@ -209,7 +256,15 @@ impl RunConfig {
             Ok(checked) => checked,
             Err(why) => return usage(why),
         };
-        if let Err(why) = disk::check_ids(&args.disk, &args.net) {
+        let once = [
+            ("rng0", args.entropy.is_some()),
+            ("serial0", !args.channel.is_empty()),
+            ("vsock0", args.vsock.is_some()),
+            ("balloon0", args.balloon.is_some()),
+        ];
+        let once = once.into_iter().filter_map(|(id, there)| there.then_some(id));
+        let checked = disk::check_ids(&args.disk, &args.net, &args.fs, once);
+        if let Err(why) = checked.and_then(|()| channel::check(&args.channel)) {
             return usage(why);
         }
         let tests = &args.test_device;
@@ -237,8 +292,8 @@ impl RunConfig {
         };
         Ok(Self {
             name: args.name.unwrap_or_else(VmName::of_process),
-            cpus,
-            topology: args.cpus.0,
+            cpus: args.cpus.present,
+            topology: args.cpus.topology,
             cpu: args.cpu,
             cpu_affinity,
             memory,
@@ -247,6 +302,11 @@ impl RunConfig {
             disks: args.disk,
             cdrom: args.cdrom,
             nets: args.net,
+            file_systems: args.fs,
+            entropy: args.entropy,
+            channels: args.channel,
+            vsock: args.vsock,
+            balloon: args.balloon,
             iommu: args.iommu,
             test_devices: args.test_device,
             serial: args.serial,

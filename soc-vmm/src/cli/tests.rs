@@ -153,6 +153,35 @@ fn commands_to_running_vms() {
 }
 
 #[test]
+fn devices_are_added_as_they_are_written_for_run() {
+    let named = || Target::Name("a".parse().unwrap());
+    for (words, verb) in [
+        (["add-disk", "a", "file=d,,1,id=x"], Verb::AddDisk("file=d,,1,id=x".into())),
+        (["add-net", "a", "stream=s"], Verb::AddNet("stream=s".into())),
+        (["remove", "a", "x"], Verb::Remove { id: "x".into() }),
+    ] {
+        assert_eq!(parse(&words), Ok(Invocation::Perform(verb, named())));
+    }
+    let resize = |size| parse(&["resize", "a", "x", size]);
+    assert_eq!(resize("2T"), Ok(Invocation::Perform(Verb::Resize { id: "x".into(), size: 2 << 40 }, named())));
+    assert_eq!(resize("10"), Ok(Invocation::Perform(Verb::Resize { id: "x".into(), size: 10 << 20 }, named())));
+    assert_eq!(parse(&["balloon", "a", "64M"]), Ok(Invocation::Perform(Verb::Balloon(64 << 20), named())));
+    for size in ["0", "+1", "1P", "", "T", "16777216T", "9223372036854775808K"] {
+        let line = refusal(&["resize", "a", "x", size]);
+        assert!(line.contains("a size is a number of MiB"), "{line}");
+    }
+    assert_eq!(parse(&["add-cpu", "a"]), Ok(Invocation::Perform(Verb::AddCpu, named())));
+    for (words, why) in [
+        (["add-disk", "a", "d"], "a disk has file="),
+        (["add-disk", "a", "file=d,id=1"], "an id is a letter"),
+        (["add-net", "a", "mac=52:54:00:00:00:01"], "a network interface needs"),
+    ] {
+        let line = refusal(&words);
+        assert!(line.contains(why), "{line}");
+    }
+}
+
+#[test]
 fn help_and_version_are_printed() {
     for (flag, text) in [("-h", "run"), ("--help", "list"), ("-V", env!("CARGO_PKG_VERSION")), ("--version", "soc-vmm")]
     {
@@ -187,7 +216,7 @@ proptest! {
 
 fn word() -> impl Strategy<Value = String> {
     prop_oneof![
-        3 => "run|host|list|status|quit|migrate",
+        3 => "run|host|list|status|quit|migrate|add-disk|add-net|remove",
         6 => "--(name|cpus|cpu|cpu-affinity|memory|kernel|initrd|cmdline|firmware|serial|debugcon|qmp|function|log|disk|iommu|test-device|json)",
         2 => "--(debug-exit|paused|help)|-h|-V|--",
         3 => "[0-9]{1,4}(,sockets=2)?|512M|host|intel|edu|EPYC,-avx|local|null|file:f|unix:s|pool|0=1",

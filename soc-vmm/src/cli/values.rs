@@ -77,6 +77,47 @@ impl FromStr for Memory {
     }
 }
 
+/// A size of something, as `resize` takes it: in bytes, not 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DiskSize(pub(super) u64);
+
+impl FromStr for DiskSize {
+    type Err = ValueError;
+
+    fn from_str(s: &str) -> Result<Self, ValueError> {
+        match parse_scaled(s) {
+            Some(bytes) if (1..=i64::MAX as u64).contains(&bytes) => Ok(Self(bytes)),
+            _ => wrong(format!("'{s}': a size is a number of MiB, or one with K, M, G or T, and not 0")),
+        }
+    }
+}
+
+/// A number and its unit: MiB if there is none. None: it is no number, or more than 64 bits.
+fn parse_scaled(s: &str) -> Option<u64> {
+    let units = [(b'K', 10), (b'M', 20), (b'G', 30), (b'T', 40)];
+    let last = s.as_bytes().last().map(u8::to_ascii_uppercase);
+    let unit = units.iter().find(|(unit, _)| Some(*unit) == last);
+    let (digits, shift) = unit.map_or((s, 20), |(_, shift)| (&s[..s.len() - 1], *shift));
+    let digits = Some(digits).filter(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()));
+    digits?.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// How much may pass in a time, more than 0: `10`, or `10K`, `10M`, `10G` for thousands, as networks and disks count.
+pub(super) fn limit(name: &str, s: &str) -> Result<u64, ValueError> {
+    /// More is no limit.
+    const MOST: u64 = 1 << 50;
+    let units = [(b'K', 1_000), (b'M', 1_000_000), (b'G', 1_000_000_000)];
+    let last = s.as_bytes().last().map(u8::to_ascii_uppercase);
+    let unit = units.iter().find(|(unit, _)| Some(*unit) == last);
+    let (digits, unit) = unit.map_or((s, 1), |(_, unit)| (&s[..s.len() - 1], *unit));
+    let digits = Some(digits).filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()));
+    let number = digits.and_then(|digits| digits.parse::<u64>().ok()?.checked_mul(unit));
+    match number.filter(|number| (1..=MOST).contains(number)) {
+        Some(number) => Ok(number),
+        None => wrong(format!("{name}={s}: write a number from 1 to {MOST}, as 1000, 10K, 10M or 1G")),
+    }
+}
+
 /// `512`, `512M`: MiB; `K`, `G` likewise.
 pub(super) fn parse_size(s: &str) -> Result<u64, ValueError> {
     let (digits, shift) = match s.as_bytes().last().map(u8::to_ascii_uppercase) {

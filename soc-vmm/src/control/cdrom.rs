@@ -10,6 +10,8 @@ use crate::ahci::{CdHandle, TrayListener};
 
 /// What the drive is called.
 pub const CDROM_ID: &str = "cdrom0";
+/// What the balloon is called.
+pub const BALLOON_ID: &str = "balloon0";
 
 /// Where the drive is found once there is one.
 #[derive(Clone, Debug, Default)]

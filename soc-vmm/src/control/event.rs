@@ -14,7 +14,7 @@ pub struct Event {
 }
 
 /// QMP events of a VM's life, with their QAPI names and data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "event", content = "data", rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum EventKind {
     /// The vCPUs stopped.
@@ -56,11 +56,88 @@ pub enum EventKind {
         /// Whether it is open now.
         tray_open: bool,
     },
+    /// A device was taken out.
+    DeviceDeleted {
+        /// Its name; none of what is within it.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        device: Option<String>,
+        /// Where it was.
+        path: String,
+    },
+    /// A disk's image failed.
+    BlockIoError {
+        /// The disk.
+        device: String,
+        /// What was asked of it.
+        operation: IoOperation,
+        /// What became of it.
+        action: IoAction,
+        /// There is no room.
+        nospace: bool,
+        /// What went wrong with which file.
+        reason: String,
+    },
+    /// A program in the guest opened a port, or closed it.
+    VserportChange {
+        /// The port.
+        id: String,
+        /// Whether it is open now.
+        open: bool,
+    },
+    /// The guest has given memory, or taken some back.
+    BalloonChange {
+        /// Bytes that it has now.
+        actual: u64,
+    },
+    /// The guest reports of what ACPI told it.
+    AcpiDeviceOst {
+        /// What.
+        info: AcpiOstInfo,
+    },
     /// The guest's kernel panicked, and another one takes over.
     GuestCrashloaded {
         /// What becomes of the VM.
         action: CrashAction,
     },
+}
+
+/// QMP `IoOperationType`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoOperation {
+    /// A read.
+    Read,
+    /// Anything that writes.
+    Write,
+}
+
+/// QMP `BlockErrorAction`: what became of a failed request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoAction {
+    /// The guest was told that all is well.
+    Ignore,
+    /// The guest was told.
+    Report,
+    /// It waits, and the VM stops.
+    Stop,
+}
+
+/// QMP `ACPIOSTInfo`: what a guest reports (ACPI 6.5 §6.3.5).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct AcpiOstInfo {
+    /// The device's name, if it is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// Its number.
+    pub slot: String,
+    /// What kind of number.
+    pub slot_type: &'static str,
+    /// Of what it reports: a notification's number, or more.
+    pub source: u32,
+    /// How it went; 0: well.
+    pub status: u32,
 }
 
 /// QMP `GuestPanicAction`: what becomes of a VM whose guest told of its panic.

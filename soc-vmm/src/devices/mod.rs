@@ -11,6 +11,7 @@
 //! | [`DebugConsole`] | 0x402 | | all |
 //! | [`DebugExit`] | 0xf4–0xf7 | | none |
 //! | [`DelayPort`] | 0x80 | | all |
+//! | [`CpuHotplug`] | 0xcd8–0xce3 | (9, by [`AcpiPm`]) | none |
 //! | [`PciHotplug`] | 0xcc0–0xccf | (9, by [`AcpiPm`]) | none |
 //! | [`Pvpanic`] | 0x505 | | none |
 //! | [`FwCfg`] | 0x510–0x511, 0x514–0x51b | | none |
@@ -28,9 +29,12 @@
 //! into a bounded queue and wakes that thread, which polls the device; timers are deadlines that the same thread keeps. A device
 //! says what it claims ([`Ranges`]), and can be saved and restored ([`Persist`]) between two accesses.
 
+#[cfg(test)]
+pub(crate) mod acpi_bench;
 mod acpi_pm;
 mod bytes;
 mod clock;
+mod cpu_hotplug;
 mod debug_console;
 mod debug_exit;
 mod delay_port;
@@ -56,6 +60,10 @@ use crate::bus::Claim;
 
 pub use acpi_pm::{AcpiHandle, AcpiPm, AcpiPmState, PmTimerWidth};
 pub use clock::{Clock, SystemClock};
+pub use cpu_hotplug::{
+    CPU_HOTPLUG_GPE, CPU_HOTPLUG_LEN, CPU_HOTPLUG_PORT, Cpu, CpuHotplug, CpuHotplugHandle, CpuHotplugState, CpuReport,
+    CpuSink, Standing,
+};
 pub use debug_console::DebugConsole;
 pub use debug_exit::DebugExit;
 pub use delay_port::DelayPort;

@@ -180,92 +180,57 @@ impl std::fmt::Debug for PciHotplug {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Mutex, mpsc};
+    use std::sync::Mutex;
 
     use proptest::prelude::*;
 
     use super::*;
-    use crate::bus::{RequestId, Wake};
-    use crate::devices::{AcpiPm, PmTimerWidth, SystemClock};
-    use crate::interrupt::{InterruptLine, LineSink};
-    use crate::power::{PowerEvent, PowerSink};
+    use crate::devices::AcpiPm;
+    use crate::devices::acpi_bench::{Sci, access, acpi};
 
     #[derive(Debug, Default)]
-    struct World {
-        sci: Mutex<bool>,
-        ejected: Mutex<Vec<usize>>,
-    }
+    struct Ejected(Mutex<Vec<usize>>);
 
-    impl LineSink for World {
-        fn set_level(&self, _: u32, high: bool) {
-            *self.sci.lock().unwrap() = high;
-        }
-    }
-
-    impl PowerSink for World {
-        fn power(&self, event: PowerEvent) {
-            panic!("{event:?}");
-        }
-    }
-
-    impl EjectSink for World {
+    impl EjectSink for Ejected {
         fn ejected(&self, slot: usize) {
-            self.ejected.lock().unwrap().push(slot);
+            self.0.lock().unwrap().push(slot);
         }
-    }
-
-    impl Wake for World {
-        fn wake(&self) {}
     }
 
     struct Rig {
-        world: Arc<World>,
+        ejected: Arc<Ejected>,
+        sci: Arc<Sci>,
         pm: AcpiPm,
         device: PciHotplug,
         handle: PciHotplugHandle,
     }
 
     fn rig() -> Rig {
-        let world = Arc::new(World::default());
-        let line = InterruptLine::new(9, world.clone());
-        let clock = Arc::new(SystemClock);
-        let (pm, acpi) = AcpiPm::new(1000, PmTimerWidth::Bits32, clock, line, world.clone(), world.clone());
-        let (device, handle) = PciHotplug::new(acpi, world.clone());
-        Rig { world, pm, device, handle }
-    }
-
-    fn access(device: &mut dyn Device, offset: u64, len: u8, data: Option<u64>) -> u64 {
-        let (late, _answers) = mpsc::channel();
-        let wake: Arc<dyn Wake> = Arc::new(World::default());
-        let reply = Deferred::new(RequestId { vcpu: 0, sequence: 1 }, &late, &wake);
-        let access = Access { vcpu: 0, host_tsc: 0, len };
-        let answer = match data {
-            Some(data) => device.write(&access, offset, data, reply),
-            None => device.read(&access, offset, reply),
-        };
-        let Answer::Done(value) = answer else { panic!("{answer:?}") };
-        value
+        let ejected = Arc::new(Ejected::default());
+        let (sci, pm, acpi) = acpi();
+        let (device, handle) = PciHotplug::new(acpi, ejected.clone());
+        Rig { ejected, sci, pm, device, handle }
     }
 
     #[test]
     fn a_change_is_an_event_and_stands_until_it_is_cleared() {
-        let Rig { world, mut pm, mut device, handle } = rig();
+        let Rig { ejected, sci, mut pm, mut device, handle } = rig();
         // SCI on, its event on.
         access(&mut pm, 0x80, 1, Some(2));
         access(&mut pm, 0x28, 1, Some(1 << PCI_HOTPLUG_GPE));
-        assert!(!*world.sci.lock().unwrap());
+        assert!(!sci.is_high());
         handle.inserted(3);
         handle.ask_to_eject(33);
         handle.inserted(PCI_HOTPLUG_SLOTS);
         pm.poll();
-        assert!(*world.sci.lock().unwrap());
+        assert!(sci.is_high());
         assert_eq!([0, 4, 8, 12].map(|at| access(&mut device, at, 4, None)), [8, 0, 0, 0]);
         access(&mut device, 0, 4, Some(8));
         access(&mut device, 12, 4, Some(1));
         assert_eq!([0, 4, 8, 12].map(|at| access(&mut device, at, 4, None)), [0, 2, 0, 1]);
         access(&mut device, 8, 4, Some(2));
         assert_eq!(access(&mut device, 4, 4, None), 0);
-        assert_eq!(*world.ejected.lock().unwrap(), [33]);
+        assert_eq!(*ejected.0.lock().unwrap(), [33]);
     }
 
     proptest! {
@@ -273,7 +238,7 @@ mod tests {
         fn any_access_is_answered(accesses in prop::collection::vec(
             (0..16u64, prop::sample::select(vec![1u8, 2, 4, 8]), any::<Option<u32>>(), 0..300usize), 0..50,
         )) {
-            let Rig { world, mut device, handle, .. } = rig();
+            let Rig { ejected, mut device, handle, .. } = rig();
             for (at, len, data, slot) in accesses {
                 handle.inserted(slot);
                 handle.ask_to_eject(slot);
@@ -282,7 +247,7 @@ mod tests {
                 device.restore(&state).unwrap();
                 prop_assert_eq!(device.save(), state);
             }
-            prop_assert!(world.ejected.lock().unwrap().iter().all(|slot| *slot < PCI_HOTPLUG_SLOTS));
+            prop_assert!(ejected.0.lock().unwrap().iter().all(|slot| *slot < PCI_HOTPLUG_SLOTS));
             device.reset();
             prop_assert_eq!(device.save(), PciHotplugState::default());
         }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::wire::Wire;
-use super::{Clock, Persist, Ranges, RestoreError, bytes, check, claim};
+use super::{Clock, CpuHotplugHandle, Persist, Ranges, RestoreError, bytes, check, claim};
 use crate::bus::{Access, Answer, Deferred, Device};
 use crate::interrupt::InterruptLine;
 use calendar::Alarm;
@@ -98,6 +98,8 @@ pub struct Rtc {
     deadline: Option<Instant>,
     clock: Arc<dyn Clock>,
     irq: Wire,
+    /// Of these CMOS RAM tells how many there are.
+    cpus: Option<CpuHotplugHandle>,
 }
 
 /// Saved state of an [`Rtc`]. Real time is taken to be the same where it is restored.
@@ -129,9 +131,16 @@ impl Rtc {
         bytes[usize::from(index::A)] = a::DIVIDER_RUNS | 0x06;
         bytes[usize::from(index::B)] = b::HOURS_24;
         bytes[usize::from(index::D)] = VALID;
-        let mut rtc = Self { cmos: bytes, index: 0, offset: 0, seen: 0, deadline: None, clock, irq: Wire::new(irq) };
+        let mut rtc =
+            Self { cmos: bytes, index: 0, offset: 0, seen: 0, deadline: None, clock, irq: Wire::new(irq), cpus: None };
         rtc.seen = rtc.now();
         rtc
+    }
+
+    /// The same, where there are other processors after a reset.
+    #[must_use]
+    pub fn counting(self, cpus: CpuHotplugHandle) -> Self {
+        Self { cpus: Some(cpus), ..self }
     }
 
     /// Guest time in ns since 1970.
@@ -341,6 +350,9 @@ impl Device for Rtc {
         self.cmos[usize::from(index::B)] &= !(c::PERIODIC | c::ALARM | c::UPDATED | b::SQUARE_WAVE);
         self.cmos[usize::from(index::C)] = 0;
         self.index = 0;
+        if let Some(cpus) = &self.cpus {
+            cmos::count_cpus(&mut self.cmos, cpus.present().len());
+        }
         self.update();
     }
 }

@@ -2,12 +2,13 @@
 //! `-netdev stream` speak.
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 use super::{MAX_FRAME, NetBackend, NetError};
 use crate::dial::dial;
@@ -31,6 +32,8 @@ pub struct StreamBackend {
     /// The rest of a frame that was sent in part.
     unsent: Vec<u8>,
     sent: usize,
+    /// Where its peer is found again, and how often it is looked for.
+    again: Option<(PathBuf, Duration)>,
 }
 
 impl StreamBackend {
@@ -49,7 +52,14 @@ impl StreamBackend {
     pub fn new(name: String, socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let unsent = Vec::with_capacity(LENGTH + MAX_FRAME);
-        Ok(Self { name, socket, received: vec![0; RECEIVED].into(), from: 0, to: 0, unsent, sent: 0 })
+        Ok(Self { name, socket, received: vec![0; RECEIVED].into(), from: 0, to: 0, unsent, sent: 0, again: None })
+    }
+
+    /// The same, whose peer is looked for at `path` so long after it left, and again so long after each time in vain.
+    #[must_use]
+    pub fn with_reconnect(mut self, path: PathBuf, after: Option<Duration>) -> Self {
+        self.again = after.map(|after| (path, after));
+        self
     }
 
     /// The length of the frame at the front, once its first bytes are there.
@@ -133,6 +143,27 @@ impl NetBackend for StreamBackend {
             self.from = (self.from + LENGTH + len).min(self.to);
         }
     }
+
+    fn retry_after(&self) -> Option<Duration> {
+        self.again.as_ref().map(|(_, after)| *after)
+    }
+
+    fn reconnect(&mut self) -> bool {
+        let Some(socket) = self.again.as_ref().and_then(|(path, _)| dial_now(path).ok()) else { return false };
+        self.socket = socket;
+        // What came from the peer that left, and what was on its way there, begins and ends in the middle of frames.
+        (self.from, self.to, self.sent) = (0, 0, 0);
+        self.unsent.clear();
+        true
+    }
+}
+
+/// A non-blocking connection to who listens at `path`, if there is room for one at once: over UNIX sockets nothing else takes time.
+fn dial_now(path: &Path) -> nix::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket.into())
 }
 
 /// What a call on the socket gave; none: not now.

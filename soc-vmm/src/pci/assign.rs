@@ -26,7 +26,8 @@ impl Apertures {
     }
 }
 
-/// Least sizes of a bridge's windows, so that something can be plugged in later.
+/// Least sizes of a bridge's windows, so that something can be plugged in later. Of ports there are few: a bridge with nothing behind it that
+/// has some goes without where they are used up, as with a PC's firmware.
 const BRIDGE_IO: u64 = 0x1000;
 const BRIDGE_MEMORY: u64 = 2 << 20;
 const BRIDGE_HIGH: u64 = 4 << 20;
@@ -58,6 +59,13 @@ impl Cursor {
     }
 }
 
+/// Whether a function's windows fit behind a bridge as it is where nothing is plugged in, so that nothing else moves for them.
+pub(super) fn fits_a_bridge(config: &ConfigSpace) -> bool {
+    let aperture = |size| Cursor::of((0, size));
+    let (io, memory, high) = (aperture(BRIDGE_IO), aperture(BRIDGE_MEMORY), aperture(BRIDGE_HIGH));
+    place_bars(config, &mut Cursors { io, memory, high, bus: 0 }).is_ok()
+}
+
 struct Cursors {
     io: Cursor,
     memory: Cursor,
@@ -86,15 +94,17 @@ impl Fabric {
         let mut here: Vec<_> =
             self.nodes().filter(|(_, p, _)| *p == parent).map(|(id, _, devfn)| (devfn, id)).collect();
         here.sort_unstable();
+        let mut bridges = Vec::new();
         for (_, id) in here {
             let Some(function) = self.function(id) else { continue };
             if is_bridge(function.config()) {
-                self.assign_bridge(id, bus, cursors)?;
+                bridges.push(id);
             } else {
                 assign_bars(function.config_mut(), cursors)?;
             }
         }
-        Ok(())
+        // What is there comes before what may come.
+        bridges.into_iter().try_for_each(|id| self.assign_bridge(id, bus, cursors))
     }
 
     fn assign_bridge(&mut self, id: NodeId, primary: u8, cursors: &mut Cursors) -> Result<(), NoRoom> {
@@ -113,14 +123,20 @@ impl Fabric {
             let used = cursor.next - start;
             cursor.take(if used == 0 { least } else { 0 }, least)
         };
-        close(&mut cursors.io, start[0], BRIDGE_IO)?;
+        let has_ports = match close(&mut cursors.io, start[0], BRIDGE_IO) {
+            Ok(_) => true,
+            Err(_) if cursors.io.next == start[0] => false,
+            Err(e) => return Err(e),
+        };
         close(&mut cursors.memory, start[1], BRIDGE_MEMORY)?;
         close(&mut cursors.high, start[2], BRIDGE_HIGH)?;
         let last = [cursors.io.next - 1, cursors.memory.next - 1, cursors.high.next - 1];
         let Some(bridge) = self.function(id) else { return Ok(()) };
         let config = bridge.config_mut();
         config.put(0x1a, &[cursors.bus]);
-        config.put(0x1c, &[(start[0] >> 8) as u8 & 0xf0 | 1, (last[0] >> 8) as u8 & 0xf0 | 1]);
+        // One that ends before it begins is none.
+        let ports = if has_ports { [(start[0] >> 8) as u8, (last[0] >> 8) as u8] } else { [0xf0, 0] };
+        config.put(0x1c, &ports.map(|byte| byte & 0xf0 | 1));
         config.put(0x20, &[(start[1] >> 16) as u16, (last[1] >> 16) as u16 & 0xfff0].map(u16::to_le_bytes).concat());
         let prefetchable = [(start[2] >> 16) as u16 | 1, (last[2] >> 16) as u16 & 0xfff0 | 1];
         config.put(0x24, &prefetchable.map(u16::to_le_bytes).concat());
@@ -130,18 +146,25 @@ impl Fabric {
     }
 }
 
-/// Places the BARs of an endpoint, the largest first, each at a multiple of its size.
-fn assign_bars(config: &mut ConfigSpace, cursors: &mut Cursors) -> Result<(), NoRoom> {
+/// Finds places for the BARs of an endpoint, the largest first, each at a multiple of its size.
+fn place_bars(config: &ConfigSpace, cursors: &mut Cursors) -> Result<Vec<(usize, Bar, u64)>, NoRoom> {
     let mut bars: Vec<(usize, Bar)> = config.bars().map(|(index, bar, _)| (index, bar)).collect();
     bars.sort_by_key(|(_, bar)| std::cmp::Reverse(bar.size));
-    for (index, bar) in bars {
-        let at = header::BAR0 + 4 * index as u16;
+    let place = |(index, bar): (usize, Bar)| {
         let cursor = match bar.space {
             Space::Io => &mut cursors.io,
             Space::Memory64 if bar.prefetchable => &mut cursors.high,
             Space::Memory32 | Space::Memory64 => &mut cursors.memory,
         };
-        let base = cursor.take(bar.size, bar.size)?;
+        Ok((index, bar, cursor.take(bar.size, bar.size)?))
+    };
+    bars.into_iter().map(place).collect()
+}
+
+/// Places the BARs of an endpoint.
+fn assign_bars(config: &mut ConfigSpace, cursors: &mut Cursors) -> Result<(), NoRoom> {
+    for (index, bar, base) in place_bars(config, cursors)? {
+        let at = header::BAR0 + 4 * index as u16;
         config.put(at, &(base as u32 | bar.flags()).to_le_bytes());
         if bar.space == Space::Memory64 {
             config.put(at + 4, &((base >> 32) as u32).to_le_bytes());

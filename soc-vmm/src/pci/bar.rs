@@ -1,5 +1,9 @@
 //! Base address registers, and the windows that they open.
 
+use std::sync::Arc;
+
+use nix::sys::eventfd::EventFd;
+
 /// Which addresses a BAR claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Space {
@@ -51,5 +55,22 @@ impl Window {
     /// Whether all of it lies in `[first, last]`.
     pub(super) fn is_within(&self, first: u64, last: u64) -> bool {
         self.base >= first && self.base.checked_add(self.len - 1).is_some_and(|end| end <= last)
+    }
+}
+
+/// An address where a write says that it happened and no more, whatever is written: who has the event may finish it elsewhere.
+#[derive(Clone, Debug)]
+pub struct Signal {
+    /// Where: its first address.
+    pub window: Window,
+    /// What a write does, other than [`super::PciFunction::write`].
+    pub event: Arc<EventFd>,
+    /// The function's notify page that does the same, if one does: where the window is whole pages, the guest may see it there.
+    pub page: Option<u32>,
+}
+
+impl PartialEq for Signal {
+    fn eq(&self, other: &Self) -> bool {
+        (self.window, self.page) == (other.window, other.page) && Arc::ptr_eq(&self.event, &other.event)
     }
 }

@@ -5,12 +5,13 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::assign::{Apertures, NoRoom};
-use super::bar::Window;
+use super::assign::{Apertures, NoRoom, fits_a_bridge};
+use super::bar::{Signal, Window};
 use super::config::ConfigSpace;
 use super::function::PciFunction;
 use super::host_bridge::{HostBridge, MemoryView};
 use super::requester::Requester;
+use super::root_port::{Asked, RootPort};
 use super::window::Gate;
 use crate::bus::{Access, Answer, Deferred, Device, Ticket};
 
@@ -30,6 +31,17 @@ pub trait Platform: Send + Sync {
 
     /// Makes writes to these addresses posted, and no others of the fabric's.
     fn post(&self, windows: &[Window]);
+
+    /// Has writes to these addresses signal their events, where the host can, and no others of the fabric's. An address that is no
+    /// longer among them signals none once the next [`Platform::show`] is done.
+    fn signal(&self, signals: &[Signal]);
+}
+
+/// Hears of slots that were emptied.
+pub trait SlotSink: Send {
+    /// A port's slot is empty, and these were in it: reset, and out of the guest's reach. Called on the thread that serves IOREQs or on
+    /// the one that asked, with the fabric locked: what takes time is done elsewhere.
+    fn emptied(&self, port: NodeId, functions: Vec<Box<dyn PciFunction>>);
 }
 
 /// A function within the fabric.
@@ -55,6 +67,8 @@ struct Route {
 /// The fabric.
 pub struct Fabric {
     prepared: Option<Apertures>,
+    /// Everything has its place: [`Fabric::prepare`] has been called.
+    placed: bool,
     host: HostBridge,
     nodes: Vec<Option<Node>>,
     /// The configuration address register.
@@ -63,8 +77,12 @@ pub struct Fabric {
     memory: Vec<Route>,
     ports: Vec<Route>,
     posted: Vec<Window>,
+    signals: Vec<Signal>,
     view: MemoryView,
     platform: Arc<dyn Platform>,
+    slots: Option<Box<dyn SlotSink>>,
+    /// The guest has looked at none of it since the machine was built or reset.
+    untouched: bool,
     deadline: Option<Instant>,
 }
 
@@ -83,6 +101,18 @@ pub enum PlugError {
         /// Slot × 8 + function.
         devfn: u8,
     },
+    /// It isn't a port with a slot.
+    #[error("it is no PCI Express port")]
+    NoPort,
+    /// There is nothing to take out.
+    #[error("its slot is empty")]
+    Empty,
+    /// Its windows don't fit behind a port.
+    #[error("its registers need more address space than a PCI Express port has")]
+    TooLarge,
+    /// The guest has been asked to let it go, or is about to switch the slot's power.
+    #[error("the guest is at it already: wait until the slot's power indicator no longer blinks")]
+    Busy,
 }
 
 impl Fabric {
@@ -92,14 +122,18 @@ impl Fabric {
         let view = host.view();
         Self {
             prepared,
+            placed: false,
             host,
             nodes: Vec::new(),
             latch: 0,
             memory: Vec::new(),
             ports: Vec::new(),
             posted: Vec::new(),
+            signals: Vec::new(),
             view,
             platform,
+            slots: None,
+            untouched: true,
             deadline: None,
         }
     }
@@ -150,11 +184,75 @@ impl Fabric {
         self.settle();
     }
 
-    /// Takes a function out.
-    pub fn unplug(&mut self, NodeId(index): NodeId) -> Option<Box<dyn PciFunction>> {
-        let node = self.nodes.get_mut(index)?.take()?;
-        self.settle();
-        Some(node.function)
+    /// Says who gets what is taken out of slots.
+    pub fn give_to(&mut self, sink: Box<dyn SlotSink>) {
+        self.slots = Some(sink);
+    }
+
+    /// Puts a function into the slot of a port. A guest that has looked at the fabric is told; for any other it is simply there.
+    ///
+    /// # Errors
+    /// The slot is taken, or the function too large for it.
+    pub fn insert(
+        &mut self,
+        port: NodeId,
+        function: Box<dyn PciFunction>,
+        requester: Requester,
+    ) -> Result<(), PlugError> {
+        self.port(port).ok_or(PlugError::NoPort)?;
+        if !fits_a_bridge(function.config()) {
+            return Err(PlugError::TooLarge);
+        }
+        let node = self.plug(Some(port), 0, function)?;
+        self.identify(node, requester);
+        let untouched = self.untouched;
+        if let Some(port) = self.port(port) {
+            if untouched { port.occupy() } else { port.insert() }
+        }
+        if untouched && self.placed {
+            self.place();
+        }
+        Ok(())
+    }
+
+    /// Takes what is in the slot of a port out, as soon as the guest lets it go: at the latest when the machine is reset.
+    ///
+    /// # Errors
+    /// The slot is empty, or the guest is at it already.
+    pub fn ask_out(&mut self, port: NodeId) -> Result<(), PlugError> {
+        let untouched = self.untouched;
+        let slot = self.port(port).ok_or(PlugError::NoPort)?;
+        if !slot.is_occupied() {
+            return Err(PlugError::Empty);
+        }
+        match if untouched { Asked::Free } else { slot.ask() } {
+            Asked::Pressed => {}
+            Asked::Busy => return Err(PlugError::Busy),
+            Asked::Free => {
+                self.empty(port);
+                self.settle();
+            }
+        }
+        Ok(())
+    }
+
+    fn port(&mut self, id: NodeId) -> Option<&mut RootPort> {
+        self.function(id)?.port()
+    }
+
+    /// Empties the slot of a port: what was in it does nothing more.
+    fn empty(&mut self, NodeId(port): NodeId) {
+        let untouched = self.untouched;
+        let is_in_it = |node: &Option<Node>| node.as_ref().is_some_and(|node| node.parent == Some(port));
+        let taken = self.nodes.iter_mut().filter(|node| is_in_it(node)).filter_map(Option::take);
+        let mut functions: Vec<_> = taken.map(|node| node.function).collect();
+        functions.iter_mut().for_each(|function| function.reset());
+        if let Some(slot) = self.port(NodeId(port)) {
+            if untouched { slot.clear() } else { slot.vacate() }
+        }
+        if let Some(sink) = &self.slots {
+            sink.emptied(NodeId(port), functions);
+        }
     }
 
     /// Leaves the machine as firmware would, if there will be none: once everything is plugged in.
@@ -163,12 +261,17 @@ impl Fabric {
     /// The functions' windows don't fit.
     pub fn prepare(&mut self) -> Result<(), NoRoom> {
         match self.prepared {
-            Some(apertures) => self.assign(&apertures),
-            None => {
-                self.settle();
-                Ok(())
-            }
+            Some(apertures) => self.assign(&apertures)?,
+            None => self.settle(),
         }
+        self.placed = true;
+        Ok(())
+    }
+
+    /// The same of a machine that was prepared once, since when nothing came that needs more room.
+    fn place(&mut self) {
+        let placed = self.prepare();
+        debug_assert_eq!(placed, Ok(()));
     }
 
     /// A function that is plugged in.
@@ -230,13 +333,19 @@ impl Fabric {
             let part = (value >> (8 * (at - offset))) as u32;
             if bus == 0 && devfn == HOST_BRIDGE {
                 self.host.write_config(at, count, part);
-            } else if let Some(node) = found.and_then(|index| self.nodes[index].as_mut()) {
+            } else if let Some((index, node)) = found.and_then(|index| Some((index, self.nodes[index].as_mut()?))) {
                 node.function.write_config(at, count, part);
+                if node.function.port().is_some_and(RootPort::take_released) {
+                    self.empty(NodeId(index));
+                }
             }
         }
+        let signals = self.signals.clone();
         self.settle();
+        // What is where one was might not hear of a write before that one is gone.
+        let gone = signals.iter().any(|signal| !self.signals.contains(signal));
         let view = self.host.view();
-        if view == self.view {
+        if view == self.view && !gone {
             return Answer::Done(0);
         }
         self.view = view;
@@ -247,6 +356,7 @@ impl Fabric {
     /// Finds anew what answers where, as the functions' registers stand.
     pub(super) fn settle(&mut self) {
         let (mut memory, mut ports, mut posted) = (Vec::new(), Vec::new(), Vec::new());
+        let mut signals = Vec::new();
         for (index, node) in self.nodes.iter().enumerate() {
             let Some(node) = node else { continue };
             let bus = node.parent.and_then(|bridge| self.numbers(bridge)).map_or(0, |(_, secondary, _)| secondary);
@@ -257,6 +367,7 @@ impl Fabric {
                 if window.io { &mut ports } else { &mut memory }.push(Route { window, node: index });
             }
             posted.extend(node.function.posted().into_iter().filter(open));
+            signals.extend(node.function.signals().into_iter().filter(|signal| open(&signal.window)));
         }
         memory.sort_by_key(|route: &Route| route.window.base);
         ports.sort_by_key(|route: &Route| route.window.base);
@@ -264,6 +375,10 @@ impl Fabric {
         if self.posted != posted {
             self.platform.post(&posted);
             self.posted = posted;
+        }
+        if self.signals != signals {
+            self.platform.signal(&signals);
+            self.signals = signals;
         }
         self.note_deadline();
     }
@@ -342,11 +457,15 @@ impl Fabric {
     /// Resets everything. The memory view goes back too, which nobody waits for: every vCPU is out of the guest.
     fn reset(&mut self) {
         self.host.reset();
-        self.latch = 0;
+        (self.latch, self.untouched) = (0, true);
+        let asked = |(index, node): (usize, &mut Option<Node>)| {
+            let asked = node.as_mut()?.function.port()?.is_asked();
+            asked.then_some(NodeId(index))
+        };
+        let leaving: Vec<_> = self.nodes.iter_mut().enumerate().filter_map(asked).collect();
+        leaving.into_iter().for_each(|port| self.empty(port));
         self.nodes.iter_mut().flatten().for_each(|node| node.function.reset());
-        // Everything fitted when the machine was built.
-        let placed = self.prepare();
-        debug_assert_eq!(placed, Ok(()));
+        self.place();
         self.view = self.host.view();
         self.platform.show(&self.view, None);
     }
@@ -395,15 +514,22 @@ impl FabricSide {
     fn fabric(&self) -> MutexGuard<'_, Fabric> {
         self.fabric.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// The same, for an access of the guest's.
+    fn touched(&self) -> MutexGuard<'_, Fabric> {
+        let mut fabric = self.fabric();
+        fabric.untouched = false;
+        fabric
+    }
 }
 
 impl Device for FabricSide {
     fn read(&mut self, access: &Access, offset: u64, reply: Deferred<'_>) -> Answer {
-        self.fabric().read(self.io, access, offset, reply)
+        self.touched().read(self.io, access, offset, reply)
     }
 
     fn write(&mut self, access: &Access, offset: u64, data: u64, reply: Deferred<'_>) -> Answer {
-        self.fabric().write(self.io, access, offset, data, reply)
+        self.touched().write(self.io, access, offset, data, reply)
     }
 
     fn poll(&mut self) {

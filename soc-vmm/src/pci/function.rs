@@ -2,8 +2,9 @@
 
 use std::time::Instant;
 
-use super::bar::{Space, Window};
+use super::bar::{Signal, Space, Window};
 use super::config::{ConfigSpace, command};
+use super::root_port::RootPort;
 use crate::bus::{Access, Answer, Deferred};
 
 /// A function of a PCI device. One thread calls it, the one that serves IOREQs; what its own threads have for it they leave where
@@ -35,11 +36,21 @@ pub trait PciFunction: Send {
         Vec::new()
     }
 
+    /// Those addresses within its windows whose writes KVM may turn into the event there.
+    fn signals(&self) -> Vec<Signal> {
+        Vec::new()
+    }
+
     /// The guest reads `access.len` bytes at `offset` of the window `region`.
     fn read(&mut self, region: usize, offset: u64, access: &Access, reply: Deferred<'_>) -> Answer;
 
     /// The guest writes there.
     fn write(&mut self, region: usize, offset: u64, data: u64, access: &Access, reply: Deferred<'_>) -> Answer;
+
+    /// The port that it is, if it is one with a slot.
+    fn port(&mut self) -> Option<&mut RootPort> {
+        None
+    }
 
     /// See [`crate::bus::Device::poll`].
     fn poll(&mut self) {}

@@ -23,14 +23,14 @@ mod tests;
 mod window;
 
 pub use assign::{Apertures, NoRoom};
-pub use bar::{Bar, Space, Window};
+pub use bar::{Bar, Signal, Space, Window};
 pub use config::{CAP_EXPRESS, CONFIG_SIZE, ConfigSpace, ConfigState, Identity, command, header};
-pub use fabric::{Fabric, FabricSide, NodeId, Platform, PlugError};
+pub use fabric::{Fabric, FabricSide, NodeId, Platform, PlugError, SlotSink};
 pub use function::{PciFunction, bar_windows};
 pub use host_bridge::{HostBridge, MemoryView, PAM_SEGMENTS, Shadow};
 pub use lpc::{LPC, LpcBridge};
 pub use msi::Msi;
 pub use msix::{CAP_MSIX, Msix, MsixLayout, MsixState, MsixVectors};
 pub use requester::Requester;
-pub use root_port::{RootPort, slot_control};
+pub use root_port::{Asked, RootPort, slot_control, slot_status};
 pub use routing::{PIRQ_GSI, PIRQS, Pirqs, pirq_of};

@@ -1,5 +1,8 @@
 //! PCI Express root ports as QEMU's `pcie-root-port` is one: 1b36:000c, with a slot into which a device can be plugged while the guest
 //! runs (PCI Express Base §6.7, §7.5.3).
+//!
+//! A device that is put in shows itself, with a press of the attention button, and the guest switches its power on. A press of the attention button asks the guest to let it
+//! go; it has done so once power and power indicator are off, which it may also do unasked.
 
 use super::config::{CAP_EXPRESS, ConfigSpace, Identity, header};
 use super::function::PciFunction;
@@ -35,10 +38,16 @@ pub mod slot_control {
     pub const COMPLETED: u16 = 1 << 4;
     /// The interrupts above are on.
     pub const INTERRUPT: u16 = 1 << 5;
-    /// The power indicator: off.
-    pub const INDICATOR_OFF: u16 = 3 << 8;
+    /// The attention indicator: off.
+    pub const ATTENTION_OFF: u16 = 3 << 6;
     /// The power indicator's bits.
     pub const INDICATOR: u16 = 3 << 8;
+    /// The power indicator: on.
+    pub const INDICATOR_ON: u16 = 1 << 8;
+    /// The power indicator: it blinks, the slot's power is about to change.
+    pub const INDICATOR_BLINKS: u16 = 2 << 8;
+    /// The power indicator: off.
+    pub const INDICATOR_OFF: u16 = 3 << 8;
     /// Power is off.
     pub const POWER_OFF: u16 = 1 << 10;
     /// Interrupt: the data link's state changed.
@@ -46,14 +55,34 @@ pub mod slot_control {
 }
 
 /// Slot status.
-mod slot_status {
-    pub(super) const BUTTON: u16 = 1 << 0;
-    pub(super) const PRESENCE_CHANGED: u16 = 1 << 3;
-    pub(super) const COMPLETED: u16 = 1 << 4;
-    pub(super) const PRESENT: u16 = 1 << 6;
-    pub(super) const LINK_CHANGED: u16 = 1 << 8;
+pub mod slot_status {
+    /// The attention button was pressed.
+    pub const BUTTON: u16 = 1 << 0;
+    /// Presence changed.
+    pub const PRESENCE_CHANGED: u16 = 1 << 3;
+    /// A command completed.
+    pub const COMPLETED: u16 = 1 << 4;
+    /// A device is in the slot.
+    pub const PRESENT: u16 = 1 << 6;
+    /// The data link's state changed.
+    pub const LINK_CHANGED: u16 = 1 << 8;
     /// Cleared by ones.
     pub(super) const EVENTS: u16 = 0x11f;
+}
+
+/// Slot control of an empty slot, and of one whose device was there at power on.
+const EMPTY: u16 = slot_control::ATTENTION_OFF | slot_control::INDICATOR_OFF | slot_control::POWER_OFF;
+const POWERED: u16 = slot_control::ATTENTION_OFF | slot_control::INDICATOR_ON;
+
+/// What became of a request to let a device go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// Nobody uses it: the guest has never switched its power on.
+    Free,
+    /// The guest is asked.
+    Pressed,
+    /// It was asked before, or is about to switch the slot's power: another press would take the request back.
+    Busy,
 }
 
 /// A root port.
@@ -64,6 +93,8 @@ pub struct RootPort {
     line: InterruptLine,
     /// Whether a device is in the slot.
     occupied: bool,
+    /// The guest is asked to let it go.
+    asked: bool,
     /// The guest switched the slot's power off: what is in it may be taken out.
     released: bool,
 }
@@ -83,7 +114,7 @@ impl RootPort {
         put(0x0c, &(LINK | u32::from(slot & 0xff) << 24).to_le_bytes());
         put(LINK_STATUS, &LINK_UP.to_le_bytes());
         put(0x14, &(SLOT | u32::from(slot & 0x1fff) << SLOT_NUMBER).to_le_bytes());
-        put(SLOT_CONTROL, &slot_control::INDICATOR_OFF.to_le_bytes());
+        put(SLOT_CONTROL, &EMPTY.to_le_bytes());
         // Link capabilities 2, link control 2: 2.5 GT/s.
         put(0x2c, &2u32.to_le_bytes());
         put(0x30, &1u16.to_le_bytes());
@@ -101,59 +132,110 @@ impl RootPort {
         let msi = Msi::new(&mut config, sink);
         // Subsystem ids of a bridge have a capability of their own.
         config.add_capability(0x0d, &[0, 0, 0x36, 0x1b, 0, 0], &[]);
-        Self { config, express, msi, line, occupied: false, released: false }
+        Self { config, express, msi, line, occupied: false, asked: false, released: false }
     }
 
-    /// Puts a device into the slot, before the guest starts or while it runs: then it is told.
+    /// Puts a device into the slot as if it had been there at power on.
     pub fn occupy(&mut self) {
-        (self.occupied, self.released) = (true, false);
-        self.show_presence();
-        self.event(slot_status::PRESENCE_CHANGED | slot_status::LINK_CHANGED);
+        (self.occupied, self.asked, self.released) = (true, false, false);
+        self.put_control(POWERED);
+        self.show();
     }
 
-    /// Presses the attention button: the guest is asked to let the device go.
-    pub fn press_button(&mut self) {
+    /// Puts a device into the slot while the guest runs, which is told.
+    pub fn insert(&mut self) {
+        (self.occupied, self.asked, self.released) = (true, false, false);
+        // As whoever puts a card in does: Linux waits for the button where a slot has one, and not for presence.
+        self.show_and_tell(slot_status::BUTTON);
+    }
+
+    /// Whether a device is in the slot.
+    pub fn is_occupied(&self) -> bool {
+        self.occupied
+    }
+
+    /// Asks the guest to let the device go.
+    pub fn ask(&mut self) -> Asked {
+        let indicator = self.slot_control() & slot_control::INDICATOR;
+        if is_off(self.slot_control()) {
+            return Asked::Free;
+        }
+        if indicator == slot_control::INDICATOR_BLINKS || self.slot_status() & slot_status::BUTTON != 0 {
+            return Asked::Busy;
+        }
+        self.asked = true;
         self.event(slot_status::BUTTON);
+        Asked::Pressed
     }
 
-    /// Takes the device out, announced or not.
+    /// Whether the guest is asked to let the device go.
+    pub fn is_asked(&self) -> bool {
+        self.asked
+    }
+
+    /// Whether the guest has just let the device go.
+    pub fn take_released(&mut self) -> bool {
+        std::mem::take(&mut self.released)
+    }
+
+    /// Takes the device out while the guest runs, which is told.
     pub fn vacate(&mut self) {
-        (self.occupied, self.released) = (false, false);
-        self.show_presence();
-        self.event(slot_status::PRESENCE_CHANGED | slot_status::LINK_CHANGED);
+        (self.occupied, self.asked, self.released) = (false, false, false);
+        self.show_and_tell(0);
     }
 
-    /// Whether the guest has let the device go.
-    pub fn is_released(&self) -> bool {
-        self.released
+    /// Takes the device out as if it had not been there at power on.
+    pub fn clear(&mut self) {
+        (self.occupied, self.asked, self.released) = (false, false, false);
+        self.put_control(EMPTY);
+        self.show();
     }
 
-    fn show_presence(&mut self) {
+    fn show_and_tell(&mut self, button: u16) {
+        let link = if self.show() { slot_status::LINK_CHANGED } else { 0 };
+        self.event(slot_status::PRESENCE_CHANGED | link | button);
+    }
+
+    /// Makes the registers show whether there is a device and whether it is powered; whether the link's state changed.
+    fn show(&mut self) -> bool {
         let powered = self.slot_control() & slot_control::POWER_OFF == 0;
-        let status = self.config.u16(self.express + SLOT_STATUS) & !slot_status::PRESENT;
+        let status = self.slot_status() & !slot_status::PRESENT;
         let status = if self.occupied { status | slot_status::PRESENT } else { status };
         self.config.put(self.express + SLOT_STATUS, &status.to_le_bytes());
+        let before = self.config.u16(self.express + LINK_STATUS);
         let link = if self.occupied && powered { LINK_UP | LINK_ACTIVE } else { LINK_UP };
         self.config.put(self.express + LINK_STATUS, &link.to_le_bytes());
+        before != link
     }
 
     fn slot_control(&self) -> u16 {
         self.config.u16(self.express + SLOT_CONTROL)
     }
 
+    fn put_control(&mut self, control: u16) {
+        self.config.put(self.express + SLOT_CONTROL, &control.to_le_bytes());
+    }
+
+    fn slot_status(&self) -> u16 {
+        self.config.u16(self.express + SLOT_STATUS)
+    }
+
+    fn set_status(&mut self, bits: u16) {
+        let status = self.slot_status() | bits;
+        self.config.put(self.express + SLOT_STATUS, &status.to_le_bytes());
+    }
+
     /// Sets status bits, and interrupts where that was asked for.
     fn event(&mut self, bits: u16) {
-        let old = self.config.u16(self.express + SLOT_STATUS);
-        self.config.put(self.express + SLOT_STATUS, &(old | bits).to_le_bytes());
-        if self.asserted() && !Self::is_wanted(self.slot_control(), old) && self.msi.enabled() {
-            self.msi.raise();
-        }
-        self.update_line();
+        let before = self.wants_message();
+        self.set_status(bits);
+        self.interrupt(before);
     }
 
     /// Whether a status bit is set whose interrupt is on.
-    fn is_wanted(control: u16, status: u16) -> bool {
+    fn asserted(&self) -> bool {
         use slot_control::{BUTTON, COMPLETED, INTERRUPT, LINK, PRESENCE};
+        let (control, status) = (self.slot_control(), self.slot_status());
         let pairs = [
             (BUTTON, slot_status::BUTTON),
             (PRESENCE, slot_status::PRESENCE_CHANGED),
@@ -163,11 +245,15 @@ impl RootPort {
         control & INTERRUPT != 0 && pairs.iter().any(|(on, bit)| control & on != 0 && status & bit != 0)
     }
 
-    fn asserted(&self) -> bool {
-        Self::is_wanted(self.slot_control(), self.config.u16(self.express + SLOT_STATUS))
+    fn wants_message(&self) -> bool {
+        self.asserted() && self.msi.enabled()
     }
 
-    fn update_line(&mut self) {
+    /// Interrupts after a change: a message where there was no reason for one `before` (§6.7.3.4), or the line's level.
+    fn interrupt(&mut self, before: bool) {
+        if !before && self.wants_message() {
+            self.msi.raise();
+        }
         let asserted = self.asserted() && !self.msi.enabled();
         let high = self.config.show_interrupt(asserted);
         self.line.set(high);
@@ -176,14 +262,16 @@ impl RootPort {
     /// A guest's command to the slot was carried out, at once.
     fn commanded(&mut self, before: u16) {
         let now = self.slot_control();
-        let indicator_off = |control: u16| control & slot_control::INDICATOR == slot_control::INDICATOR_OFF;
-        if now & slot_control::POWER_OFF != 0 && indicator_off(now) && self.occupied {
-            let was = before & slot_control::POWER_OFF != 0 && indicator_off(before);
-            self.released |= !was;
-        }
-        self.show_presence();
-        self.event(slot_status::COMPLETED);
+        // Not again where both were off already: a guest that brings up what was just put in writes other bits first.
+        self.released |= self.occupied && is_off(now) && !is_off(before);
+        let link = if self.show() { slot_status::LINK_CHANGED } else { 0 };
+        self.set_status(slot_status::COMPLETED | link);
     }
+}
+
+/// Whether power and power indicator are off.
+fn is_off(control: u16) -> bool {
+    control & slot_control::POWER_OFF != 0 && control & slot_control::INDICATOR == slot_control::INDICATOR_OFF
 }
 
 impl PciFunction for RootPort {
@@ -196,17 +284,18 @@ impl PciFunction for RootPort {
     }
 
     fn write_config(&mut self, offset: u16, len: u8, value: u32) {
-        let before = self.slot_control();
-        let was_asserted = self.asserted();
+        let (control, wanted) = (self.slot_control(), self.wants_message());
         self.config.write(offset, len, value);
         self.msi.configure(&self.config);
         let slot = self.express + SLOT_CONTROL;
         if (offset..offset + u16::from(len)).any(|at| at == slot || at == slot + 1) {
-            self.commanded(before);
-        } else if !was_asserted && self.asserted() && self.msi.enabled() {
-            self.msi.raise();
+            self.commanded(control);
         }
-        self.update_line();
+        self.interrupt(wanted);
+    }
+
+    fn port(&mut self) -> Option<&mut RootPort> {
+        Some(self)
     }
 
     fn read(&mut self, _: usize, _: u64, _: &Access, _: Deferred<'_>) -> Answer {
@@ -220,13 +309,13 @@ impl PciFunction for RootPort {
     fn reset(&mut self) {
         self.config.reset();
         self.msi.configure(&self.config);
-        self.released = false;
+        (self.asked, self.released) = (false, false);
         // A slot that holds a device is powered.
         if self.occupied {
-            self.config.put(self.express + SLOT_CONTROL, &(1u16 << 8).to_le_bytes());
+            self.put_control(POWERED);
         }
-        self.show_presence();
-        self.update_line();
+        self.show();
+        self.interrupt(false);
     }
 }
 

@@ -1,6 +1,10 @@
 //! The fabric as a guest sees it.
 
+mod slots;
+
 use std::sync::{Arc, Mutex, mpsc};
+
+use nix::sys::eventfd::EventFd;
 
 use super::*;
 use crate::bus::{Access, Answer, Deferred, Device, LateAnswer, RequestId, Ticket, Wake};
@@ -16,6 +20,7 @@ impl Wake for NoWake {
 struct Around {
     views: Mutex<Vec<(MemoryView, Option<Ticket>)>>,
     posted: Mutex<Vec<Window>>,
+    signals: Mutex<Vec<Signal>>,
 }
 
 impl Platform for Around {
@@ -26,17 +31,21 @@ impl Platform for Around {
     fn post(&self, windows: &[Window]) {
         *self.posted.lock().unwrap() = windows.to_vec();
     }
+
+    fn signal(&self, signals: &[Signal]) {
+        *self.signals.lock().unwrap() = signals.to_vec();
+    }
 }
 
 /// An endpoint that answers with where it was asked.
-struct Probe(ConfigSpace);
+struct Probe(ConfigSpace, Arc<EventFd>);
 
 impl Probe {
     fn new(device: u16, bars: &[(usize, Bar)]) -> Box<Self> {
         let identity = Identity { vendor: 0x1af4, device, revision: 1, class: 0xff_0000, subsystem: (0, 0) };
         let mut config = ConfigSpace::endpoint(&identity);
         bars.iter().for_each(|(index, bar)| config.add_bar(*index, *bar));
-        Box::new(Self(config))
+        Box::new(Self(config, Arc::new(EventFd::new().unwrap())))
     }
 }
 
@@ -59,6 +68,13 @@ impl PciFunction for Probe {
 
     fn write(&mut self, _: usize, _: u64, _: u64, _: &Access, _: Deferred<'_>) -> Answer {
         Answer::Done(0)
+    }
+
+    fn signals(&self) -> Vec<Signal> {
+        let windows = self.windows().into_iter().filter(|window| window.region == 0);
+        windows
+            .map(|window| Signal { window: Window { len: 4, ..window }, event: self.1.clone(), page: None })
+            .collect()
     }
 
     fn reset(&mut self) {
@@ -160,6 +176,24 @@ fn windows_answer_where_the_guest_puts_them() {
 }
 
 #[test]
+fn a_window_s_signals_are_gone_before_the_write_that_moved_it_is_done() {
+    let rig = Rig::new(None);
+    rig.fabric.lock().unwrap().plug(None, 8, Probe::new(1, &[(0, MEM32)])).unwrap();
+    let signals = || rig.around.signals.lock().unwrap().iter().map(|signal| signal.window.base).collect::<Vec<_>>();
+    rig.config(8, 0x10, 4, Some(0xfe00_0000));
+    assert_eq!(signals(), [0; 0]);
+    // A new one need not be waited for.
+    assert_eq!(rig.config(8, 4, 2, Some(2)), Some(0));
+    assert_eq!(signals(), [0xfe00_0000]);
+    assert_eq!(rig.config(8, 0x10, 4, Some(0xfd00_0000)), None);
+    assert_eq!(signals(), [0xfd00_0000]);
+    assert_eq!(rig.config(8, 4, 2, Some(0)), None);
+    assert_eq!(signals(), [0; 0]);
+    let views = rig.around.views.lock().unwrap();
+    assert!(views.len() == 2 && views.iter().all(|(_, ticket)| ticket.is_some()), "{views:?}");
+}
+
+#[test]
 fn a_bridge_lets_through_what_its_windows_hold() {
     let rig = Rig::new(None);
     let (port_id, id) = (Requester::default(), Requester::default());
@@ -214,7 +248,7 @@ fn a_machine_without_firmware_is_left_as_firmware_would() {
         assert_eq!(rig.config(8, 0x18, 4, None), Some(0x01_01_00));
         assert_eq!(rig.config(9, 0x18, 4, None), Some(0x02_02_00));
         let [io, low, high] = [0x14, 0x10, 0x18].map(|at| rig.config(2 << 8, at, 4, None).unwrap());
-        assert_eq!((io, low, high & 0xf), (0x7001, 0xc020_0000, 0xc));
+        assert_eq!((io, low, high & 0xf), (0x7001, 0xc040_0000, 0xc));
         let high = rig.config(2 << 8, 0x1c, 4, None).unwrap() << 32 | high & !0xf;
         assert_eq!(rig.read(true, 0x7000, 1), Some(1 << 32));
         assert_eq!((rig.read(false, low + 4, 4), rig.read(false, high + 4, 4)), (Some(4), Some(2 << 32 | 4)));
@@ -228,6 +262,29 @@ fn a_machine_without_firmware_is_left_as_firmware_would() {
     look(&rig);
     let mut views = rig.around.views.lock().unwrap();
     assert!(matches!(views.pop(), Some((MemoryView::SHADOWED, None))));
+}
+
+#[test]
+fn of_many_bridges_the_last_go_without_ports() {
+    let rig = Rig::new(Some(Apertures::above(4 << 30)));
+    let mut fabric = rig.fabric.lock().unwrap();
+    let pirqs = Pirqs::new(Arc::new(NoLines));
+    let sink = test_sink::TestSink::default();
+    let port = |devfn| (devfn, Box::new(RootPort::new(1, pirqs.wire(1), &sink)));
+    for (devfn, port) in (8..40).map(port) {
+        let port = fabric.plug(None, devfn, port).unwrap();
+        fabric.plug(Some(port), 0, Probe::new(7, &[(0, MEM32)])).unwrap();
+    }
+    fabric.plug(None, 0xfa, Probe::new(9, &[(0, IO)])).unwrap();
+    fabric.prepare().unwrap();
+    drop(fabric);
+    assert_eq!(rig.config(0xfa, 0x10, 2, None), Some(0x6001));
+    for place in 0..32 {
+        let window = if place < 9 { (7 + place) << 4 | (7 + place) << 12 | 0x101 } else { 0x01f1 };
+        assert_eq!(rig.config(8 + place, 0x1c, 2, None), Some(window.into()), "{place}");
+        let bar = rig.config((1 + place) << 8, 0x10, 4, None).unwrap();
+        assert_eq!(rig.read(false, bar, 4), Some(0), "{place}");
+    }
 }
 
 #[test]

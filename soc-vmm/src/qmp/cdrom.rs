@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use super::aside::{aside, drop_aside};
 use super::command::Command;
 use super::types::Empty;
 use super::{ErrorClass, QmpError};
@@ -31,7 +32,7 @@ impl Command for Eject {
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
         let medium = drive(&vm, self.id, self.device)?.eject(self.force)?;
         // Closing a file may take its time.
-        tokio::task::spawn_blocking(move || drop(medium));
+        drop_aside(medium);
         Ok(Empty {})
     }
 }
@@ -77,12 +78,10 @@ impl Command for BlockdevChangeMedium {
         let drive = drive(&vm, self.id, self.device)?;
         let spec = ImageSpec { format, ..ImageSpec::read_only(self.filename) };
         // A file may be far away.
-        let opened = tokio::task::spawn_blocking(move || block::open(&spec)).await;
-        let medium = opened
-            .map_err(|e| QmpError::generic(e.to_string()))?
-            .map_err(|e| QmpError::generic(crate::cli::with_causes(&e)))?;
+        let open = move || block::open(&spec).map_err(|e| QmpError::generic(crate::cli::with_causes(&e)));
+        let medium = aside(open).await?;
         let old = drive.change(medium, self.force)?;
-        tokio::task::spawn_blocking(move || drop(old));
+        drop_aside(old);
         Ok(Empty {})
     }
 }
@@ -99,7 +98,7 @@ fn drive(vm: &VmHandle, id: Option<String>, device: Option<String>) -> Result<&C
     let drive = vm.cdrom().filter(|_| name == CDROM_ID);
     drive.ok_or_else(|| QmpError {
         class: ErrorClass::DeviceNotFound,
-        desc: format!("There is no removable drive '{name}'"),
+        desc: format!("There is no removable drive '{name}': a VM has one that was started with --cdrom"),
     })
 }
 

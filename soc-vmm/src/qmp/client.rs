@@ -1,5 +1,6 @@
 //! A QMP client for the command line: one command at a time, bounded in time.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -12,6 +13,9 @@ use serde_json::{Value, json};
 use super::types::{Greeting, Response};
 use super::{MAX_COMMAND, QmpError};
 use crate::dial::dial;
+
+/// Events that are kept for who waits for one.
+const KEPT_EVENTS: usize = 64;
 
 /// Why a VM can't be asked.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +40,8 @@ pub struct Client {
     stream: UnixStream,
     /// What was received behind the last message.
     unread: Vec<u8>,
+    /// Events that came while the last command was executed.
+    events: VecDeque<Value>,
     patience: Duration,
 }
 
@@ -52,7 +58,7 @@ impl Client {
             io::ErrorKind::TimedOut => ClientError::Lost(e),
             _ => ClientError::Connect(e),
         })?;
-        let mut client = Self { stream, unread: Vec::new(), patience };
+        let mut client = Self { stream, unread: Vec::new(), events: VecDeque::new(), patience };
         let first = client.receive(deadline)?;
         // A server that has no room says so instead of greeting.
         if let Some(error) = first.get("error") {
@@ -69,7 +75,7 @@ impl Client {
         Self { patience, ..self }
     }
 
-    /// Executes a command without arguments and gives what it returns; events are skipped.
+    /// Executes a command without arguments and gives what it returns.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -91,18 +97,43 @@ impl Client {
         arguments: &Value,
         deadline: Instant,
     ) -> Result<T, ClientError> {
+        self.events.clear();
         let line = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
         let sent = self.stream.set_write_timeout(Some(left(deadline)?));
         sent.and_then(|()| self.stream.write_all(line.as_bytes())).map_err(ClientError::Lost)?;
         loop {
             let message = self.receive(deadline)?;
             if message.get("event").is_some() {
+                if self.events.len() < KEPT_EVENTS {
+                    self.events.push_back(message);
+                }
                 continue;
             }
             return match serde_json::from_value(message).map_err(ClientError::NotQmp)? {
                 Response::Return { value, .. } => serde_json::from_value(value).map_err(ClientError::NotQmp),
                 Response::Error { error, .. } => Err(error.into()),
             };
+        }
+    }
+
+    /// Waits for an event since the last command was sent of which `what` (name, data) says what it means; that.
+    ///
+    /// # Errors
+    /// [`ClientError::Lost`]: none came within `patience`.
+    pub fn wait_for_event<T>(
+        &mut self,
+        what: impl Fn(&str, &Value) -> Option<T>,
+        patience: Duration,
+    ) -> Result<T, ClientError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let message = match self.events.pop_front() {
+                Some(event) => event,
+                None => self.receive(deadline)?,
+            };
+            if let Some(it) = message["event"].as_str().and_then(|name| what(name, &message["data"])) {
+                return Ok(it);
+            }
         }
     }
 

@@ -9,10 +9,15 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::backends::{BlockdevAdd, BlockdevDel, NetdevAdd, NetdevDel};
 use super::cdrom::{BlockdevChangeMedium, Eject};
+use super::cpus::{AddCpu, QueryCpusFast, QueryHotpluggableCpus};
+use super::devices::{AddDisk, AddNet, DeviceAdd, DeviceDel, QomList};
+use super::tune::{Balloon, BlockResize, QomGet, QomSet, QueryBalloon, SetLink};
 use super::types::{CommandInfo, Empty, KvmInfo, NameInfo, OutboardVm, StatusInfo, VersionInfo};
 use super::{ErrorClass, QmpError};
 use crate::control::{Counters, ShutdownCause, VmHandle};
+use crate::cpus::CpusHandle;
 
 /// A command that is carried out.
 pub type Execution = Pin<Box<dyn Future<Output = Result<Value, QmpError>> + Send>>;
@@ -70,6 +75,24 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<Quit>(),
     Entry::of::<Eject>(),
     Entry::of::<BlockdevChangeMedium>(),
+    Entry::of::<BlockdevAdd>(),
+    Entry::of::<BlockdevDel>(),
+    Entry::of::<NetdevAdd>(),
+    Entry::of::<NetdevDel>(),
+    Entry::of::<DeviceAdd>(),
+    Entry::of::<DeviceDel>(),
+    Entry::of::<QomList>(),
+    Entry::of::<QomGet>(),
+    Entry::of::<QomSet>(),
+    Entry::of::<BlockResize>(),
+    Entry::of::<SetLink>(),
+    Entry::of::<Balloon>(),
+    Entry::of::<QueryBalloon>(),
+    Entry::of::<AddDisk>(),
+    Entry::of::<AddNet>(),
+    Entry::of::<AddCpu>(),
+    Entry::of::<QueryCpusFast>(),
+    Entry::of::<QueryHotpluggableCpus>(),
     Entry::of::<QueryName>(),
     Entry::of::<QueryVersion>(),
     Entry::of::<QueryCommands>(),
@@ -261,10 +284,11 @@ impl Command for QueryOutboardVm {
 
     async fn run(self, vm: VmHandle) -> Result<OutboardVm, QmpError> {
         let info = vm.info().clone();
+        let present = |cpus: &CpusHandle| cpus.slots().iter().filter(|slot| slot.occupant.is_some()).count() as u16;
         Ok(OutboardVm {
             name: info.name,
             status: vm.state(),
-            cpus: info.cpus,
+            cpus: vm.cpus().map_or(info.cpus, present),
             memory: info.memory,
             function: info.function,
             pid: std::process::id(),

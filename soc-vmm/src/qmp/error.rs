@@ -13,6 +13,8 @@ pub enum ErrorClass {
     CommandNotFound,
     /// No such device.
     DeviceNotFound,
+    /// The VM has no device of that kind.
+    DeviceNotActive,
 }
 
 /// A command's error: class and a sentence.

@@ -4,17 +4,23 @@
 //! [`crate::control::VmHandle`] ([`command`]), and [`Server`] moves both over UNIX sockets. What a peer can make this process
 //! hold or wait for is bounded everywhere: see the constants.
 
+mod aside;
+mod backends;
 mod cdrom;
 mod client;
 pub mod command;
+mod cpus;
+mod devices;
 mod error;
 mod framing;
 mod json;
 mod server;
 mod session;
+mod tune;
 pub mod types;
 
 pub use client::{Client, ClientError};
+pub use devices::{Add, PERIPHERAL, ROOT_PORT};
 pub use error::{ErrorClass, QmpError};
 pub use framing::{FrameError, Framer, MAX_COMMAND};
 pub use server::{MAX_MONITORS, Server};

@@ -208,6 +208,6 @@ impl From<&Event> for WireEvent {
     fn from(event: &Event) -> Self {
         let since = event.at.duration_since(UNIX_EPOCH).unwrap_or_default();
         let timestamp = Timestamp { seconds: since.as_secs(), microseconds: since.subsec_micros() };
-        Self { timestamp, kind: event.kind }
+        Self { timestamp, kind: event.kind.clone() }
     }
 }

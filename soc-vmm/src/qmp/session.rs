@@ -273,7 +273,7 @@ mod tests {
     fn wrong_commands_get_qemus_class_and_their_id() {
         let (mut session, _control) = negotiated();
         let cases = [
-            (json!({"execute": "device_add", "id": 1}), ErrorClass::CommandNotFound, "device_add"),
+            (json!({"execute": "device_eat", "id": 1}), ErrorClass::CommandNotFound, "device_eat"),
             (json!({"id": 1}), ErrorClass::GenericError, "lacks member 'execute'"),
             (json!({"execute": 5, "id": 1}), ErrorClass::GenericError, "'execute' must be a string"),
             (json!({"execute": "stop", "arguments": [], "id": 1}), ErrorClass::GenericError, "must be an object"),

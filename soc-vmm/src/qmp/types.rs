@@ -71,6 +71,23 @@ pub struct KvmInfo {
     pub present: bool,
 }
 
+/// QMP `ObjectPropertyInfo`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectProperty {
+    /// Its name.
+    pub name: String,
+    /// Its type.
+    #[serde(rename = "type")]
+    pub kind: String,
+}
+
+/// `x-outboard-device`, a type of ours: a device that was added.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewDeviceId {
+    /// Its name.
+    pub id: String,
+}
+
 /// `x-outboard-vm`, a type of ours: what `soc-vmm list` shows of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OutboardVm {
@@ -110,6 +127,13 @@ impl Greeting {
     pub fn ours() -> Self {
         Self { qmp: GreetingBody { version: VersionInfo::ours(), capabilities: Vec::new() } }
     }
+}
+
+/// QMP `BalloonInfo`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonInfo {
+    /// Bytes of memory that the guest has.
+    pub actual: u64,
 }
 
 /// An event's `timestamp`.

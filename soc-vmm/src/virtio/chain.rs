@@ -70,6 +70,23 @@ impl Chain {
         })
     }
 
+    /// Reads the next `data.len()` bytes, which stay to be read.
+    ///
+    /// # Errors
+    /// As [`Chain::read`].
+    pub(super) fn peek(&self, lease: &Lease, data: &mut [u8]) -> Result<(), QueueError> {
+        let segments = self.readable.segments[self.readable.first..].to_vec();
+        let ahead = Side { segments, first: 0, left: self.readable.left };
+        Self { readable: ahead, ..Self::default() }.read(lease, data)
+    }
+
+    /// Bytes of its first buffer to read, and of its last one to write; 0: there is none.
+    pub(super) fn ends(&self) -> (u32, u32) {
+        let first = self.readable.segments.get(self.readable.first);
+        let last = self.writable.segments.last().filter(|_| self.writable.left > 0);
+        (first.map_or(0, |segment| segment.len), last.map_or(0, |segment| segment.len))
+    }
+
     /// Takes the last byte that can be written off the chain; its address.
     pub fn take_last_byte(&mut self) -> Option<u64> {
         let last = self.writable.segments[self.writable.first..].last_mut()?;
@@ -80,6 +97,11 @@ impl Chain {
         }
         self.writable.left -= 1;
         Some(addr)
+    }
+
+    /// Where the bytes lie that can be written: address and length of each piece.
+    pub fn writable_pieces(&self) -> impl Iterator<Item = (u64, u32)> {
+        self.writable.segments[self.writable.first..].iter().map(|segment| (segment.addr, segment.len))
     }
 
     pub(super) fn clear(&mut self, head: u16) {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::QueueError;
-use crate::memory::GuestMemory;
+use crate::memory::{Borrower, GuestMemory, RamFiles};
 
 /// Guest memory, lent to a device. After [`Lease::revoke`] nothing of it is read or written through this lease: what the device
 /// still does then reaches the guest no more.
@@ -42,6 +42,28 @@ impl Lease {
         self.read(addr & !7, &mut word)?;
         let at = (addr & 6) as usize;
         Ok(u16::from_le_bytes([word[at], word[at + 1]]))
+    }
+
+    /// See [`GuestMemory::is_near`].
+    pub(super) fn is_near(&self) -> bool {
+        self.memory.is_near()
+    }
+
+    /// The files of the memory, lent to `borrower`; with them `act` is done, before the lease ends if at all.
+    ///
+    /// # Errors
+    /// The lease is over.
+    pub(super) fn lend(&self, borrower: &Arc<Borrower>, act: impl FnOnce()) -> Result<Option<RamFiles>, QueueError> {
+        self.during(|| self.memory.files(borrower).inspect(|_| act()))
+    }
+
+    /// Does something that takes no time, before the lease ends if at all.
+    ///
+    /// # Errors
+    /// The lease is over.
+    pub fn during<T>(&self, act: impl FnOnce() -> T) -> Result<T, QueueError> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        if *open { Ok(act()) } else { Err(QueueError::Revoked) }
     }
 
     /// Ends the lease, after the transfer that is under way.

@@ -4,7 +4,7 @@
 //! does, on a thread of its own, from DRIVER_OK to the next reset: one [`Session`]. The two share only the session's [`Control`], the
 //! device's configuration and its [`Interrupts`], so the thread that serves IOREQs never waits for data or files:
 //!
-//! - a kick is an eventfd, which the host may just as well signal itself;
+//! - a kick is an eventfd, which the host may just as well signal itself, or the function, where the guest sees a notify page of it;
 //! - a reset ends the session's [`Lease`] of guest memory. That waits for the one transfer that is under way, and then the old session
 //!   can reach the guest no more; what it still does to its back end is finished before the next session starts, since both run on the
 //!   same thread.
@@ -20,16 +20,27 @@
 //! what its CPU's ordering gives. VIRTIO_F_ACCESS_PLATFORM is not: the guest has no IOMMU in front of the device, and a device that
 //! offers it may not be driven without it.
 
+mod ahead;
+pub mod balloon;
 pub mod block;
 mod chain;
 mod complaint;
+pub mod console;
+pub mod entropy;
 mod interrupt;
 mod lease;
+mod limit;
+mod linger;
 pub mod net;
+mod notify;
 mod pci;
 mod registers;
 mod ring;
 mod session;
+pub mod vhost;
+pub mod vsock;
+mod watch;
+mod word;
 mod worker;
 
 use std::sync::Arc;
@@ -37,6 +48,8 @@ use std::sync::Arc;
 pub use chain::Chain;
 pub use interrupt::Interrupts;
 pub use lease::Lease;
+pub use limit::{Clock, Rate, RateLimits};
+pub use notify::NotifyPages;
 pub use pci::VirtioPci;
 pub use registers::{QueueRegisters, Registers};
 pub use ring::{MAX_CHAIN, Ring, RingFeatures, RingLayout, RingPosition};
@@ -53,6 +66,8 @@ pub struct Plumbing<'a> {
     pub messages: &'a dyn MessageSink,
     /// INTA.
     pub line: InterruptLine,
+    /// Where kicks may come from.
+    pub notify: Arc<NotifyPages>,
 }
 
 /// Why a queue can't be served any further.

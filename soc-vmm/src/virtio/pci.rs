@@ -3,29 +3,31 @@
 use std::io;
 use std::sync::Arc;
 
-use nix::sys::eventfd::EventFd;
 use virtio_bindings::virtio_config::{VIRTIO_F_ORDER_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::registers::{COMMON_SIZE, Effect, Limits, Registers};
+use super::notify::Kick;
+use super::registers::{COMMON_SIZE, Effect, Limits, Registers, STATUS};
 use super::session::{Config, Control, Engine, Queue, Session, eventfd, ring_bell};
+use super::word::DriverWord;
 use super::worker::Worker;
 use super::{Interrupts, Lease, Plumbing, Ring, RingFeatures, RingPosition};
 use crate::bus::{Access, Answer, Deferred};
 use crate::memory::GuestMemory;
 use crate::pci::{
-    Bar, CAP_EXPRESS, ConfigSpace, Identity, Msix, MsixLayout, PciFunction, Space, Window, bar_windows, command,
+    Bar, CAP_EXPRESS, ConfigSpace, Identity, Msix, MsixLayout, PciFunction, Signal, Space, Window, bar_windows, command,
 };
 
 /// BAR of the MSI-X table.
 const MSIX_BAR: usize = 1;
 /// BAR of everything else.
 const REGISTERS: usize = 4;
-/// A structure has a page of it: the common configuration, ISR status, the device's configuration, kicks.
+/// A structure has a page of it: the common configuration, ISR status, the device's configuration; and then each queue's kicks.
 const PAGE: u64 = 0x1000;
 const NOTIFY: u64 = 3 * PAGE;
-/// Bytes from one queue's kick to the next one's.
-const NOTIFY_STEP: u64 = 4;
+/// Bytes from one queue's kick to the next one's: whole pages on every function, whether it has notify pages or not, so that the device is
+/// the same wherever its VM goes.
+const NOTIFY_STEP: u64 = PAGE;
 
 /// Capability: vendor-specific.
 const CAP_VENDOR: u8 = 0x09;
@@ -61,9 +63,13 @@ pub struct VirtioPci {
     registers: Registers,
     /// The device's own configuration.
     device: Arc<Config>,
-    kicks: Vec<Arc<EventFd>>,
+    /// What of it the driver writes.
+    words: Vec<Arc<DriverWord>>,
+    kicks: Vec<Kick>,
     memory: Arc<dyn GuestMemory>,
     session: Option<Arc<Control>>,
+    /// The last one whose memory was lent when it was over, and the status that the driver had given the device.
+    ending: Option<(Arc<Control>, u8)>,
     worker: Worker,
     /// The capability that reaches BARs through configuration space (§4.1.4.9).
     window: u16,
@@ -82,24 +88,27 @@ impl VirtioPci {
         };
         let mut config = ConfigSpace::endpoint(&identity).with_pin();
         config.add_bar(MSIX_BAR, Bar { space: Space::Memory32, size: PAGE, prefetchable: false });
-        config.add_bar(REGISTERS, Bar { space: Space::Memory64, size: 4 * PAGE, prefetchable: true });
+        let size = registers_size(model.queues.len());
+        config.add_bar(REGISTERS, Bar { space: Space::Memory64, size, prefetchable: true });
         let vectors = model.queues.len() as u16 + 1;
         let layout = MsixLayout { vectors, bar: MSIX_BAR as u8, table: 0, pending: 0x800 };
         let msix = Msix::new(&mut config, layout, plumbing.messages);
-        let window = add_capabilities(&mut config);
+        let window = add_capabilities(&mut config, model.queues.len());
         add_express(&mut config);
 
         let interrupts = Arc::new(Interrupts::new(model.queues.len(), msix.vectors(), plumbing.line));
         let common =
             [VIRTIO_F_VERSION_1, VIRTIO_F_ORDER_PLATFORM, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX];
         let offered = common.iter().fold(model.features, |features, bit| features | 1 << bit);
-        let kicks = model.queues.iter().map(|_| eventfd().map(Arc::new)).collect::<Result<_, _>>()?;
+        let kicks = plumbing.notify.kicks(model.queues.len())?;
         let limits = Limits { offered, queues: model.queues, vectors };
         Ok(Self {
             registers: Registers::new(&limits),
             device: Arc::new(Config::new(model.config, interrupts.clone())),
+            words: Vec::new(),
             worker: Worker::new(model.name, engine, interrupts.clone())?,
             session: None,
+            ending: None,
             memory: plumbing.memory,
             config,
             msix,
@@ -108,6 +117,29 @@ impl VirtioPci {
             kicks,
             window,
         })
+    }
+
+    /// Lets the driver write these words of the device's configuration (§2.5).
+    pub(super) fn with_words(mut self, words: Vec<Arc<DriverWord>>) -> Self {
+        self.words = words;
+        self
+    }
+
+    /// Takes features back that its queues don't have.
+    pub(super) fn without(mut self, features: u64) -> Self {
+        self.limits.offered &= !features;
+        self
+    }
+
+    /// Has kicks of the first `queues` queues go past this process, to whom the engine gives their eventfds, where the host signals them.
+    ///
+    /// # Errors
+    /// This process can have no more descriptors.
+    pub(super) fn with_bypass(mut self, queues: usize) -> io::Result<Self> {
+        for kick in self.kicks.iter_mut().take(queues) {
+            kick.bypass = Some(Arc::new(eventfd()?));
+        }
+        Ok(self)
     }
 
     /// DRIVER_OK: hands the queues to the engine.
@@ -129,7 +161,10 @@ impl VirtioPci {
                 continue;
             }
             match Ring::new(registers.layout, features, RingPosition::default(), control.lease.clone()) {
-                Ok(ring) => queues.push(Some(Queue::new(ring, index, self.interrupts.clone(), kick.clone()))),
+                Ok(ring) => {
+                    let queue = Queue::new(ring, index, self.interrupts.clone(), kick.event.clone());
+                    queues.push(Some(queue.with_bypass(kick.bypass.clone())));
+                }
                 Err(_) => control.ask_for_reset(),
             }
         }
@@ -150,9 +185,13 @@ impl VirtioPci {
     fn reset_device(&mut self) {
         if let Some(session) = self.session.take() {
             session.end();
+            if session.is_lent() {
+                self.ending = Some((session, self.registers.status));
+            }
         }
         self.registers.reset(&self.limits);
         self.interrupts.reset();
+        self.words.iter().for_each(|word| word.reset());
     }
 
     fn read_bar(&mut self, bar: usize, offset: u64, len: u8) -> u64 {
@@ -162,13 +201,24 @@ impl VirtioPci {
             (MSIX_BAR, _) => return self.msix.read(offset, len),
             (REGISTERS, 0) => {
                 let needs_reset = self.session.as_ref().is_some_and(|session| session.needs_reset());
-                let image = self.registers.image(&self.limits, needs_reset, self.device.generation());
+                let mut image = self.registers.image(&self.limits, needs_reset, self.device.generation());
+                self.ending.take_if(|(session, _)| !session.is_lent());
+                if let Some((_, status)) = &self.ending
+                    && self.registers.status == 0
+                {
+                    // A reset is over when the device reaches the driver's memory no more (§4.1.4.3.1).
+                    image[STATUS] = *status;
+                }
                 for (to, from) in bytes.iter_mut().zip(image.iter().skip(offset as usize)) {
                     *to = *from;
                 }
             }
             (REGISTERS, 1) if offset == PAGE => bytes[0] = self.interrupts.take_status(),
-            (REGISTERS, 2) => self.device.read((offset - 2 * PAGE) as usize, bytes),
+            (REGISTERS, 2) => {
+                let offset = offset - 2 * PAGE;
+                self.device.read(offset as usize, bytes);
+                self.words.iter().for_each(|word| word.show(offset, bytes));
+            }
             _ => {}
         }
         u64::from_le_bytes(data)
@@ -184,11 +234,11 @@ impl VirtioPci {
                 Effect::Start => self.start(),
                 Effect::Route(index, vector) => self.interrupts.set_route(index, vector),
             },
-            // No register of a device's configuration is the driver's to write.
-            (REGISTERS, 3) => {
+            (REGISTERS, 2) => self.words.iter().for_each(|word| word.write(offset - 2 * PAGE, len, data)),
+            (REGISTERS, 3..) => {
                 let kick = self.kicks.get(((offset - NOTIFY) / NOTIFY_STEP) as usize);
                 if let Some(kick) = kick.filter(|_| self.session.is_some()) {
-                    ring_bell(kick);
+                    ring_bell(&kick.event);
                 }
             }
             _ => {}
@@ -202,7 +252,7 @@ impl VirtioPci {
         let len = self.config.read(self.window + 12, 4);
         let size = match bar {
             MSIX_BAR => PAGE,
-            REGISTERS => 4 * PAGE,
+            REGISTERS => registers_size(self.kicks.len()),
             _ => return None,
         };
         let legal = matches!(len, 1 | 2 | 4) && offset.is_multiple_of(len.into()) && offset < size;
@@ -263,6 +313,18 @@ impl PciFunction for VirtioPci {
         registers.map(kicks).collect()
     }
 
+    fn signals(&self) -> Vec<Signal> {
+        let registers = bar_windows(&self.config).into_iter().find(|window| window.region == REGISTERS);
+        let Some(registers) = registers else { return Vec::new() };
+        let signal = |(kick, index): (&Kick, u64)| {
+            let base = registers.base + NOTIFY + NOTIFY_STEP * index;
+            let window = Window { base, len: NOTIFY_STEP, ..registers };
+            let event = kick.bypass.as_ref().unwrap_or(&kick.event).clone();
+            Signal { window, event, page: kick.page() }
+        };
+        self.kicks.iter().zip(0..).map(signal).collect()
+    }
+
     fn read(&mut self, region: usize, offset: u64, access: &Access, _: Deferred<'_>) -> Answer {
         Answer::Done(self.read_bar(region, offset, access.len))
     }
@@ -295,9 +357,15 @@ impl std::fmt::Debug for VirtioPci {
     }
 }
 
+/// Bytes of the BAR of a device with so many queues.
+fn registers_size(queues: usize) -> u64 {
+    (NOTIFY + NOTIFY_STEP * queues as u64).next_power_of_two()
+}
+
 /// Adds virtio's own capabilities; the offset of the one that is a window.
-fn add_capabilities(config: &mut ConfigSpace) -> u16 {
-    let pages = [(CAP_COMMON, COMMON_SIZE as u64), (CAP_ISR, PAGE), (CAP_DEVICE, PAGE), (CAP_NOTIFY, PAGE)];
+fn add_capabilities(config: &mut ConfigSpace, queues: usize) -> u16 {
+    let kicks = NOTIFY_STEP * queues as u64;
+    let pages = [(CAP_COMMON, COMMON_SIZE as u64), (CAP_ISR, PAGE), (CAP_DEVICE, PAGE), (CAP_NOTIFY, kicks)];
     for (page, (kind, len)) in (0..).zip(pages) {
         let mut body = capability(kind, REGISTERS as u8, page * PAGE as u32, len as u32);
         if kind == CAP_NOTIFY {

@@ -10,6 +10,8 @@ use super::interrupt::NO_VECTOR;
 
 /// Bytes of the common configuration.
 pub(super) const COMMON_SIZE: usize = 0x3c;
+/// Offset of the device's status in it.
+pub(super) const STATUS: usize = 0x14;
 
 const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
 const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
@@ -93,7 +95,7 @@ impl Registers {
         put(0x0c, &half(self.accepted, self.accepted_select).to_le_bytes());
         put(0x10, &self.config_vector.to_le_bytes());
         put(0x12, &(limits.queues.len() as u16).to_le_bytes());
-        put(0x14, &[self.status | if needs_reset { NEEDS_RESET } else { 0 }, generation]);
+        put(STATUS, &[self.status | if needs_reset { NEEDS_RESET } else { 0 }, generation]);
         put(0x16, &self.queue_select.to_le_bytes());
         if let Some(queue) = self.queues.get(usize::from(self.queue_select)) {
             put(0x18, &queue.layout.size.to_le_bytes());

@@ -1,7 +1,7 @@
 //! The split virtqueue, device side (virtio 1.2 §2.7), over memory that is reached by copies alone.
 //!
-//! Every access is a transfer, so they are few: the available ring is read in runs, an indirect table whole, the used ring written
-//! in runs. What the driver writes is copied once and then judged. What both sides rely on is in aligned words of 8, which no
+//! Every access is a transfer, so they are few: the available ring is read in runs, descriptors ahead, an indirect table whole, the used
+//! ring written in runs. What the driver writes is copied once and then judged. What both sides rely on is in aligned words of 8, which no
 //! transfer tears.
 
 use std::sync::Arc;
@@ -12,18 +12,16 @@ use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
 };
 
+use super::ahead::{Ahead, DESCRIPTOR, Waiting};
 use super::{Chain, Lease, QueueError};
 
 /// Descriptors of a chain at most, whether or not they are in an indirect table.
 pub const MAX_CHAIN: usize = 1024;
-/// Bytes of a descriptor.
-const DESCRIPTOR: usize = 16;
-/// Descriptors read at once from the queue's own table: drivers mostly take neighbours.
-const WINDOW: u16 = 8;
 /// Heads read at once from the available ring.
 const RUN: usize = 64;
 /// Bytes of an element of the used ring.
 const USED: usize = 8;
+const NO_TABLE: &str = "an indirect descriptor where there can be none";
 
 /// Where a queue's three parts are, and its size.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +75,8 @@ pub struct Ring {
     /// Heads read ahead: the run's first entry and its length.
     heads: [u8; 2 * RUN],
     run: (u16, u16),
+    ahead: Ahead,
+    /// The indirect table of the chain that is looked at.
     table: Vec<u8>,
 }
 
@@ -109,7 +109,8 @@ impl Ring {
             told: None,
             heads: [0; 2 * RUN],
             run: (0, 0),
-            table: vec![0; MAX_CHAIN * DESCRIPTOR],
+            ahead: Ahead::new(),
+            table: Vec::new(),
         })
     }
 
@@ -121,6 +122,11 @@ impl Ring {
         self.lease.read(self.at.used, &mut self.first)?;
         self.first[..2].fill(0);
         Ok(())
+    }
+
+    /// Where it is.
+    pub fn layout(&self) -> RingLayout {
+        self.at
     }
 
     /// How far it is; what was pushed and not published is not counted.
@@ -210,19 +216,27 @@ impl Ring {
     /// # Errors
     /// As [`Ring::pop`].
     pub fn allow_kicks(&mut self) -> Result<bool, QueueError> {
-        let seen = self.seen;
         if self.features.event_index {
-            if self.told != Some(seen) {
-                self.told = Some(seen);
+            if self.told != Some(self.seen) {
+                self.told = Some(self.seen);
                 // A driver that reads a torn one published its chain before this write was complete: seen below.
                 let event = self.at.used + 4 + 8 * u64::from(self.at.size);
-                self.lease.write(event, &seen.to_le_bytes())?;
+                self.lease.write(event, &self.seen.to_le_bytes())?;
             }
         } else if self.told != Some(1) {
             self.told = Some(1);
             self.write_first(0, self.published)?;
         }
         fence(Ordering::SeqCst);
+        self.has_news()
+    }
+
+    /// Whether the driver made chains available since that was last looked at.
+    ///
+    /// # Errors
+    /// As [`Ring::pop`].
+    pub fn has_news(&mut self) -> Result<bool, QueueError> {
+        let seen = self.seen;
         self.look()?;
         Ok(self.seen != seen)
     }
@@ -267,14 +281,25 @@ impl Ring {
 
     fn parse(&mut self, head: u16, chain: &mut Chain) -> Result<(), QueueError> {
         chain.clear(head);
-        let mut source = Source { base: self.at.descriptors, len: self.at.size, have: (0, 0), indirect: false };
+        let (own, waiting) = (self.at.size, Waiting { next: self.next.available, end: self.seen });
         // What a chain without end would pass: the entries of its table, and of any chain.
-        let (mut index, mut left, mut total) = (head, usize::from(source.len), MAX_CHAIN);
+        let (mut index, mut len, mut indirect) = (head, own, false);
+        let (mut left, mut total) = (usize::from(len), MAX_CHAIN);
         loop {
-            let descriptor = source.read(index, &self.lease, &mut self.table)?;
+            if index >= len {
+                return Err(QueueError::Broken("a descriptor's index past the end of its table"));
+            }
+            let descriptor = if indirect {
+                Descriptor::new(&self.table.as_chunks().0[usize::from(index)])
+            } else {
+                Descriptor::new(self.ahead.read(index, (self.at.descriptors, own), waiting, &self.lease)?)
+            };
             if descriptor.flags & VRING_DESC_F_INDIRECT != 0 {
-                source = self.indirect(&source, &descriptor)?;
-                (index, left) = (0, usize::from(source.len));
+                if indirect {
+                    return Err(QueueError::Broken(NO_TABLE));
+                }
+                len = self.read_table(&descriptor)?;
+                (index, left, indirect) = (0, usize::from(len), true);
                 continue;
             }
             if left == 0 || total == 0 {
@@ -289,11 +314,11 @@ impl Ring {
         }
     }
 
-    /// The table that a descriptor leads to (§2.7.5.3).
-    fn indirect(&self, source: &Source, descriptor: &Descriptor) -> Result<Source, QueueError> {
+    /// Reads the table that a descriptor leads to (§2.7.5.3); its length.
+    fn read_table(&mut self, descriptor: &Descriptor) -> Result<u16, QueueError> {
         let len = descriptor.len as usize;
-        if !self.features.indirect || source.indirect {
-            return Err(QueueError::Broken("an indirect descriptor where there can be none"));
+        if !self.features.indirect {
+            return Err(QueueError::Broken(NO_TABLE));
         }
         if !len.is_multiple_of(DESCRIPTOR) || !(1..=MAX_CHAIN).contains(&(len / DESCRIPTOR)) {
             return Err(QueueError::Broken("an indirect table of a size that no table has"));
@@ -301,7 +326,9 @@ impl Ring {
         if descriptor.addr.checked_add(len as u64).is_none() {
             return Err(QueueError::Broken("an indirect table past the end of memory"));
         }
-        Ok(Source { base: descriptor.addr, len: (len / DESCRIPTOR) as u16, have: (0, 0), indirect: true })
+        self.table.resize(len.max(self.table.len()), 0);
+        self.lease.read(descriptor.addr, &mut self.table[..len])?;
+        Ok((len / DESCRIPTOR) as u16)
     }
 
     /// Writes the elements that wait, without the index.
@@ -349,34 +376,10 @@ struct Descriptor {
     next: u16,
 }
 
-/// A table of descriptors, and which of them are at hand.
-#[derive(Debug)]
-struct Source {
-    base: u64,
-    len: u16,
-    /// First, and how many.
-    have: (u16, u16),
-    indirect: bool,
-}
-
-impl Source {
-    fn read(&mut self, index: u16, lease: &Lease, table: &mut [u8]) -> Result<Descriptor, QueueError> {
-        if index >= self.len {
-            return Err(QueueError::Broken("a descriptor's index past the end of its table"));
-        }
-        if !(self.have.0..self.have.0 + self.have.1).contains(&index) {
-            let (first, count) = if self.indirect { (0, self.len) } else { (index, WINDOW.min(self.len - index)) };
-            let bytes = &mut table[..usize::from(count) * DESCRIPTOR];
-            lease.read(self.base + u64::from(first) * DESCRIPTOR as u64, bytes)?;
-            self.have = (first, count);
-        }
-        let at = usize::from(index - self.have.0) * DESCRIPTOR;
-        let word = u64::from_le_bytes(table[at + 8..at + 16].try_into().expect("8 bytes"));
-        Ok(Descriptor {
-            addr: u64::from_le_bytes(table[at..at + 8].try_into().expect("8 bytes")),
-            len: word as u32,
-            flags: u32::from((word >> 32) as u16),
-            next: (word >> 48) as u16,
-        })
+impl Descriptor {
+    fn new(bytes: &[u8; DESCRIPTOR]) -> Self {
+        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        let (addr, rest) = (word(0), word(8));
+        Self { addr, len: rest as u32, flags: u32::from((rest >> 32) as u16), next: (rest >> 48) as u16 }
     }
 }

@@ -8,7 +8,8 @@ use std::time::Duration;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{Chain, Interrupts, Lease, QueueError, Ring};
+use super::{Chain, Interrupts, Lease, QueueError, Ring, RingLayout};
+use crate::memory::{Borrower, RamFiles};
 
 /// What a device does. It runs on the device's own thread and may block there.
 pub trait Engine: Send {
@@ -18,6 +19,16 @@ pub trait Engine: Send {
     /// # Errors
     /// The driver broke a queue, or took its memory back: the session is over.
     fn serve(&mut self, session: &mut Session) -> Result<Wait, QueueError>;
+
+    /// Whether what its source tells of is there, where that can be told without a system call; none: it can't.
+    fn is_ready(&mut self) -> Option<bool> {
+        None
+    }
+
+    /// The session is over, by the driver or by an error. What it lent ([`Control::lend`]) it takes back; it may take its time.
+    fn end(&mut self, session: &mut Session) {
+        let _ = session;
+    }
 
     /// What else than kicks it waits for, if [`Wait::source`] says so. It is the same for the whole of a session.
     fn source(&self) -> Option<BorrowedFd<'_>> {
@@ -68,6 +79,7 @@ pub struct Control {
     pub lease: Arc<Lease>,
     stop: EventFd,
     needs_reset: AtomicBool,
+    lent: AtomicBool,
 }
 
 impl Control {
@@ -76,13 +88,37 @@ impl Control {
     /// # Errors
     /// There is no more room for descriptors in this process.
     pub fn new(lease: Lease) -> nix::Result<Self> {
-        Ok(Self { lease: Arc::new(lease), stop: eventfd()?, needs_reset: AtomicBool::new(false) })
+        Ok(Self {
+            lease: Arc::new(lease),
+            stop: eventfd()?,
+            needs_reset: AtomicBool::new(false),
+            lent: AtomicBool::new(false),
+        })
     }
 
-    /// Ends the session: on return it reaches the guest's memory no more.
+    /// Ends the session: on return it reaches the guest's memory no more, but through who borrowed it ([`Control::is_lent`]).
     pub fn end(&self) {
         self.lease.revoke();
         ring_bell(&self.stop);
+    }
+
+    /// The files of guest memory, for somebody else to map; none: it is not in files.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub(super) fn lend(&self, borrower: &Arc<Borrower>) -> Result<Option<RamFiles>, QueueError> {
+        // Before the session ends, if at all: who ends it sees it.
+        self.lease.lend(borrower, || self.lent.store(true, Ordering::Release))
+    }
+
+    /// Nobody else reaches guest memory any more.
+    pub(super) fn take_back(&self) {
+        self.lent.store(false, Ordering::Release);
+    }
+
+    /// Whether somebody else may reach guest memory, also when the session is over.
+    pub(super) fn is_lent(&self) -> bool {
+        self.lent.load(Ordering::Acquire)
     }
 
     /// Readable once the session has ended.
@@ -107,12 +143,24 @@ pub struct Queue {
     index: usize,
     interrupts: Arc<Interrupts>,
     kick: Arc<EventFd>,
+    /// Signalled for the driver's kicks that go past this process.
+    bypass: Option<Arc<EventFd>>,
+    /// A kick was heard since somebody asked.
+    kicked: bool,
+    /// Whether the device is to be kicked while it sleeps.
+    wanted: bool,
 }
 
 impl Queue {
     /// Queue `index` of a device. `kick` is signalled when the driver has something for it.
     pub fn new(ring: Ring, index: usize, interrupts: Arc<Interrupts>, kick: Arc<EventFd>) -> Self {
-        Self { ring, index, interrupts, kick }
+        Self { ring, index, interrupts, kick, bypass: None, kicked: false, wanted: false }
+    }
+
+    /// Whose kicks may come by another eventfd too, which somebody else reads.
+    pub(super) fn with_bypass(mut self, bypass: Option<Arc<EventFd>>) -> Self {
+        self.bypass = bypass;
+        self
     }
 
     /// See [`Ring::start`].
@@ -125,6 +173,33 @@ impl Queue {
 
     pub(super) fn kick(&self) -> &EventFd {
         &self.kick
+    }
+
+    /// The eventfd for kicks that go past this process, if there is one.
+    pub(super) fn bypass(&self) -> Option<&Arc<EventFd>> {
+        self.bypass.as_ref()
+    }
+
+    /// Hears a kick.
+    pub(super) fn hear(&mut self) {
+        // It doesn't block, and what it counts doesn't matter.
+        let _ = self.kick.read();
+        self.kicked = true;
+    }
+
+    /// Whether a kick was heard here since this was last asked.
+    pub(super) fn take_kicked(&mut self) -> bool {
+        std::mem::take(&mut self.kicked)
+    }
+
+    /// Where it is.
+    pub(super) fn layout(&self) -> RingLayout {
+        self.ring.layout()
+    }
+
+    /// Tells the driver of what somebody else has used.
+    pub(super) fn interrupt(&self) {
+        self.interrupts.queue(self.index);
     }
 
     /// Where its chains are.
@@ -169,15 +244,34 @@ impl Queue {
     /// # Errors
     /// As there.
     pub fn hold_kicks(&mut self) -> Result<(), QueueError> {
+        self.wanted = false;
         self.ring.hold_kicks()
     }
 
-    /// See [`Ring::allow_kicks`].
+    /// Says that the device is to go on when the driver makes something available; whether it has done so already. The driver itself is
+    /// told when the device goes to sleep ([`Queue::arm`]).
     ///
     /// # Errors
-    /// As there.
+    /// As [`Ring::has_news`].
     pub fn allow_kicks(&mut self) -> Result<bool, QueueError> {
-        self.ring.allow_kicks()
+        self.wanted = true;
+        self.ring.has_news()
+    }
+
+    /// Whether there is something that the device wants.
+    ///
+    /// # Errors
+    /// As [`Ring::has_news`].
+    pub(super) fn has_news(&mut self) -> Result<bool, QueueError> {
+        if self.wanted { self.ring.has_news() } else { Ok(false) }
+    }
+
+    /// Asks the driver for kicks where the device wants them; whether there is something already, for which none may come.
+    ///
+    /// # Errors
+    /// As [`Ring::allow_kicks`].
+    pub(super) fn arm(&mut self) -> Result<bool, QueueError> {
+        if self.wanted { self.ring.allow_kicks() } else { Ok(false) }
     }
 }
 

@@ -1,14 +1,17 @@
 //! The thread on which a device works: one session after the other.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::complaint::Complaints;
+use super::linger::Linger;
 use super::session::{Engine, Session, Wait};
 use super::{Interrupts, QueueError};
 
@@ -49,6 +52,7 @@ impl Worker {
                         interrupts.config();
                     }
                 }
+                engine.end(&mut session);
             }
         })?;
         Ok(Self { desk, thread: Some(thread) })
@@ -100,12 +104,37 @@ fn run(engine: &mut dyn Engine, session: &mut Session) -> QueueError {
             return error;
         }
     }
+    let mut linger = Linger::new(session);
     loop {
-        let ended = engine.serve(session).and_then(|wait| waiter.wait(engine, session, wait));
-        if let Err(error) = ended {
+        if let Err(error) = turn(engine, session, &mut waiter, &mut linger) {
             return error;
         }
     }
+}
+
+/// Does what there is to do, then waits for more.
+fn turn(
+    engine: &mut dyn Engine,
+    session: &mut Session,
+    waiter: &mut Waiter,
+    linger: &mut Linger,
+) -> Result<(), QueueError> {
+    let wait = engine.serve(session)?;
+    if wait == Wait::NOTHING {
+        return waiter.wait(engine, session, wait);
+    }
+    if linger.look(engine, session, wait)? {
+        return Ok(());
+    }
+    for queue in session.queues.iter_mut().flatten() {
+        if queue.arm()? {
+            return Ok(());
+        }
+    }
+    let start = Instant::now();
+    waiter.wait(engine, session, wait)?;
+    linger.slept(start.elapsed());
+    Ok(())
 }
 
 /// What an epoll instance says of the thing that is ready: the session's end, the engine's source, or a queue's kick by its index.
@@ -131,12 +160,21 @@ impl Waiter {
         Ok(Self { epoll, source: None })
     }
 
-    fn wait(&mut self, engine: &dyn Engine, session: &Session, wait: Wait) -> Result<(), QueueError> {
+    fn wait(&mut self, engine: &dyn Engine, session: &mut Session, wait: Wait) -> Result<(), QueueError> {
         self.watch(engine.source(), wait.source).map_err(QueueError::NoRoom)?;
-        // Rounded up, so that the time is over afterwards.
-        let timeout = wait.timeout.map_or(EpollTimeout::NONE, |time| {
-            EpollTimeout::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(EpollTimeout::MAX)
-        });
+        let timeout = match wait.timeout {
+            None => EpollTimeout::NONE,
+            Some(time) if time.is_zero() => EpollTimeout::ZERO,
+            // Epoll counts milliseconds.
+            Some(time) if time < Duration::from_millis(1) => {
+                match ppoll(&mut [PollFd::new(self.epoll.0.as_fd(), PollFlags::POLLIN)], Some(time.into()), None) {
+                    Ok(_) | Err(Errno::EINTR) => EpollTimeout::ZERO,
+                    Err(errno) => return Err(QueueError::NoRoom(errno)),
+                }
+            }
+            // Rounded up, so that the time is over afterwards.
+            Some(time) => EpollTimeout::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(EpollTimeout::MAX),
+        };
         let mut events = [EpollEvent::empty(); 8];
         let count = match self.epoll.wait(&mut events, timeout) {
             Ok(count) => count,
@@ -148,9 +186,8 @@ impl Waiter {
                 STOP => return Err(QueueError::Revoked),
                 SOURCE => {}
                 index => {
-                    if let Some(Some(queue)) = session.queues.get(index as usize) {
-                        // It doesn't block, and what it counts doesn't matter.
-                        let _ = queue.kick().read();
+                    if let Some(Some(queue)) = session.queues.get_mut(index as usize) {
+                        queue.hear();
                     }
                 }
             }

@@ -1,4 +1,4 @@
-//! Keeps the host's memslots and posted ranges as the machine's registers say. The thread that serves IOREQs leaves here what it wants;
+//! Keeps the host's memslots, posted ranges and ioeventfds as the machine's registers say. The thread that serves IOREQs leaves here what it wants;
 //! a task makes it so, and only then finishes the access that asked for it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,16 +8,19 @@ use pcie_function::SocFunction;
 use tokio::sync::{Notify, oneshot};
 
 use super::guest::{GuestEvent, Relay};
+use super::notify::NotifyPages;
 use super::ram::GuestRam;
+use super::signals::Signals;
 use super::view::Memory;
 use crate::bus::Ticket;
 use crate::flash::FlashMemory;
 use crate::link::{CallError, Channel};
-use crate::pci::{MemoryView, Platform, Window};
+use crate::pci::{MemoryView, Platform, Signal, Window};
 
 /// The host's side of the machine's address spaces.
 #[derive(Debug)]
 pub(super) struct Arranger<F: SocFunction> {
+    function: Arc<F>,
     channel: Channel<F>,
     ram: Arc<GuestRam<F>>,
     memory: Memory,
@@ -43,6 +46,8 @@ struct Wanted {
     /// Those of windows that the guest moves.
     moving: Vec<PostedRange>,
     posted_changed: bool,
+    /// Writes that signal events; none: as before.
+    signals: Option<Vec<Signal>>,
     /// The host takes no more.
     over: bool,
 }
@@ -50,6 +55,7 @@ struct Wanted {
 impl<F: SocFunction> Arranger<F> {
     /// An arranger for memory that the host has allocated, of which the guest sees nothing yet but `view`, soon.
     pub(super) fn new(
+        function: Arc<F>,
         channel: Channel<F>,
         ram: Arc<GuestRam<F>>,
         memory: Memory,
@@ -65,9 +71,10 @@ impl<F: SocFunction> Arranger<F> {
             fixed: None,
             moving: Vec::new(),
             posted_changed: false,
+            signals: None,
             over: false,
         };
-        Self { channel, ram, memory, extents, wanted: Mutex::new(wanted), changed: Notify::new() }
+        Self { function, channel, ram, memory, extents, wanted: Mutex::new(wanted), changed: Notify::new() }
     }
 
     /// Shows the guest its memory for the first time.
@@ -89,8 +96,10 @@ impl<F: SocFunction> Arranger<F> {
     pub(super) fn start(self: &Arc<Self>, relay: Arc<Relay>) {
         let arranger = self.clone();
         tokio::spawn(async move {
+            let mut signals = Signals::new(arranger.function.clone(), arranger.channel.clone());
+            let mut pages = NotifyPages::new(arranger.channel.clone());
             let error = loop {
-                match arranger.settle().await {
+                match arranger.settle(&mut signals, &mut pages).await {
                     Ok(()) => arranger.changed.notified().await,
                     Err(error) => break error,
                 }
@@ -139,21 +148,28 @@ impl<F: SocFunction> Arranger<F> {
         Ok(())
     }
 
-    async fn settle(&self) -> Result<(), CallError> {
-        let (slots, tickets, waiting, posted) = {
+    async fn settle(&self, signals: &mut Signals<F>, pages: &mut NotifyPages<F>) -> Result<(), CallError> {
+        let (slots, memory_changed, tickets, waiting, posted, signalled) = {
             let mut wanted = self.wanted();
-            let slots =
-                std::mem::take(&mut wanted.memory_changed).then(|| self.memory.slots(&wanted.view, &wanted.shown));
+            let slots = self.memory.slots(&wanted.view, &wanted.shown);
+            let memory_changed = std::mem::take(&mut wanted.memory_changed);
             let ranges = |wanted: &Wanted| Some(apart(wanted.fixed.as_ref()?, &wanted.moving));
             let posted = if std::mem::take(&mut wanted.posted_changed) { ranges(&wanted) } else { None };
-            (slots, std::mem::take(&mut wanted.tickets), std::mem::take(&mut wanted.waiting), posted)
+            let (tickets, waiting) = (std::mem::take(&mut wanted.tickets), std::mem::take(&mut wanted.waiting));
+            (slots, memory_changed, tickets, waiting, posted, wanted.signals.take())
         };
-        if let Some(slots) = slots {
+        if memory_changed {
+            pages.make_room(&slots).await?;
             self.arrange(&slots).await?;
         }
         if let Some(ranges) = posted {
             self.channel.call(&Call::PostedRanges(ranges)).await?;
         }
+        if let Some(wanted) = signalled {
+            signals.arrange(&wanted).await?;
+            pages.want(&wanted);
+        }
+        pages.show(&slots).await?;
         tickets.into_iter().for_each(|ticket| ticket.done(0));
         for waiting in waiting {
             // Who waited may have gone.
@@ -182,6 +198,11 @@ impl<F: SocFunction> Platform for Arranger<F> {
         drop(wanted);
         self.changed.notify_one();
     }
+
+    fn signal(&self, signals: &[Signal]) {
+        self.wanted().signals = Some(signals.to_vec());
+        self.changed.notify_one();
+    }
 }
 
 impl<F: SocFunction> FlashMemory for Arranger<F> {
@@ -202,7 +223,7 @@ impl<F: SocFunction> FlashMemory for Arranger<F> {
         let Some(rom) = self.memory.roms.get(bank) else { return };
         let extents = self.extents.iter().find(|(ram, _)| *ram == rom.ram);
         // Lost: said by who watches the function.
-        let _ = extents.map(|(_, extents)| self.ram.fill(extents, rom.offset + offset, bytes));
+        let _ = extents.map(|(ram, extents)| self.ram.fill(*ram, extents, rom.offset + offset, bytes));
     }
 }
 

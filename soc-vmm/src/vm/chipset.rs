@@ -1,27 +1,25 @@
 //! The machine's PCI side: chipset functions, root ports, and the devices behind them, each in the place that QEMU's q35 gives it.
 
-use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::machine::BuildError;
-use super::media::{Disk, Net};
 use crate::acpi::{Hotplug, PciConfig, PortConfig};
 use crate::ahci::{self, Ahci, CdDrive, CdHandle, TrayListener};
 use crate::block::BlockBackend;
 use crate::bus::Wake;
 use crate::cli::TestDevice;
+use crate::control::{BALLOON_ID, CDROM_ID};
+use crate::cpus::own_name;
 use crate::devices::{AcpiPm, Edu};
 use crate::interrupt::{LineSink, MessageSink};
 use crate::iommu::Iommu;
 use crate::layout::{ECAM, ECAM_SIZE, MemoryLayout};
 use crate::memory::GuestMemory;
-use crate::pci::{
-    Apertures, ConfigSpace, Fabric, LPC, LpcBridge, PIRQ_GSI, PciFunction, Pirqs, Platform, Requester, RootPort,
-    header, pirq_of,
+use crate::pci::{Apertures, Fabric, LPC, LpcBridge, PciFunction, Pirqs, Platform};
+use crate::slots::{
+    DeviceListeners, NewBalloon, NewDevice, NewKind, Reserved, SlotListener, SlotParts, Slots, Way, Ways,
 };
-use crate::virtio::block::BlockConfig;
-use crate::virtio::net::NetConfig;
-use crate::virtio::{self, Plumbing};
+use crate::virtio::NotifyPages;
 
 /// The first slot of root ports on the root bus: eight in each.
 const FIRST_PORT_SLOT: u8 = 1;
@@ -34,21 +32,35 @@ const AHCI: u8 = 0x1f << 3 | 2;
 /// The controller's port with the CD-ROM drive, as QEMU's `-cdrom` has it.
 const CDROM_PORT: usize = 2;
 /// Ports without a device, for what is plugged in later.
-const SPARE_PORTS: usize = 2;
+const SPARE_PORTS: usize = 4;
 
 /// What the PCI side is made of.
 pub(super) struct PciParts<'a> {
+    /// The VM's name.
+    pub(super) name: &'a str,
     pub(super) prepared: bool,
     pub(super) layout: MemoryLayout,
     pub(super) platform: Arc<dyn Platform>,
-    pub(super) messages: &'a dyn MessageSink,
+    pub(super) messages: Arc<dyn MessageSink>,
     /// What functions' requests go through, if there is an IOMMU.
     pub(super) iommu: Option<Arc<Iommu>>,
     pub(super) lines: Arc<dyn LineSink>,
     pub(super) memory: Arc<dyn GuestMemory>,
+    /// Where kicks may come from.
+    pub(super) notify: Arc<NotifyPages>,
     pub(super) acpi: AcpiPm,
-    pub(super) disks: Vec<Disk>,
-    pub(super) nets: Vec<Net>,
+    /// Processors that there can be.
+    pub(super) cpus: usize,
+    /// What stands in slots from the start, each with its name.
+    pub(super) devices: Vec<(String, NewKind)>,
+    /// The balloon, if there is one.
+    pub(super) balloon: Option<NewBalloon>,
+    /// The files that disks may not write.
+    pub(super) reserved: Arc<Reserved>,
+    /// Hears of devices that are gone.
+    pub(super) listener: Arc<dyn SlotListener>,
+    /// Who hears of what devices meet.
+    pub(super) device_listeners: DeviceListeners,
     /// What is in the CD-ROM drive; there is none without it.
     pub(super) cdrom: Option<Arc<dyn BlockBackend>>,
     /// Hears of its tray.
@@ -57,105 +69,77 @@ pub(super) struct PciParts<'a> {
     pub(super) test_devices: &'a [TestDevice],
 }
 
-/// Makes a device behind a root port.
-type Make = Box<dyn FnOnce(Plumbing<'_>) -> io::Result<Box<dyn PciFunction>>>;
+/// The PCI side, put together.
+pub(super) struct PciSide {
+    pub(super) fabric: Arc<Mutex<Fabric>>,
+    pub(super) slots: Slots,
+    /// The CD-ROM drive.
+    pub(super) drive: Option<CdHandle>,
+}
 
-/// Puts it together; the fabric, and the CD-ROM drive.
-pub(super) fn build(parts: PciParts<'_>) -> Result<(Arc<Mutex<Fabric>>, Option<CdHandle>), BuildError> {
-    let PciParts { prepared, layout, platform, messages, iommu, lines, memory, acpi, .. } = parts;
-    let PciParts { disks, nets, cdrom, tray, wake, test_devices, .. } = parts;
-    let ways = Ways { messages, memory, iommu };
-    let mut fabric = Fabric::new(prepared.then(|| Apertures::above(layout.high_end())), platform);
+/// Puts it together.
+pub(super) fn build(parts: PciParts<'_>) -> Result<PciSide, BuildError> {
+    let PciParts { name, prepared, layout, platform, messages, iommu, lines, memory, notify, acpi, .. } = parts;
+    let PciParts {
+        cpus,
+        mut devices,
+        balloon,
+        reserved,
+        listener,
+        device_listeners,
+        cdrom,
+        tray,
+        wake,
+        test_devices,
+        ..
+    } = parts;
+    let fabric = Fabric::new(prepared.then(|| Apertures::above(layout.high_end())), platform);
+    let fabric = Arc::new(Mutex::new(fabric));
+    let locked = || fabric.lock().unwrap_or_else(PoisonError::into_inner);
     let pirqs = Arc::new(Pirqs::new(lines));
-    fabric.plug(None, LPC, Box::new(LpcBridge::new(acpi, pirqs.clone(), prepared)))?;
-    let disks = disks.into_iter().map(disk);
-    let devices: Vec<Make> = disks.chain(nets.into_iter().map(net)).collect();
+    locked().plug(None, LPC, Box::new(LpcBridge::new(acpi, pirqs.clone(), prepared)))?;
+    let slots = Slots::new(SlotParts {
+        fabric: fabric.clone(),
+        ways: Ways::new(messages, memory, iommu),
+        notify,
+        pirqs: pirqs.clone(),
+        listener,
+        device_listeners,
+        machine: name.to_owned(),
+        names: cdrom.iter().map(|_| CDROM_ID.to_owned()).chain((0..cpus).map(own_name)).collect(),
+        reserved,
+    });
+    let slots = slots.map_err(BuildError::Thread)?;
+    devices.extend(balloon.map(|balloon| (BALLOON_ID.to_owned(), NewKind::Balloon(balloon))));
     let ports = ports(devices.len());
     if devices.len() > ports.len() {
         return Err(BuildError::TooMany { devices: devices.len(), ports: ports.len() });
     }
-    let mut devices = devices.into_iter();
     for PortConfig { devfn, slot } in ports {
-        // The device in the port's one slot has the port's own wire.
-        let wire = || pirqs.wire(devfn >> 3);
-        let (way, of_device) = (ways.of_function(), ways.of_function());
-        let mut port = RootPort::new(slot, wire(), &*way.messages);
-        ways.show_line(port.config_mut(), devfn >> 3);
-        // Virtio's DMA goes past an IOMMU unless the driver agrees to VIRTIO_F_ACCESS_PLATFORM (virtio 1.2 §6.1), which isn't offered.
-        let memory = ways.memory.clone();
-        let device = devices.next().map(|make| make(Plumbing { memory, messages: &*of_device.messages, line: wire() }));
-        let device = device.transpose().map_err(BuildError::Thread)?;
-        if device.is_some() {
-            port.occupy();
-        }
-        let port = fabric.plug(None, devfn, Box::new(port))?;
-        fabric.identify(port, way.requester);
-        if let Some(mut device) = device {
-            ways.show_line(device.config_mut(), devfn >> 3);
-            let device = fabric.plug(Some(port), 0, device)?;
-            fabric.identify(device, of_device.requester);
-        }
+        slots.add_port(devfn, slot)?;
     }
+    for (id, kind) in devices {
+        slots.handle().add(NewDevice { id: Some(id), kind, node: None }, None)?;
+    }
+    let ways = slots.ways();
     let mut drives: [Option<CdDrive>; ahci::PORTS] = Default::default();
     drives[CDROM_PORT] = cdrom.map(|medium| CdDrive { medium: Some(medium), listener: Some(tray) });
-    let way = ways.of_function();
-    let plumbing = ahci::Plumbing { memory: way.memory, messages: &*way.messages, line: pirqs.wire(AHCI >> 3), wake };
+    let Way { requester, messages, memory } = ways.of_function();
+    let plumbing = ahci::Plumbing { memory, messages: &*messages, line: pirqs.wire(AHCI >> 3), wake };
     let (mut controller, [_, _, drive, ..]) = Ahci::new(drives, plumbing).map_err(BuildError::Thread)?;
     ways.show_line(controller.config_mut(), AHCI >> 3);
-    let controller = fabric.plug(None, AHCI, Box::new(controller))?;
-    fabric.identify(controller, way.requester);
+    let controller = locked().plug(None, AHCI, Box::new(controller))?;
+    locked().identify(controller, requester);
+    drop(messages);
     for (_, slot) in test_devices.iter().filter(|device| **device == TestDevice::Edu).zip(FIRST_TEST_SLOT..) {
         let way = ways.of_function();
         let mut function = Box::new(Edu::new(way.memory, &*way.messages, pirqs.wire(slot)));
         ways.show_line(function.config_mut(), slot);
-        let function = fabric.plug(None, slot << 3, function)?;
-        fabric.identify(function, way.requester);
+        let function = locked().plug(None, slot << 3, function)?;
+        locked().identify(function, way.requester);
     }
-    fabric.prepare()?;
-    Ok((Arc::new(Mutex::new(fabric)), drive))
-}
-
-/// What functions send their DMA and their messages by.
-struct Ways<'a> {
-    messages: &'a dyn MessageSink,
-    memory: Arc<dyn GuestMemory>,
-    iommu: Option<Arc<Iommu>>,
-}
-
-/// The same for one function, which is to be known by this ID.
-struct Way<'a> {
-    requester: Requester,
-    messages: Box<dyn MessageSink + 'a>,
-    memory: Arc<dyn GuestMemory>,
-}
-
-impl<'a> Ways<'a> {
-    fn of_function(&self) -> Way<'a> {
-        let requester = Requester::default();
-        let (messages, memory) = match &self.iommu {
-            None => (Box::new(self.messages) as Box<dyn MessageSink + 'a>, self.memory.clone()),
-            Some(iommu) => (iommu.messages_of(requester.clone(), self.messages), iommu.memory_of(requester.clone())),
-        };
-        Way { requester, messages, memory }
-    }
-
-    /// Where there are no 8259s, whose inputs the register names by rights, it has the GSI: a guest that looks at nothing else finds its
-    /// interrupt.
-    fn show_line(&self, config: &mut ConfigSpace, slot: u8) {
-        if self.iommu.is_some() {
-            config.set(header::INTERRUPT_LINE, &[PIRQ_GSI as u8 + pirq_of(slot, 0) as u8]);
-        }
-    }
-}
-
-fn disk(Disk { image, id }: Disk) -> Make {
-    let config = BlockConfig { name: id.clone(), backend: image, serial: id };
-    Box::new(|plumbing| virtio::block::new(config, plumbing))
-}
-
-fn net(Net { backend, mac, id }: Net) -> Make {
-    let config = NetConfig { name: id, backend, mac: mac.0, mtu: None, counters: Arc::default() };
-    Box::new(|plumbing| virtio::net::new(config, plumbing))
+    locked().prepare()?;
+    Ok(PciSide { fabric, slots, drive })
 }
 
 /// The root ports of a machine with so many devices.

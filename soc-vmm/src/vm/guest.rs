@@ -1,5 +1,6 @@
 //! What the guest and its vCPUs report, on its way to the VM's control loop.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ioreq_ring::Request;
@@ -7,6 +8,7 @@ use ioreq_ring::wire::exit_reason;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::power::{CrashEvent, CrashSink, PowerEvent, PowerSink};
+use crate::virtio::block::{DiskError, DiskErrorListener, ErrorAction};
 
 /// A report.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +19,8 @@ pub(super) enum GuestEvent {
     TripleFault(u32),
     /// The guest's kernel panicked.
     Crashed(CrashEvent),
+    /// A disk's image failed, and the VM is to wait until somebody has seen to it.
+    DiskStopped,
     /// A vCPU can't go on.
     Failed(String),
     /// The function no longer carries.
@@ -34,13 +38,15 @@ const KVM_SYSTEM_EVENT_RESET: u64 = 2;
 pub(super) struct Relay {
     events: Sender<GuestEvent>,
     park: AtomicBool,
+    /// [`GuestEvent::DiskStopped`] is on its way.
+    stopping: AtomicBool,
 }
 
 impl Relay {
     /// A relay, and where its reports come out.
     pub(super) fn new() -> (Self, Receiver<GuestEvent>) {
         let (events, receiver) = channel(WAITING);
-        (Self { events, park: AtomicBool::new(false) }, receiver)
+        (Self { events, park: AtomicBool::new(false), stopping: AtomicBool::new(false) }, receiver)
     }
 
     /// Passes a report on; one too many is dropped: the VM is about to be reset or ended anyway.
@@ -53,6 +59,18 @@ impl Relay {
     pub(super) fn lost(&self, why: String) {
         // Nobody listens once the VM has ended.
         let _ = self.events.blocking_send(GuestEvent::Lost(why));
+    }
+
+    /// A disk stops the VM. Many of its requests may; one report is enough.
+    fn disk_stopped(&self) {
+        if !self.stopping.swap(true, Ordering::AcqRel) && self.events.try_send(GuestEvent::DiskStopped).is_err() {
+            self.stopping.store(false, Ordering::Release);
+        }
+    }
+
+    /// What stopped was heard: the next one is another.
+    pub(super) fn heard_of_stop(&self) {
+        self.stopping.store(false, Ordering::Release);
     }
 
     /// Whether the access that was served must keep its vCPU out of the guest.
@@ -95,6 +113,23 @@ impl PowerSink for Relay {
 impl CrashSink for Relay {
     fn crashed(&self, event: CrashEvent) {
         self.tell(GuestEvent::Crashed(event));
+    }
+}
+
+/// Disks that fail: monitors hear of all, the control loop of those that stop the VM.
+pub(super) struct DiskErrors {
+    pub(super) monitors: Arc<dyn DiskErrorListener>,
+    pub(super) relay: Arc<Relay>,
+}
+
+impl DiskErrorListener for DiskErrors {
+    fn failed(&self, error: DiskError) {
+        let stops = error.action == ErrorAction::Stop;
+        // In this order they hear why the VM stops.
+        self.monitors.failed(error);
+        if stops {
+            self.relay.disk_stopped();
+        }
     }
 }
 

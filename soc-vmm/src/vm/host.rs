@@ -80,7 +80,7 @@ impl<F: SocFunction> HostVm<F> {
         view: MemoryView,
         synic: bool,
     ) -> Result<(Self, Arc<Arranger<F>>), HostError> {
-        let vcpus = u32::from(config.cpus);
+        let vcpus = config.topology.cpus();
         let name = Name::new(config.name.as_str());
         let irqchip = split::irqchip(config);
         let flags = if synic { CreateVm::HV_SYNIC } else { 0 };
@@ -95,7 +95,7 @@ impl<F: SocFunction> HostVm<F> {
         let vm = Self { channel, created, ram, vcpus };
         let numa = Numa::new(&config.numa, layout);
         let (memory, extents) = vm.fill(MemoryPlan::new(layout, &config.memory, &numa), layout, roms).await?;
-        let arranger = Arranger::new(vm.channel.clone(), vm.ram.clone(), memory, extents, view);
+        let arranger = Arranger::new(link.function.clone(), vm.channel.clone(), vm.ram.clone(), memory, extents, view);
         arranger.begin().await?;
         if numa.nodes.iter().any(|node| node.pinned) {
             let reply = vm.channel.call(&Call::HostInfo).await?;
@@ -203,14 +203,25 @@ impl<F: SocFunction> HostVm<F> {
         self.state(VM).await
     }
 
-    /// Lets every vCPU run.
-    pub(super) async fn run(&self) -> Result<(), CallError> {
-        self.channel.call(&Call::Run(VCPU_ALL)).await.map(drop)
+    /// Lets these vCPUs run.
+    pub(super) async fn run(&self, vcpus: &[usize]) -> Result<(), CallError> {
+        if vcpus.len() == self.vcpus as usize {
+            return self.channel.call(&Call::Run(VCPU_ALL)).await.map(drop);
+        }
+        for vcpu in vcpus {
+            self.channel.call(&Call::Run(*vcpu as u32)).await?;
+        }
+        Ok(())
     }
 
     /// Takes every vCPU out of the guest, its exit finished.
     pub(super) async fn pause(&self) -> Result<(), CallError> {
         self.channel.call(&Call::Pause(VCPU_ALL)).await.map(drop)
+    }
+
+    /// Takes one vCPU out of the guest, its exit finished.
+    pub(super) async fn pause_one(&self, vcpu: usize) -> Result<(), CallError> {
+        self.channel.call(&Call::Pause(vcpu as u32)).await.map(drop)
     }
 
     /// The host's counters.

@@ -1,5 +1,7 @@
 //! A VM's life on its function: built, started, kept, ended.
 
+mod processors;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,22 +14,25 @@ use tokio::sync::mpsc::Receiver;
 
 use super::arranger::Arranger;
 use super::counters::Counters;
-use super::guest::{GuestEvent, Relay};
+use super::guest::{DiskErrors, GuestEvent, Relay};
 use super::host::{self, HostError, HostVm};
 use super::lines::Lines;
 use super::machine::{BuildError, Machine, Parts};
 use super::media::Media;
 use super::messages::Messages;
+use super::pages::RamPages;
 use super::shape::Shape;
 use super::split::{self, Split};
 use super::state;
 use super::worker::{Command, Serving, Waker, Worker};
+use crate::acpi::AcpiConfig;
 use crate::ahci::{CdHandle, TrayListener};
 use crate::boot::{BootError, BootPlan, Entry};
 use crate::cli::{ExitStatus, Failure, RunConfig, with_causes};
 use crate::console::Attached;
 use crate::control::{self, Action, CrashAction, Order, RunState, ShutdownCause, VmControl};
 use crate::cpuid::{CpuidConfig, CpuidError, Processor};
+use crate::cpus::{CpuListener, Cpus};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::hyperv::Hyperv;
 use crate::layout::{LayoutError, MemoryLayout};
@@ -35,7 +40,9 @@ use crate::link::{CallError, Channel, Link, LinkError, Notice};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::pci::MemoryView;
 use crate::power::{CrashEvent, PowerEvent};
+use crate::slots::{DeviceListeners, NewBalloon, SlotListener, Slots};
 use crate::smbios::{SMBIOS_START, Smbios};
+use crate::virtio::NotifyPages;
 
 /// How long the guest and its devices may take to stop at the VM's end.
 const HALT: Duration = Duration::from_secs(2);
@@ -56,6 +63,12 @@ pub(super) struct Blueprint<'a> {
     pub(super) media: Media,
     /// Hears of the CD-ROM drive's tray.
     pub(super) tray: Arc<dyn TrayListener>,
+    /// Hears of devices that were taken out.
+    pub(super) listener: Arc<dyn SlotListener>,
+    /// Who hear of what devices meet.
+    pub(super) device_listeners: DeviceListeners,
+    /// Hears of processors.
+    pub(super) cpu_listener: Arc<dyn CpuListener>,
     pub(super) streams: Streams,
     pub(super) waker: Arc<Waker>,
     /// Where what must outlive the process is kept.
@@ -70,9 +83,14 @@ pub(super) struct Vm<F: SocFunction> {
     /// Every vCPU's records as the host made it, then the VM's.
     pristine: (Vec<Vec<u8>>, Vec<u8>),
     signature: u32,
+    /// What the guest's tables tell.
+    shape: Shape,
+    cpus: Cpus,
     acpi: AcpiHandle,
     cdrom: Option<CdHandle>,
+    slots: Slots,
     worker: Serving,
+    relay: Arc<Relay>,
     guest: Receiver<GuestEvent>,
     counters: Arc<Counters>,
     crossings: Arc<Crossings>,
@@ -117,9 +135,15 @@ impl LifeError {
             // The images are what they should be; the function is not.
             Self::Boot(BootError::Memory(_)) => ExitStatus::Unavailable,
             Self::Boot(_) | Self::Layout(_) => ExitStatus::Usage,
+            Self::Machine(e) if e.is_usage() => ExitStatus::Usage,
             _ => ExitStatus::Unavailable,
         };
         Failure::of(status, "", self).by_loss(self.is_loss())
+    }
+
+    /// The same of a VM that was there: whoever noticed that the host is gone, it is lost.
+    fn of_a_vm(&self) -> Failure {
+        if self.is_loss() { lost(&with_causes(self)) } else { self.failure() }
     }
 
     fn is_loss(&self) -> bool {
@@ -140,8 +164,9 @@ impl<F: SocFunction> Vm<F> {
         crossings: Arc<Crossings>,
         blueprint: Blueprint<'_>,
     ) -> Result<Self, LifeError> {
-        let Blueprint { config, layout, mut plan, media, tray, streams, waker, state_dir } = blueprint;
-        let vcpus = u32::from(config.cpus);
+        let Blueprint { config, layout, mut plan, media, tray, listener, device_listeners, .. } = blueprint;
+        let Blueprint { cpu_listener, streams, waker, state_dir, .. } = blueprint;
+        let vcpus = config.topology.cpus();
         // Without firmware the chipset is as firmware would leave it.
         let prepared = plan.roms().is_empty();
         let view = if prepared { MemoryView::SHADOWED } else { MemoryView::default() };
@@ -179,21 +204,28 @@ impl<F: SocFunction> Vm<F> {
         let relay = Arc::new(relay);
         let messages =
             Messages::new(link.function.clone(), channel.clone(), &host.created, split::irqchip(config), waker.clone());
-        let hyperv = synic.then(|| Arc::new(Hyperv::new(config.cpus, host.ram.clone(), messages.sints())));
-        let lines = Lines::new(channel);
+        let messages = Arc::new(messages);
+        let hyperv = synic.then(|| Arc::new(Hyperv::new(vcpus as u16, host.ram.clone(), messages.sints())));
+        let lines = Lines::new(channel.clone());
         let counters = Arc::new(Counters::default());
         let (shape, cpuid) = (Shape::new(config, &layout), processor.table(0));
         if prepared {
             plan.place(SMBIOS_START, Smbios::for_kernel(&shape.smbios(&cpuid)).map_err(BuildError::from)?.placed());
         }
         let parts = Parts {
+            name: config.name.as_str(),
             prepared,
             platform: arranger.clone(),
-            messages: &messages,
+            messages: messages.clone(),
             split: config.iommu.map(|_| Split { pins: messages.pins(), settling: messages.settling() }),
             memory: host.ram.clone(),
+            notify: Arc::new(if host.created.features & VmCreated::NOTIFY != 0 {
+                NotifyPages::of(link.function.clone())
+            } else {
+                NotifyPages::default()
+            }),
             physical_bits,
-            shape,
+            shape: shape.clone(),
             cpuid: &cpuid,
             tsc_khz: host.created.tsc_khz,
             serial: streams.serial,
@@ -206,8 +238,19 @@ impl<F: SocFunction> Vm<F> {
             crash: relay.clone(),
             wake: waker.clone(),
             media,
+            balloon: config.balloon.map(|spec| NewBalloon {
+                spec,
+                pages: Box::new(RamPages::new(host.ram.clone(), channel.clone(), &host.created, config)),
+                memory: config.memory.size,
+            }),
             flash: arranger.clone(),
             tray,
+            listener,
+            device_listeners: DeviceListeners {
+                disks: Arc::new(DiskErrors { monitors: device_listeners.disks, relay: relay.clone() }),
+                ..device_listeners
+            },
+            cpu_listener,
         };
         // Flash goes to its memory by DMA.
         let machine = tokio::task::block_in_place(|| Machine::new(parts))?;
@@ -230,7 +273,7 @@ impl<F: SocFunction> Vm<F> {
             io_apic: machine.io_apic,
             hyperv,
             lines,
-            relay,
+            relay: relay.clone(),
             counters: counters.clone(),
             waker,
             commands: receiver,
@@ -242,9 +285,13 @@ impl<F: SocFunction> Vm<F> {
             plan,
             pristine,
             signature,
+            shape,
+            cpus: machine.cpus,
             acpi: machine.acpi,
             cdrom: machine.cdrom,
+            slots: machine.slots,
             worker,
+            relay,
             guest,
             counters,
             crossings,
@@ -256,6 +303,7 @@ impl<F: SocFunction> Vm<F> {
     /// Loads the images and puts every vCPU where it starts.
     async fn start_state(&self) -> Result<(), LifeError> {
         self.arranger.settled().await;
+        self.host.ram.whole().await;
         let mut loading = self.plan.load();
         // The loader waits for DMA: off the threads that serve sockets. Between two steps the VM may be given up.
         while tokio::task::block_in_place(|| loading.step(&self.host.ram.loader()))? {
@@ -264,29 +312,14 @@ impl<F: SocFunction> Vm<F> {
         self.set_processors(self.first_entry()).await
     }
 
-    /// Puts chips and vCPUs into the state of a reset, the boot processor at `first`.
-    async fn set_processors(&self, first: Entry) -> Result<(), LifeError> {
-        let (cpus, chips) = &self.pristine;
-        self.host.set_chips(state::chips(chips)?).await?;
-        for (vcpu, pristine) in cpus.iter().enumerate() {
-            let entry = if vcpu == 0 { first } else { Entry::application_processor(self.signature) };
-            self.host.set_state(vcpu as u32, state::start(pristine, &entry)?).await?;
-        }
-        Ok(())
-    }
-
-    /// Where the boot processor starts; firmware finds the processor's signature in EDX, as after power on.
-    fn first_entry(&self) -> Entry {
-        let mut entry = *self.plan.entry();
-        if !self.plan.roms().is_empty() {
-            entry.regs.rdx = self.signature.into();
-        }
-        entry
-    }
-
-    /// Resets the machine, of which every vCPU is out of the guest.
-    async fn reset(&self) -> Result<(), LifeError> {
+    /// Resets the machine, of which every vCPU is out of the guest. It starts with the processors that it has by now.
+    async fn reset(&mut self) -> Result<(), LifeError> {
+        self.cpus.start_anew();
         self.reset_devices().await;
+        // Every vCPU starts from the state in which it is parked.
+        self.cpus.ejected().into_iter().for_each(|cpu| self.cpus.gone(cpu));
+        let acpi = AcpiConfig { absent: self.shape.absent(&self.cpus.present()), ..self.shape.acpi(None) };
+        self.plan.describe(&self.shape.layout, &acpi)?;
         self.start_state().await
     }
 
@@ -326,8 +359,10 @@ impl<F: SocFunction> Vm<F> {
         if let Some(drive) = self.cdrom.take() {
             control.has_cdrom(drive);
         }
+        control.has_slots(self.slots.handle());
+        control.has_cpus(self.cpus.handle());
         if control.autostart() {
-            self.host.run().await.map_err(|e| LifeError::Call(e).failure())?;
+            self.run().await.map_err(|e| LifeError::Call(e).failure())?;
             control.started();
         }
         Ok(())
@@ -345,11 +380,12 @@ impl<F: SocFunction> Vm<F> {
                     return Ok(status);
                 },
                 Some(notice) = notices.recv() => Self::note(notice)?,
+                work = self.cpus.next() => self.change_cpus(work, control).await.map_err(|e| e.of_a_vm())?,
             }
         }
     }
 
-    async fn obey(&self, order: Order, control: &mut VmControl) -> Option<ExitStatus> {
+    async fn obey(&mut self, order: Order, control: &mut VmControl) -> Option<ExitStatus> {
         let action = order.action();
         let outcome = match action {
             Action::Count => match self.count().await {
@@ -360,7 +396,11 @@ impl<F: SocFunction> Vm<F> {
                 Err(e) => Err(e.into()),
             },
             Action::Pause => self.host.pause().await.map_err(LifeError::from),
-            Action::Resume => self.host.run().await.map_err(LifeError::from),
+            Action::Resume => {
+                // What fails again stops the VM again: this loop hears of it afterwards.
+                self.slots.handle().retry();
+                self.run().await.map_err(LifeError::from)
+            }
             Action::Reset => self.reset_and_run(control).await,
             Action::PowerButton => {
                 self.acpi.press_power_button();
@@ -401,14 +441,14 @@ impl<F: SocFunction> Vm<F> {
     }
 
     /// Resets the VM; it runs on if it ran. Where that fails halfway, it is left stopped, until another reset.
-    async fn reset_and_run(&self, control: &mut VmControl) -> Result<(), LifeError> {
+    async fn reset_and_run(&mut self, control: &mut VmControl) -> Result<(), LifeError> {
         // First: a VM whose images are damaged goes on as it is.
         self.plan.check()?;
         self.host.pause().await?;
         let reset = async {
             self.reset().await?;
             let runs = control.state().is_running() || control.state() == RunState::Suspended;
-            if runs { Ok(self.host.run().await?) } else { Ok(()) }
+            if runs { Ok(self.run().await?) } else { Ok(()) }
         };
         let outcome = reset.await;
         if outcome.is_err() && control.state().may_become(RunState::InternalError) {
@@ -427,34 +467,34 @@ impl<F: SocFunction> Vm<F> {
             tokio::task::block_in_place(|| self.host.ram.read(at, &mut vector)).map_err(BootError::from)?;
         }
         self.set_processors(Entry::waking(self.signature, u32::from_le_bytes(vector))).await?;
-        Ok(self.host.run().await?)
+        Ok(self.run().await?)
     }
 
-    async fn hear(&self, event: GuestEvent, control: &mut VmControl) -> Result<Option<ExitStatus>, Failure> {
+    async fn hear(&mut self, event: GuestEvent, control: &mut VmControl) -> Result<Option<ExitStatus>, Failure> {
         match event {
             GuestEvent::TripleFault(vcpu) => {
                 let stood = self.standing(vcpu).await.unwrap_or_else(|e| format!("its registers can't be read: {e}"));
                 tracing::info!(vcpu, "a triple fault resets the machine: {stood}");
-                self.reset_and_run(control).await.map_err(|e| e.failure())?;
+                self.reset_and_run(control).await.map_err(|e| e.of_a_vm())?;
                 control.guest_reset();
                 Ok(None)
             }
             GuestEvent::Power(PowerEvent::Reset) => {
-                self.reset_and_run(control).await.map_err(|e| e.failure())?;
+                self.reset_and_run(control).await.map_err(|e| e.of_a_vm())?;
                 control.guest_reset();
                 Ok(None)
             }
             GuestEvent::Power(PowerEvent::Suspend) => {
                 // Ordered to stop while it fell asleep, it sleeps stopped.
                 if control.state().is_running() {
-                    self.host.pause().await.map_err(|e| LifeError::from(e).failure())?;
+                    self.host.pause().await.map_err(|e| LifeError::from(e).of_a_vm())?;
                     control.stopped(RunState::Suspended);
                 }
                 Ok(None)
             }
             GuestEvent::Power(PowerEvent::WakeUp) => {
                 if control.state() == RunState::Suspended {
-                    self.wake_up().await.map_err(|e| e.failure())?;
+                    self.wake_up().await.map_err(|e| e.of_a_vm())?;
                     control.woke();
                 }
                 Ok(None)
@@ -466,6 +506,14 @@ impl<F: SocFunction> Vm<F> {
             GuestEvent::Power(PowerEvent::DebugExit(value)) => {
                 control.ends(ShutdownCause::GuestShutdown);
                 Ok(Some(ExitStatus::DebugExit(value)))
+            }
+            GuestEvent::DiskStopped => {
+                self.relay.heard_of_stop();
+                if control.state().is_running() {
+                    self.host.pause().await.map_err(|e| LifeError::from(e).of_a_vm())?;
+                    control.stopped(RunState::IoError);
+                }
+                Ok(None)
             }
             GuestEvent::Crashed(CrashEvent::CrashLoaded) => {
                 control.crashed(CrashAction::Run);
@@ -485,7 +533,8 @@ impl<F: SocFunction> Vm<F> {
     fn note(notice: Notice) -> Result<(), Failure> {
         match notice {
             Notice::Silent(true) => tracing::warn!("the host is silent: its heartbeat stopped"),
-            Notice::Silent(false) => tracing::info!("the host's heartbeat goes on"),
+            // As loud as what it takes back.
+            Notice::Silent(false) => tracing::warn!("the host's heartbeat goes on"),
             Notice::Over(why) => return Err(lost(&why)),
         }
         Ok(())
@@ -504,10 +553,13 @@ impl<F: SocFunction> Vm<F> {
 
     async fn end(self) {
         self.host.destroy().await;
-        let Self { worker, guest, counters, .. } = self;
+        let Self { worker, slots, guest, counters, .. } = self;
         // The worker's last report must not wait for room.
         drop(guest);
-        tokio::task::block_in_place(|| worker.end());
+        tokio::task::block_in_place(|| {
+            worker.end();
+            slots.end();
+        });
         tracing::debug!(?counters, "the VM has ended");
     }
 }

@@ -4,20 +4,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use api_channel::call::{CpuidEntry, PostedRange};
 
-use super::chipset::{self, PciParts};
+use super::chipset::{self, PciParts, PciSide};
 use super::media::Media;
 use super::shape::Shape;
 use super::split::{Remapped, Split};
 use super::worker::Buses;
-use crate::acpi::{self, AcpiError};
+use crate::acpi::{self, AcpiConfig, AcpiError};
 use crate::ahci::{CdHandle, TrayListener};
 use crate::bus::{Bus, Claim, Device, MapError, Wake};
 use crate::cli::TestDevice;
+use crate::cpus::{CpuListener, Cpus};
 use crate::devices::fw_cfg::FwCfgError;
 use crate::devices::{
-    AcpiHandle, AcpiPm, Cmos, Com, DebugConsole, DebugExit, DelayPort, FwCfg, HypervTestdev, I8042, InputQueue, IoApic,
-    OutputQueue, PcTestMemory, PcTestPorts, PmTimerWidth, Port92, Pvpanic, Ranges, ResetControl, Rtc, SCI_GSI, Serial,
-    SystemClock,
+    AcpiHandle, AcpiPm, Cmos, Com, CpuHotplug, CpuHotplugHandle, DebugConsole, DebugExit, DelayPort, FwCfg,
+    HypervTestdev, I8042, InputQueue, IoApic, OutputQueue, PcTestMemory, PcTestPorts, PmTimerWidth, Port92, Pvpanic,
+    Ranges, ResetControl, Rtc, SCI_GSI, Serial, SystemClock,
 };
 use crate::flash::{Flash, FlashMemory};
 use crate::hyperv::Hyperv;
@@ -26,20 +27,26 @@ use crate::iommu::VtdRegisters;
 use crate::memory::GuestMemory;
 use crate::pci::{Fabric, FabricSide, NoRoom, Platform, PlugError};
 use crate::power::{CrashSink, PowerSink};
+use crate::slots::{DeviceListeners, NewBalloon, SlotError, SlotListener, Slots};
 use crate::smbios::{Smbios, SmbiosError};
+use crate::virtio::NotifyPages;
 
 /// What a machine is made of.
 pub(super) struct Parts<'a> {
+    /// The VM's name.
+    pub(super) name: &'a str,
     /// No firmware will set the machine up.
     pub(super) prepared: bool,
     /// What arranges address spaces for the chipset.
     pub(super) platform: Arc<dyn Platform>,
     /// Where messages go.
-    pub(super) messages: &'a dyn MessageSink,
+    pub(super) messages: Arc<dyn MessageSink>,
     /// With an IOMMU, what the host leaves of its interrupt controllers.
     pub(super) split: Option<Split>,
     /// Guest memory, for devices that use DMA.
     pub(super) memory: Arc<dyn GuestMemory>,
+    /// Where kicks may come from.
+    pub(super) notify: Arc<NotifyPages>,
     /// The guest's physical address bits.
     pub(super) physical_bits: u8,
     /// What the guest is told of it.
@@ -66,12 +73,20 @@ pub(super) struct Parts<'a> {
     pub(super) crash: Arc<dyn CrashSink>,
     /// Wakes the thread that serves the buses.
     pub(super) wake: Arc<dyn Wake>,
+    /// The balloon, if there is one.
+    pub(super) balloon: Option<NewBalloon>,
     /// What disks, media and flash hold.
     pub(super) media: Media,
     /// Where the guest reads flash.
     pub(super) flash: Arc<dyn FlashMemory>,
     /// Hears of the CD-ROM drive's tray.
     pub(super) tray: Arc<dyn TrayListener>,
+    /// Hears of devices that were taken out.
+    pub(super) listener: Arc<dyn SlotListener>,
+    /// Who hears of what devices meet.
+    pub(super) device_listeners: DeviceListeners,
+    /// Hears of processors.
+    pub(super) cpu_listener: Arc<dyn CpuListener>,
 }
 
 /// A built machine.
@@ -80,6 +95,10 @@ pub(super) struct Machine {
     pub(super) buses: Buses,
     /// Its power button.
     pub(super) acpi: AcpiHandle,
+    /// Its processors.
+    pub(super) cpus: Cpus,
+    /// The slots of its ports.
+    pub(super) slots: Slots,
     /// Its CD-ROM drive, if it has one.
     pub(super) cdrom: Option<CdHandle>,
     /// Its I/O APIC, if it is not the host's.
@@ -95,11 +114,13 @@ impl Machine {
     /// There are more devices than places.
     pub(super) fn new(parts: Parts<'_>) -> Result<Self, BuildError> {
         let Parts {
+            name,
             prepared,
             platform,
             messages,
             split,
             memory,
+            notify,
             physical_bits,
             shape,
             cpuid,
@@ -113,12 +134,16 @@ impl Machine {
             power,
             crash,
             wake,
+            balloon,
             media,
             flash,
             tray,
+            listener,
+            device_listeners,
+            cpu_listener,
         } = parts;
         let mut builder = Builder::default();
-        let remapped = split.map(|split| split.remap(memory.clone(), messages, wake.clone()));
+        let remapped = split.map(|split| split.remap(memory.clone(), &*messages, wake.clone()));
         let (lines, iommu, io_apic) = match remapped {
             None => (lines, None, None),
             Some(Remapped { io_apic, iommu, registers }) => {
@@ -128,8 +153,9 @@ impl Machine {
             }
         };
         let line = |gsi| InterruptLine::new(gsi, lines.clone());
-        let (layout, cpus) = (shape.layout, shape.topology.cpus() as u16);
-        let cmos = Cmos { ram_below_4g: layout.low_end(), ram_above_4g: layout.high_bytes(), cpus, boot: [None; 3] };
+        let layout = shape.layout;
+        let (below, above) = (layout.low_end(), layout.high_bytes());
+        let cmos = Cmos { ram_below_4g: below, ram_above_4g: above, cpus: shape.cpus, boot: [None; 3] };
         let clock = Arc::new(SystemClock);
         builder.add(&I8042::RANGES, I8042::new(line(1), line(12), power.clone()))?;
         builder.add(&Port92::RANGES, Port92::new(power.clone()))?;
@@ -145,9 +171,13 @@ impl Machine {
         );
         // Without firmware the loader's FACS is there to wake up by.
         let acpi_pm = if prepared { acpi_pm.with_sleep() } else { acpi_pm };
+        let (cpus, registers) = Cpus::new(shape.topology, shape.cpus, acpi.clone(), cpu_listener);
+        builder.add(&CpuHotplug::RANGES, registers)?;
         let alarm = Arc::new(RtcLine { lines: lines.clone(), acpi: acpi.clone() });
-        builder.add(&Rtc::RANGES, Rtc::new(&cmos, clock, InterruptLine::new(RTC_GSI, alarm)))?;
-        let (fabric, cdrom) = chipset::build(PciParts {
+        let rtc = Rtc::new(&cmos, clock, InterruptLine::new(RTC_GSI, alarm)).counting(cpus.registers().clone());
+        builder.add(&Rtc::RANGES, rtc)?;
+        let PciSide { fabric, slots, drive } = chipset::build(PciParts {
+            name,
             prepared,
             layout,
             platform,
@@ -155,15 +185,20 @@ impl Machine {
             iommu,
             lines: lines.clone(),
             memory: memory.clone(),
+            notify,
             acpi: acpi_pm,
             wake,
-            disks: media.disks,
-            nets: media.nets,
+            cpus: shape.topology.cpus() as usize,
+            devices: media.devices,
+            balloon,
+            reserved: media.reserved,
+            listener,
+            device_listeners,
             cdrom: media.cdrom,
             tray,
             test_devices,
         })?;
-        builder.add(&FwCfg::RANGES, fw_cfg(&shape, physical_bits, cpuid, memory, &fabric)?)?;
+        builder.add(&FwCfg::RANGES, fw_cfg(&shape, physical_bits, cpuid, memory, &fabric, cpus.registers())?)?;
         builder.add(&Pvpanic::RANGES, Pvpanic::new(crash))?;
         let (output, input) = serial;
         builder.add(&Com::Com1.ranges(), Serial::new(output, input, line(Com::Com1.gsi())))?;
@@ -194,7 +229,7 @@ impl Machine {
         let [ports, rest] = FabricSide::both(&fabric);
         builder.buses.ports.insert_rest(Box::new(ports));
         builder.buses.memory.insert_rest(Box::new(rest));
-        Ok(Self { buses: builder.buses, acpi, cdrom, io_apic, posted: builder.posted })
+        Ok(Self { buses: builder.buses, acpi, cpus, slots, cdrom: drive, io_apic, posted: builder.posted })
     }
 }
 
@@ -223,12 +258,20 @@ fn fw_cfg(
     cpuid: &[CpuidEntry],
     memory: Arc<dyn GuestMemory>,
     fabric: &Arc<Mutex<Fabric>>,
+    cpus: &CpuHotplugHandle,
 ) -> Result<FwCfg, BuildError> {
-    let builder = shape.describe(FwCfg::builder(memory));
+    let builder = shape.describe(FwCfg::builder(memory), cpus);
     let builder = Smbios::for_firmware(&shape.smbios(cpuid))?.add_files(builder);
-    let fabric = fabric.clone();
-    let ecam = move || fabric.lock().unwrap_or_else(PoisonError::into_inner).host().ecam();
-    Ok(acpi::add_files(builder, &shape.acpi(Some(physical_bits)), ecam)?.build()?)
+    let (fabric, cpus) = (fabric.clone(), cpus.clone());
+    let acpi = shape.acpi(Some(physical_bits));
+    let shape = shape.clone();
+    let update = move |acpi: &mut AcpiConfig| {
+        if let Some(pci) = &mut acpi.pci {
+            pci.ecam = fabric.lock().unwrap_or_else(PoisonError::into_inner).host().ecam();
+        }
+        acpi.absent = shape.absent(&cpus.present());
+    };
+    Ok(acpi::add_files(builder, &acpi, update)?.build()?)
 }
 
 /// Why a machine can't be built.
@@ -237,7 +280,7 @@ pub(super) enum BuildError {
     /// A mistake in the devices' tables.
     #[error("its devices overlap")]
     Overlap(#[from] MapError),
-    #[error("{devices} disks and network interfaces are more than the {ports} slots: give the VM fewer")]
+    #[error("{devices} devices are more than the {ports} slots: give the VM fewer")]
     TooMany {
         /// Devices asked for.
         devices: usize,
@@ -248,6 +291,8 @@ pub(super) enum BuildError {
     Thread(#[source] std::io::Error),
     #[error(transparent)]
     Plug(#[from] PlugError),
+    #[error(transparent)]
+    Slot(#[from] SlotError),
     #[error(transparent)]
     Place(#[from] NoRoom),
     #[error(transparent)]
@@ -262,6 +307,19 @@ pub(super) enum BuildError {
 struct Builder {
     buses: Buses,
     posted: Vec<PostedRange>,
+}
+
+impl BuildError {
+    /// Whether what is wrong is what was asked for: names, addresses, numbers of devices.
+    pub(super) fn is_usage(&self) -> bool {
+        match self {
+            Self::TooMany { .. } => true,
+            Self::Slot(e) => {
+                !matches!(e, SlotError::Thread(_) | SlotError::Plug(_) | SlotError::Balloon(_) | SlotError::Ended)
+            }
+            _ => false,
+        }
+    }
 }
 
 impl Builder {

@@ -85,8 +85,23 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
             debugcon = Some(output);
         }
         let streams = Streams { serial: (output, input), debugcon };
-        let tray = control.tray_listener();
-        let blueprint = Blueprint { config, layout, plan, media, tray, streams, waker, state_dir: claim.state_dir() };
+        let (tray, listener, device_listeners) =
+            (control.tray_listener(), control.slot_listener(), control.device_listeners());
+        let cpu_listener = control.cpu_listener();
+        let state_dir = claim.state_dir();
+        let blueprint = Blueprint {
+            config,
+            layout,
+            plan,
+            media,
+            tray,
+            listener,
+            device_listeners,
+            cpu_listener,
+            streams,
+            waker,
+            state_dir,
+        };
         let setup = Setup { blueprint, control, consoles: &consoles };
         let ended = function::open(&config.function, Role::Vm, setup).await;
         for console in consoles {

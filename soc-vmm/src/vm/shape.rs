@@ -1,5 +1,7 @@
 //! What the guest is told about its machine by tables: ACPI, SMBIOS, fw_cfg. One description feeds all three.
 
+use std::collections::BTreeSet;
+
 use api_channel::call::CpuidEntry;
 
 use super::chipset;
@@ -7,6 +9,7 @@ use super::media::Media;
 use crate::acpi::AcpiConfig;
 use crate::cli::RunConfig;
 use crate::cpuid::{self, Topology};
+use crate::devices::CpuHotplugHandle;
 use crate::devices::fw_cfg::{Builder, E820Entry, E820Kind};
 use crate::layout::{FOUR_GIB, KVM_PAGES, KVM_PAGES_SIZE, MemoryLayout};
 use crate::numa::Numa;
@@ -17,8 +20,10 @@ use crate::smbios::{Processors, SmbiosConfig, SystemNames};
 pub(super) struct Shape {
     /// RAM.
     pub(super) layout: MemoryLayout,
-    /// vCPUs.
+    /// vCPUs, those that can come too.
     pub(super) topology: Topology,
+    /// How many of them are there from the start.
+    pub(super) cpus: u16,
     /// Which memory and which vCPUs are near each other.
     pub(super) numa: Numa,
     /// Devices behind root ports.
@@ -32,13 +37,15 @@ impl Shape {
     pub(super) fn new(config: &RunConfig, layout: &MemoryLayout) -> Self {
         let numa = Numa::new(&config.numa, layout);
         let (devices, iommu) = (Media::devices(config), config.iommu.is_some());
-        Self { layout: *layout, topology: config.topology, numa, devices, iommu }
+        let cpus = config.cpus;
+        Self { layout: *layout, topology: config.topology, cpus, numa, devices, iommu }
     }
 
-    /// What ACPI tells; `physical_bits` are the guest's, where its firmware will ask for tables.
+    /// What ACPI tells at the start; `physical_bits` are the guest's, where its firmware will ask for tables.
     pub(super) fn acpi(&self, physical_bits: Option<u8>) -> AcpiConfig {
         AcpiConfig {
             apic_ids: self.topology.apic_ids().collect(),
+            absent: self.absent(&(0..self.cpus.into()).collect::<Vec<_>>()),
             serial_ports: 1,
             keyboard: true,
             fw_cfg: true,
@@ -47,6 +54,11 @@ impl Shape {
             iommu: self.iommu,
             numa: self.numa.acpi(),
         }
+    }
+
+    /// The vCPUs that are not among these.
+    pub(super) fn absent(&self, present: &[usize]) -> BTreeSet<usize> {
+        (0..self.topology.cpus() as usize).filter(|index| present.binary_search(index).is_err()).collect()
     }
 
     /// What SMBIOS tells; `cpuid` is a vCPU's table.
@@ -73,7 +85,7 @@ impl Shape {
     }
 
     /// Adds RAM, processors and nodes to what firmware is told.
-    pub(super) fn describe(&self, builder: Builder) -> Builder {
+    pub(super) fn describe(&self, builder: Builder, cpus: &CpuHotplugHandle) -> Builder {
         let ram = |start, len| E820Entry { start, len, kind: E820Kind::Ram };
         let kvm = E820Entry { start: KVM_PAGES, len: KVM_PAGES_SIZE, kind: E820Kind::Reserved };
         let mut map = vec![ram(0, self.layout.low_end()), kvm];
@@ -82,7 +94,9 @@ impl Shape {
         }
         let ids: Vec<u32> = self.topology.apic_ids().collect();
         let limit = ids.iter().max().map_or(0, |id| id + 1);
-        let builder = builder.memory(self.layout.ram(), &map).cpus(ids.len() as u16, limit as u16);
+        let builder = builder.memory(self.layout.ram(), &map);
+        let cpus = cpus.clone();
+        let builder = builder.cpus(move || cpus.present().len() as u16, limit as u16);
         if self.numa.nodes.is_empty() {
             return builder;
         }

@@ -28,6 +28,27 @@ pub(super) fn start(pristine: &[u8], entry: &Entry) -> Result<Vec<u8>, Malformed
     if found { Ok(list.done()) } else { Err(Malformed) }
 }
 
+/// The same for a vCPU that joins others which run: its time stamp counter agrees with theirs. KVM takes a zero for "as the others'"
+/// (its `kvm_synchronize_tsc`).
+///
+/// # Errors
+/// As [`start`]'s.
+pub(super) fn join(pristine: &[u8], entry: &Entry) -> Result<Vec<u8>, Malformed> {
+    const TSC: u32 = 0x10;
+    let mut list = Records::default();
+    for record in records(&start(pristine, entry)?)? {
+        list = match record.kind {
+            Type::MSRS => {
+                let mut msrs: Vec<Msr> = record.get_list()?;
+                msrs.iter_mut().filter(|msr| msr.index == TSC).for_each(|msr| msr.value = 0);
+                list.list(Type::MSRS, &msrs)
+            }
+            _ => list.bytes(record.kind, record.payload),
+        };
+    }
+    Ok(list.done())
+}
+
 /// The VM's records without its clock, which a reset does not turn back.
 ///
 /// # Errors

@@ -14,7 +14,7 @@ const DATA: u64 = 0x8_1000;
 const STATUS: u64 = 0x8_0100;
 
 fn plug(disk: &Arc<HeapDisk>) -> Guest {
-    let config = BlockConfig { name: "disk0".into(), backend: disk.clone(), serial: "serial-number-of-a-disk".into() };
+    let config = BlockConfig::new("disk0", disk.clone(), "serial-number-of-a-disk");
     Guest::new(|plumbing| block::new(config, plumbing))
 }
 

@@ -25,13 +25,9 @@ impl Wire {
     fn new(features: u64) -> Self {
         let (ours, peer) = UnixStream::pair().unwrap();
         let counters = Arc::new(NetCounters::default());
-        let config = NetConfig {
-            name: "net0".into(),
-            backend: Box::new(StreamBackend::new("test".into(), ours).unwrap()),
-            mac: [0x52, 0x54, 0, 1, 2, 3],
-            mtu: Some(9000),
-            counters: counters.clone(),
-        };
+        let backend = Box::new(StreamBackend::new("test".into(), ours).unwrap());
+        let config = NetConfig::new("net0".into(), vec![backend], [0x52, 0x54, 0, 1, 2, 3]).unwrap();
+        let config = NetConfig { mtu: Some(9000), counters: counters.clone(), ..config };
         let mut guest = Guest::new(|plumbing| net::new(config, plumbing));
         guest.negotiate(VERSION_1 | features);
         let (receive, transmit) = (guest.queue(0, 64), guest.queue(1, 64));

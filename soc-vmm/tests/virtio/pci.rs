@@ -3,7 +3,6 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
-use soc_vmm::block::{BlockBackend, BlockError};
 use soc_vmm::interrupt::Message;
 use soc_vmm::virtio::block::{self, BlockConfig};
 
@@ -14,7 +13,7 @@ const ORDER_PLATFORM: u64 = 1 << 36;
 const REQUEST: u64 = 0x8_0000;
 
 fn plug() -> Guest {
-    let config = BlockConfig { name: "d".into(), backend: Arc::new(HeapDisk::new(64)), serial: String::new() };
+    let config = BlockConfig::new("d", Arc::new(HeapDisk::new(64)), "");
     Guest::new(|plumbing| block::new(config, plumbing))
 }
 
@@ -46,7 +45,7 @@ fn it_is_found_as_qemu_s_is() {
         assert_eq!(guest.function.read_config(at + 2, 1), if kind == 2 { 20 } else { 16 });
     }
     let notify = guest.capability(0x09, |guest, at| guest.function.read_config(at + 3, 1) == 2);
-    assert_eq!(config(&mut guest, notify + 16), 4);
+    assert_eq!((config(&mut guest, notify + 12), config(&mut guest, notify + 16)), (0x1000, 0x1000));
     let express = guest.capability(0x10, |_, _| true);
     assert_eq!(guest.function.read_config(express + 2, 2), 2);
     let msix = guest.capability(0x11, |_, _| true);
@@ -57,7 +56,7 @@ fn it_is_found_as_qemu_s_is() {
 fn features_are_negotiated_by_the_rules() {
     let mut guest = plug();
     let offered = guest.offered();
-    assert_eq!(offered, 0x6244 | INDIRECT | EVENT_INDEX | VERSION_1 | ORDER_PLATFORM);
+    assert_eq!(offered, 0x6644 | INDIRECT | EVENT_INDEX | VERSION_1 | ORDER_PLATFORM);
     // One that was not offered; the legacy interface.
     for features in [VERSION_1 | 1 << 40, FLUSH] {
         guest.put(0x14, 1, 0);
@@ -226,70 +225,38 @@ fn after_a_reset_memory_is_left_alone() {
     }
 }
 
-/// A disk that is slow until it is told to go on.
-struct SlowDisk {
-    disk: HeapDisk,
-    busy: AtomicBool,
-    go_on: Mutex<mpsc::Receiver<()>>,
-}
-
-impl BlockBackend for SlowDisk {
-    fn size(&self) -> u64 {
-        self.disk.size()
-    }
-
-    fn is_read_only(&self) -> bool {
-        false
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
-        self.busy.store(true, Ordering::SeqCst);
-        // Told, or never told again.
-        let _ = self.go_on.lock().unwrap().recv();
-        self.disk.read_at(buf, offset)
-    }
-
-    fn write_at(&self, data: &[u8], offset: u64) -> Result<(), BlockError> {
-        self.disk.write_at(data, offset)
-    }
-
-    fn flush(&self) -> Result<(), BlockError> {
-        self.disk.flush()
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError> {
-        self.disk.discard(offset, len)
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), BlockError> {
-        self.disk.write_zeroes(offset, len, may_unmap)
-    }
-}
-
 #[test]
 fn a_reset_waits_for_no_disk_and_many_leave_nothing_behind() {
+    // The disk is slow until it is told to go on.
     let (go_on, waits) = mpsc::channel();
-    let disk = Arc::new(SlowDisk { disk: HeapDisk::new(64), busy: AtomicBool::new(false), go_on: Mutex::new(waits) });
-    let config = BlockConfig { name: "d".into(), backend: disk.clone(), serial: String::new() };
+    let (is_busy, waits) = (Arc::new(AtomicBool::new(false)), Mutex::new(waits));
+    let busy = is_busy.clone();
+    let disk = HeapDisk::hooked(64, move |_, _| {
+        busy.store(true, Ordering::SeqCst);
+        // Told, or never told again.
+        let _ = waits.lock().unwrap().recv();
+        Ok(())
+    });
+    let config = BlockConfig::new("d", Arc::new(disk), "");
     let mut guest = Guest::new(|plumbing| block::new(config, plumbing));
     guest.negotiate(VERSION_1);
     let mut old = guest.queue(0, 16);
     guest.go();
     read_sector(&mut guest, &mut old);
-    eventually(|| disk.busy.load(Ordering::SeqCst).then_some(()));
-    let transfers = guest.board.ram.transfers.load(Ordering::SeqCst);
+    eventually(|| is_busy.load(Ordering::SeqCst).then_some(()));
+    let writes = guest.board.ram.writes.load(Ordering::SeqCst);
     let mut queue = Driver::new(&guest.board.ram, 0x4_0000, 16);
     for _ in 0..1000 {
         guest.negotiate(VERSION_1);
         guest.set_queue(0, &queue.at);
         guest.go();
     }
-    // The sessions that never began hold nothing: the guest's memory is the board's, the driver's two, the function's, and that of
+    // The sessions that never began hold nothing: the guest's memory is the board's twice, the driver's two, the function's, and that of
     // the two sessions that are left.
-    assert!(Arc::strong_count(&guest.board.ram) <= 6);
+    assert!(Arc::strong_count(&guest.board.ram) <= 7);
     // What the disk gave after the reset never reaches memory; what was asked for since does.
     read_sector(&mut guest, &mut queue);
-    assert_eq!(guest.board.ram.transfers.load(Ordering::SeqCst), transfers);
+    assert_eq!(guest.board.ram.writes.load(Ordering::SeqCst), writes);
     go_on.send(()).unwrap();
     go_on.send(()).unwrap();
     assert_eq!((queue.wait_used(), old.take_used()), ((0, 513), None));
@@ -328,13 +295,13 @@ fn kicks_are_what_may_be_posted() {
     guest.function.write_config(4, 2, 6);
     let posted = guest.function.posted();
     assert_eq!(posted.len(), 1);
-    assert_eq!((posted[0].io, posted[0].base, posted[0].len), (false, 0x8_c000_3000, 4));
+    assert_eq!((posted[0].io, posted[0].base, posted[0].len), (false, 0x8_c000_3000, 0x1000));
 }
 
 #[test]
 fn a_function_that_is_taken_out_ends_its_thread() {
     let disk = Arc::new(HeapDisk::new(64));
-    let config = BlockConfig { name: "d".into(), backend: disk.clone(), serial: String::new() };
+    let config = BlockConfig::new("d", disk.clone(), "");
     let mut guest = Guest::new(|plumbing| block::new(config, plumbing));
     guest.negotiate(VERSION_1);
     let mut queue = guest.queue(0, 16);

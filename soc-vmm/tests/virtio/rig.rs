@@ -1,20 +1,24 @@
 //! A guest with one virtio device: memory, a driver that keeps the rules unless it is told otherwise, and what the device raised.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
+use pcie_function::local::sealed_memfd;
 use soc_vmm::block::{BlockBackend, BlockError};
 use soc_vmm::bus::{Access, Answer, Deferred, LateAnswer, RequestId, Wake};
 use soc_vmm::interrupt::{InterruptLine, LineSink, Message, MessageRoute, MessageSink};
 use soc_vmm::memory::{GuestMemory, MemoryError};
-use soc_vmm::net::{MAX_FRAME, NetBackend, NetError};
+use soc_vmm::net::{HEADER, MAX_FRAME, NetBackend, NetError, Offloads};
 use soc_vmm::pci::{ConfigSpace, Identity, Msix, MsixLayout, PciFunction};
 use soc_vmm::virtio::{
-    Config, Control, Interrupts, Lease, Plumbing, Queue, Ring, RingFeatures, RingLayout, RingPosition, Session,
+    Config, Control, Interrupts, Lease, NotifyPages, Plumbing, Queue, Ring, RingFeatures, RingLayout, RingPosition,
+    Session,
 };
 
 /// Bytes of RAM, from address 0.
@@ -30,10 +34,10 @@ pub(crate) const TABLE: u16 = 4;
 /// Bits of the device's status.
 pub(crate) const NEEDS_RESET: u64 = 64;
 
-/// RAM.
+/// RAM, in a file that others may map too.
 #[derive(Debug)]
 pub(crate) struct Ram {
-    bytes: Mutex<Vec<u8>>,
+    pub(crate) file: File,
     /// Reads and writes of the device.
     pub(crate) transfers: AtomicUsize,
     /// The device's writes alone.
@@ -42,17 +46,21 @@ pub(crate) struct Ram {
 
 impl Default for Ram {
     fn default() -> Self {
-        Self { bytes: Mutex::new(vec![0; RAM]), transfers: AtomicUsize::new(0), writes: AtomicUsize::new(0) }
+        let file = sealed_memfd("ram", RAM as u64).unwrap().into();
+        Self { file, transfers: AtomicUsize::new(0), writes: AtomicUsize::new(0) }
     }
 }
 
 impl Ram {
     pub(crate) fn get(&self, addr: u64, len: usize) -> Vec<u8> {
-        self.bytes.lock().unwrap()[addr as usize..][..len].to_vec()
+        let mut data = vec![0; len];
+        self.file.read_exact_at(&mut data, addr).unwrap();
+        data
     }
 
     pub(crate) fn set(&self, addr: u64, data: &[u8]) {
-        self.bytes.lock().unwrap()[addr as usize..][..data.len()].copy_from_slice(data);
+        Self::find(addr, data.len()).unwrap();
+        self.file.write_all_at(data, addr).unwrap();
     }
 
     pub(crate) fn u16(&self, addr: u64) -> u16 {
@@ -63,26 +71,25 @@ impl Ram {
         u32::from_le_bytes(self.get(addr, 4).try_into().unwrap())
     }
 
-    fn find(addr: u64, len: usize) -> Result<std::ops::Range<usize>, MemoryError> {
+    fn find(addr: u64, len: usize) -> Result<(), MemoryError> {
         let not_ram = MemoryError::NotRam { addr, len: len as u64 };
-        let end = addr.checked_add(len as u64).filter(|end| *end <= RAM as u64).ok_or(not_ram)?;
-        Ok(addr as usize..end as usize)
+        addr.checked_add(len as u64).filter(|end| *end <= RAM as u64).ok_or(not_ram).map(drop)
     }
 }
 
 impl GuestMemory for Ram {
     fn read(&self, addr: u64, data: &mut [u8]) -> Result<(), MemoryError> {
-        let range = Self::find(addr, data.len())?;
+        Self::find(addr, data.len())?;
         self.transfers.fetch_add(1, Ordering::Relaxed);
-        data.copy_from_slice(&self.bytes.lock().unwrap()[range]);
+        self.file.read_exact_at(data, addr).unwrap();
         Ok(())
     }
 
     fn write(&self, addr: u64, data: &[u8]) -> Result<(), MemoryError> {
-        let range = Self::find(addr, data.len())?;
+        Self::find(addr, data.len())?;
         self.transfers.fetch_add(1, Ordering::Relaxed);
         self.writes.fetch_add(1, Ordering::Relaxed);
-        self.bytes.lock().unwrap()[range].copy_from_slice(data);
+        self.file.write_all_at(data, addr).unwrap();
         Ok(())
     }
 }
@@ -96,6 +103,8 @@ pub(crate) struct Driver {
     next: u16,
     pub(crate) available: u16,
     pub(crate) seen: u16,
+    /// The device sees what is added after [`Driver::show`].
+    pub(crate) quiet: bool,
 }
 
 impl Driver {
@@ -104,7 +113,7 @@ impl Driver {
         let available = base + 16 * u64::from(size);
         let used = (available + 6 + 2 * u64::from(size)).next_multiple_of(64);
         let at = RingLayout { size, descriptors: base, available, used };
-        Self { at, ram: ram.clone(), next: 0, available: 0, seen: 0 }
+        Self { at, ram: ram.clone(), next: 0, available: 0, seen: 0, quiet: false }
     }
 
     pub(crate) fn descriptor(&self, table: u64, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
@@ -129,6 +138,12 @@ impl Driver {
         head
     }
 
+    /// The same with descriptors from `first` on, for chains that end in another order than they began.
+    pub(crate) fn add_at(&mut self, first: u16, buffers: &[(u64, u32, bool)]) -> u16 {
+        self.next = first;
+        self.add(buffers)
+    }
+
     /// The same by an indirect table at `table`.
     pub(crate) fn add_indirect(&mut self, table: u64, buffers: &[(u64, u32, bool)]) -> u16 {
         for (i, (addr, len, writable)) in (0..).zip(buffers) {
@@ -146,6 +161,13 @@ impl Driver {
     pub(crate) fn offer(&mut self, head: u16) {
         self.ram.set(self.at.available + 4 + 2 * u64::from(self.available % self.at.size), &head.to_le_bytes());
         self.available = self.available.wrapping_add(1);
+        if !self.quiet {
+            self.show();
+        }
+    }
+
+    /// Shows the device what is in the available ring.
+    pub(crate) fn show(&self) {
         self.ram.set(self.at.available + 2, &self.available.to_le_bytes());
     }
 
@@ -248,16 +270,30 @@ impl Wake for NoWake {
 }
 
 /// What a device is plugged into.
-#[derive(Debug, Default)]
 pub(crate) struct Board {
     pub(crate) ram: Arc<Ram>,
+    /// The same as the device reaches it.
+    pub(crate) memory: Arc<dyn GuestMemory>,
     pub(crate) messages: Messages,
     pub(crate) pin: Arc<Pin>,
+    pub(crate) notify: Arc<NotifyPages>,
+}
+
+impl Default for Board {
+    fn default() -> Self {
+        let ram = Arc::<Ram>::default();
+        Self { memory: ram.clone(), ram, messages: Messages::default(), pin: Arc::default(), notify: Arc::default() }
+    }
 }
 
 impl Board {
     pub(crate) fn plumbing(&self) -> Plumbing<'_> {
-        Plumbing { memory: self.ram.clone(), messages: &self.messages, line: InterruptLine::new(0, self.pin.clone()) }
+        Plumbing {
+            memory: self.memory.clone(),
+            messages: &self.messages,
+            line: InterruptLine::new(0, self.pin.clone()),
+            notify: self.notify.clone(),
+        }
     }
 
     /// What an engine has to work with after DRIVER_OK, on the caller's thread. A queue that can't be is none.
@@ -268,7 +304,7 @@ impl Board {
         let line = InterruptLine::new(0, self.pin.clone());
         let interrupts = Arc::new(Interrupts::new(queues.len(), msix.vectors(), line));
         interrupts.start();
-        let control = Arc::new(Control::new(Lease::new(self.ram.clone())).unwrap());
+        let control = Arc::new(Control::new(Lease::new(self.memory.clone())).unwrap());
         let ring_features =
             RingFeatures { indirect: features & INDIRECT != 0, event_index: features & EVENT_INDEX != 0 };
         let queue = |(index, at): (usize, &RingLayout)| {
@@ -291,7 +327,10 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new(plug: impl FnOnce(Plumbing<'_>) -> std::io::Result<Box<dyn PciFunction>>) -> Self {
-        let board = Board::default();
+        Self::on(Board::default(), plug)
+    }
+
+    pub(crate) fn on(board: Board, plug: impl FnOnce(Plumbing<'_>) -> std::io::Result<Box<dyn PciFunction>>) -> Self {
         let function = plug(board.plumbing()).unwrap();
         Self { board, function }
     }
@@ -366,7 +405,7 @@ impl Guest {
     }
 
     pub(crate) fn kick(&mut self, queue: u16) {
-        self.put(0x3000 + 4 * u64::from(queue), 2, queue.into());
+        self.put(0x3000 + 0x1000 * u64::from(queue), 2, queue.into());
     }
 
     /// Turns MSI-X on, with message 0x40 + n for vector n.
@@ -400,11 +439,24 @@ pub(crate) struct HeapDisk {
     pub(crate) discards: AtomicUsize,
     /// Every call fails.
     pub(crate) fails: AtomicBool,
+    /// What comes before a write, or else a read, at an offset.
+    hook: Hook,
 }
+
+type Hook = Box<dyn Fn(bool, u64) -> Result<(), BlockError> + Send + Sync>;
 
 impl HeapDisk {
     pub(crate) fn new(sectors: usize) -> Self {
+        Self::hooked(sectors, |_, _| Ok(()))
+    }
+
+    /// One that waits or fails as it is told.
+    pub(crate) fn hooked(
+        sectors: usize,
+        hook: impl Fn(bool, u64) -> Result<(), BlockError> + Send + Sync + 'static,
+    ) -> Self {
         Self {
+            hook: Box::new(hook),
             bytes: Mutex::new(vec![0; sectors * 512]),
             read_only: false,
             flushes: AtomicUsize::new(0),
@@ -438,12 +490,14 @@ impl BlockBackend for HeapDisk {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
+        (self.hook)(false, offset)?;
         let range = self.range(offset, buf.len() as u64)?;
         buf.copy_from_slice(&self.bytes.lock().unwrap()[range]);
         Ok(())
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> Result<(), BlockError> {
+        (self.hook)(true, offset)?;
         let range = self.to_write(offset, data.len() as u64)?;
         self.bytes.lock().unwrap()[range].copy_from_slice(data);
         Ok(())
@@ -475,11 +529,19 @@ pub(crate) struct HeapNet {
     pub(crate) from_guest: Arc<Mutex<Vec<Vec<u8>>>>,
     /// Frames until it is gone.
     pub(crate) left: usize,
+    /// What it does to a frame, whose header it insists on understanding; none: frames have none.
+    pub(crate) offloads: Option<Offloads>,
 }
 
 impl HeapNet {
     pub(crate) fn new(to_guest: impl IntoIterator<Item = Vec<u8>>, left: usize) -> Self {
-        Self { fd: EventFd::new().unwrap(), to_guest: to_guest.into_iter().collect(), from_guest: Arc::default(), left }
+        Self {
+            fd: EventFd::new().unwrap(),
+            to_guest: to_guest.into_iter().collect(),
+            from_guest: Arc::default(),
+            left,
+            offloads: None,
+        }
     }
 
     fn take_one(&mut self) -> Result<(), NetError> {
@@ -497,8 +559,13 @@ impl NetBackend for HeapNet {
         self.fd.as_fd()
     }
 
+    fn offloads(&self) -> Option<Offloads> {
+        self.offloads
+    }
+
     fn send(&mut self, frame: &[u8]) -> Result<bool, NetError> {
-        assert!((1..=MAX_FRAME).contains(&frame.len()));
+        let header = if let Some(offloads) = self.offloads { check_header(frame, offloads) } else { 0 };
+        assert!((1..=MAX_FRAME).contains(&(frame.len() - header)));
         self.take_one()?;
         self.from_guest.lock().unwrap().push(frame.to_vec());
         // Every third finds no room.
@@ -512,4 +579,24 @@ impl NetBackend for HeapNet {
     fn consume(&mut self) {
         self.to_guest.pop_front();
     }
+}
+
+/// Insists on a header that asks for what can be done to its frame; its length.
+fn check_header(packet: &[u8], offloads: Offloads) -> usize {
+    let (header, frame) = packet.split_at(HEADER);
+    let word = |at: usize| usize::from(u16::from_le_bytes([header[at], header[at + 1]]));
+    let (flags, kind, segment, start) = (header[0], header[1], word(4), word(6));
+    if flags == 0 {
+        assert_eq!(header, [0; HEADER]);
+        return HEADER;
+    }
+    assert!(flags == 1 && offloads.checksum && start + word(8) + 2 <= frame.len() && word(2) <= frame.len());
+    match kind & 0x7f {
+        0 => assert!(segment == 0 && kind == 0),
+        1 => assert!(segment > 0 && offloads.tso4 && start + 20 <= word(2)),
+        4 => assert!(segment > 0 && offloads.tso6 && start + 20 <= word(2)),
+        other => panic!("segments of kind {other}"),
+    }
+    assert!(kind & 0x80 == 0 || offloads.ecn);
+    HEADER
 }

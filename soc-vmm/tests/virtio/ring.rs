@@ -64,9 +64,56 @@ fn a_request_takes_few_transfers() {
     }
     assert!(!rig.pop().unwrap());
     rig.ring.publish().unwrap();
-    // Index twice, heads once; two for each chain; the used elements, their index, what the driver wants.
-    assert_eq!(rig.transfers() - before, 3 + 2 * 32 + 3);
+    // Index twice, heads once; descriptors in runs of 8, 16 and 32, a table for each chain; the used elements, their index, what the
+    // driver wants.
+    assert_eq!(rig.transfers() - before, 3 + 3 + 32 + 3);
     assert_eq!(rig.driver.used_index(), 32);
+}
+
+#[test]
+fn neighbours_are_read_ahead_in_either_direction() {
+    for upwards in [true, false] {
+        let mut rig = Rig::new(64, NONE);
+        let index = |n: u16| if upwards { n } else { 63 - n };
+        for n in 0..64u16 {
+            rig.driver.descriptor(rig.driver.at.descriptors, index(n), 0x1000 + 8 * u64::from(n), 8, WRITE, 0);
+            rig.driver.offer(index(n));
+        }
+        let before = rig.transfers();
+        for n in 0..64u16 {
+            assert!(rig.pop().unwrap());
+            assert_eq!(rig.chain.writable_pieces().next(), Some((0x1000 + 8 * u64::from(n), 8)));
+        }
+        // Index, heads, descriptors in runs of 8, 16, 32 and the rest; downwards the first run is the table's last alone.
+        assert_eq!(rig.transfers() - before, 2 + if upwards { 4 } else { 5 });
+    }
+}
+
+#[test]
+fn what_was_read_ahead_holds_only_for_chains_that_were_there() {
+    let mut rig = Rig::new(16, NONE);
+    let table = rig.driver.at.descriptors;
+    let place = |rig: &mut Rig| rig.chain.writable_pieces().next();
+    for round in 0..40 {
+        // The chain behind the one that is there changes before the driver makes it available.
+        let addr = 0x1000 + 0x100 * round;
+        rig.driver.descriptor(table, 4, addr, 8, WRITE, 0);
+        rig.driver.descriptor(table, 5, 0xdead_0000, 8, WRITE, 0);
+        rig.driver.offer(4);
+        assert!(rig.pop().unwrap());
+        assert_eq!(place(&mut rig), Some((addr, 8)));
+        rig.driver.descriptor(table, 5, addr + 8, 8, WRITE, 0);
+        rig.driver.offer(5);
+        assert!(rig.pop().unwrap());
+        assert_eq!(place(&mut rig), Some((addr + 8, 8)));
+        // Taken again they are what they were.
+        rig.ring.put_back(1);
+        assert!(rig.pop().unwrap());
+        assert_eq!(place(&mut rig), Some((addr + 8, 8)));
+        for head in [4, 5] {
+            rig.ring.push(head, 8).unwrap();
+        }
+    }
 }
 
 #[test]

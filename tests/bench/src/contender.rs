@@ -1,5 +1,6 @@
 //! Programs that run a payload on this machine's /dev/kvm: ours, its peers, and the floor.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -7,12 +8,17 @@ use std::time::Duration;
 
 use payloads::{EXIT_PASS, Payload};
 use testbed::fetch::{self, QemuRoot};
+use testbed::guest::GuestImage;
 use testbed::process::{Child, CommandError};
 
 use crate::bare::{self, Irqchip, Machine, Options};
 
-/// Guest memory that every contender gives, MiB.
+/// Guest memory that every contender gives a payload, MiB.
 const MEMORY_MIB: u64 = 64;
+/// Guest memory of a Linux, MiB.
+const LINUX_MEMORY_MIB: u64 = 256;
+/// What a Linux is told.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1";
 
 /// Why a contender gave no console.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +44,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The guest did not come to its good end.
-    #[error("the payload did not pass: {0}")]
+    #[error("the guest came to no good end: {0}")]
     Guest(String),
 }
 
@@ -72,19 +78,31 @@ impl Entrant {
         Entrant { name, side, contender }
     }
 
-    /// All there are, in the order of their turns; `soc_vmm` is our program.
-    pub fn all(soc_vmm: &Path) -> Vec<Self> {
+    /// All there are, in the order of their turns; `soc_vmm` is our program, and `qemu` the peer's, if it was said which.
+    pub fn all(soc_vmm: &Path, qemu: Option<&Path>) -> Vec<Self> {
         vec![
             Entrant::new("floor", Side::Floor, Ok(Floor)),
             Entrant::new("outboard", Side::Ours, Outboard::new(soc_vmm)),
-            Entrant::new("qemu", Side::Peer, Qemu::new()),
+            Entrant::new("qemu", Side::Peer, qemu.map_or_else(Qemu::new, |root| Ok(Qemu::at(root)))),
         ]
     }
 
-    /// Runs a payload, or says why not.
-    pub fn run(&mut self, payload: &Payload, limit: Duration) -> Result<String, String> {
+    /// Those of [`Entrant::all`] that have devices: all but the bare loop, whose turn is the first.
+    pub fn with_devices(all: &mut [Self]) -> &mut [Self] {
+        let first = all.iter().position(|entrant| entrant.side != Side::Floor).unwrap_or(all.len());
+        &mut all[first..]
+    }
+
+    /// Does a job, or says why not.
+    pub fn run(&mut self, job: &Job<'_>) -> Result<String, String> {
         let contender = self.contender.as_mut().map_err(|why| why.clone())?;
-        contender.run(payload, limit).map_err(|error| with_sources(&error))
+        contender.run(job).map_err(|error| with_sources(&error))
+    }
+
+    /// Boots a Linux, or says why not.
+    pub fn boot(&mut self, linux: &Linux<'_>) -> Result<String, String> {
+        let contender = self.contender.as_mut().map_err(|why| why.clone())?;
+        contender.boot(linux).map_err(|error| with_sources(&error))
     }
 }
 
@@ -99,10 +117,45 @@ pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
     line
 }
 
-/// Someone who runs a payload to its end and tells what it wrote to the debug console.
+/// A payload to be run.
+#[derive(Debug, Clone, Copy)]
+pub struct Job<'a> {
+    /// Itself.
+    pub payload: &'a Payload,
+    /// The raw file of its virtio disk, if it has one.
+    pub disk: Option<&'a Path>,
+    /// The socket of its virtio network interface's peer, if it has one.
+    pub net: Option<&'a Path>,
+    /// How long it may take.
+    pub limit: Duration,
+}
+
+/// A Linux that works by itself and then switches its machine off.
+#[derive(Debug, Clone, Copy)]
+pub struct Linux<'a> {
+    /// Its kernel and initramfs.
+    pub image: &'a GuestImage,
+    /// The raw file of its first virtio disk.
+    pub disk: &'a Path,
+    /// The raw file of its second one, which it only reads.
+    pub instruments: &'a Path,
+    /// How long it may take.
+    pub limit: Duration,
+}
+
+/// Someone who runs a guest to its end and tells what it wrote.
 pub trait Contender {
-    /// Runs it once, in a VM of its own.
-    fn run(&mut self, payload: &Payload, limit: Duration) -> Result<String, Error>;
+    /// Runs a payload once, in a VM of its own, and gives its debug console's text.
+    ///
+    /// # Errors
+    /// It can't, or the payload didn't pass.
+    fn run(&mut self, job: &Job<'_>) -> Result<String, Error>;
+
+    /// Boots a Linux once, in a VM of its own, and gives its serial line's text.
+    ///
+    /// # Errors
+    /// It can't, or the guest came to no good end.
+    fn boot(&mut self, linux: &Linux<'_>) -> Result<String, Error>;
 }
 
 /// KVM_RUN in a loop, answered on the spot.
@@ -110,10 +163,14 @@ pub trait Contender {
 pub struct Floor;
 
 impl Contender for Floor {
-    fn run(&mut self, payload: &Payload, limit: Duration) -> Result<String, Error> {
+    fn run(&mut self, job: &Job<'_>) -> Result<String, Error> {
         // With the interrupt controllers that the others have: they are on KVM's way into the guest.
         let options = Options { irqchip: Irqchip::Full, memory: MEMORY_MIB << 20, dirty_log: false };
-        passed(Machine::new(payload, options)?.run_floor(limit)?)
+        passed(Machine::new(job.payload, options)?.run_floor(job.limit)?)
+    }
+
+    fn boot(&mut self, _: &Linux<'_>) -> Result<String, Error> {
+        Err(Error::Absent("the bare loop has no devices for a Linux".to_owned()))
     }
 }
 
@@ -131,19 +188,39 @@ impl Outboard {
         }
         Ok(Outboard { program: program.to_path_buf() })
     }
+
+    fn command(&self, vcpus: u8, memory_mib: u64) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(["run", "--name"]).arg(format!("bench-{}", std::process::id()));
+        command.arg("--cpus").arg(vcpus.to_string()).arg("--memory").arg(memory_mib.to_string());
+        command
+    }
 }
 
 impl Contender for Outboard {
-    fn run(&mut self, payload: &Payload, limit: Duration) -> Result<String, Error> {
-        let mut command = Command::new(&self.program);
-        command.args(["run", "--name"]).arg(format!("bench-{}", std::process::id()));
-        command.arg("--cpus").arg(payload.vcpus.to_string()).arg("--memory").arg(MEMORY_MIB.to_string());
+    fn run(&mut self, job: &Job<'_>) -> Result<String, Error> {
+        let mut command = self.command(job.payload.vcpus, MEMORY_MIB);
         command.args(["--serial", "null", "--debug-exit"]);
-        run_program(command, payload, limit, |command, option, image, console| {
+        if let Some(disk) = job.disk {
+            command.arg("--disk").arg(format!("file={}", disk.display()));
+        }
+        if let Some(net) = job.net {
+            command.arg("--net").arg(format!("stream={}", net.display()));
+        }
+        run_program(command, job, |command, option, image, console| {
             command.arg(option).arg(image);
-            let mut debugcon = std::ffi::OsString::from("file:");
-            debugcon.push(console);
-            command.arg("--debugcon").arg(debugcon);
+            command.arg("--debugcon").arg(in_file(console));
+        })
+    }
+
+    fn boot(&mut self, linux: &Linux<'_>) -> Result<String, Error> {
+        let mut command = self.command(1, LINUX_MEMORY_MIB);
+        command.arg("--kernel").arg(&linux.image.kernel).arg("--initrd").arg(&linux.image.initrd);
+        command.args(["--cmdline", COMMAND_LINE]);
+        command.arg("--disk").arg(format!("file={}", linux.disk.display()));
+        command.arg("--disk").arg(format!("file={},readonly=on", linux.instruments.display()));
+        run_linux(command, linux, |command, serial| {
+            command.arg("--serial").arg(in_file(serial));
         })
     }
 }
@@ -161,6 +238,11 @@ impl Qemu {
         Ok(Qemu { root })
     }
 
+    /// The one whose root is in a directory.
+    pub fn at(root: &Path) -> Self {
+        Qemu { root: QemuRoot::at(root) }
+    }
+
     /// What it says of itself: `QEMU emulator version …`.
     pub fn version(&self) -> Result<String, Error> {
         let mut command = self.root.command("qemu-system-x86_64");
@@ -169,45 +251,105 @@ impl Qemu {
     }
 }
 
-impl Contender for Qemu {
-    fn run(&mut self, payload: &Payload, limit: Duration) -> Result<String, Error> {
+impl Qemu {
+    fn command(&self, vcpus: u8, memory_mib: u64) -> Command {
         let mut command = self.root.command("qemu-system-x86_64");
         command.args(["-no-user-config", "-nodefaults", "-display", "none", "-M", "q35,accel=kvm"]);
-        command.args(["-m", &MEMORY_MIB.to_string(), "-smp", &payload.vcpus.to_string()]);
+        command.args(["-m", &memory_mib.to_string(), "-smp", &vcpus.to_string()]);
+        command
+    }
+}
+
+impl Contender for Qemu {
+    fn run(&mut self, job: &Job<'_>) -> Result<String, Error> {
+        let mut command = self.command(job.payload.vcpus, MEMORY_MIB);
         command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-device", "pc-testdev"]);
-        run_program(command, payload, limit, |command, option, image, console| {
+        if let Some(disk) = job.disk {
+            add_disk(&mut command, "disk", disk, false);
+        }
+        if let Some(net) = job.net {
+            let netdev = format!("stream,id=net,addr.type=unix,addr.path={}", net.display());
+            command.args(["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,disable-legacy=on,romfile="]);
+        }
+        run_program(command, job, |command, option, image, console| {
             let option = if option == "--firmware" { "-bios" } else { "-kernel" };
             command.arg(option).arg(image);
-            let mut chardev = std::ffi::OsString::from("file,id=debugcon,path=");
+            let mut chardev = OsString::from("file,id=debugcon,path=");
             chardev.push(console);
             command.arg("-chardev").arg(chardev).args(["-device", "isa-debugcon,iobase=0x402,chardev=debugcon"]);
         })
     }
+
+    fn boot(&mut self, linux: &Linux<'_>) -> Result<String, Error> {
+        let mut command = self.command(1, LINUX_MEMORY_MIB);
+        // soc-vmm's guests have all of the processor that they can.
+        command.args(["-cpu", "host", "-no-reboot"]);
+        command.arg("-kernel").arg(&linux.image.kernel).arg("-initrd").arg(&linux.image.initrd);
+        command.args(["-append", COMMAND_LINE]);
+        add_disk(&mut command, "disk", linux.disk, false);
+        add_disk(&mut command, "instruments", linux.instruments, true);
+        run_linux(command, linux, |command, serial| {
+            command.arg("-serial").arg(in_file(serial));
+        })
+    }
 }
 
-/// Runs a VMM whose command line `finish` completes: which option takes the image, where that is, where the console's
+/// A raw file as QEMU's next virtio disk, with a thread of its own.
+fn add_disk(command: &mut Command, name: &str, file: &Path, read_only: bool) {
+    let read_only = if read_only { "on" } else { "off" };
+    let file = file.display();
+    let node = format!("driver=raw,node-name={name},read-only={read_only},file.driver=file,file.filename={file}");
+    command.args(["-object", &format!("iothread,id={name}-thread"), "-blockdev", &node]);
+    let device = format!("virtio-blk-pci,drive={name},iothread={name}-thread,disable-legacy=on");
+    command.args(["-device", &device]);
+}
+
+/// `file:PATH`, as both take it.
+fn in_file(path: &Path) -> OsString {
+    let mut value = OsString::from("file:");
+    value.push(path);
+    value
+}
+
+/// Runs a VMM whose payload, and its debug console, `finish` adds to the command line: which option takes the image, where that is, where the console's
 /// text goes.
 fn run_program(
     mut command: Command,
-    payload: &Payload,
-    limit: Duration,
+    job: &Job<'_>,
     finish: impl FnOnce(&mut Command, &str, &Path, &Path),
 ) -> Result<String, Error> {
     const STATUS: i32 = (EXIT_PASS as i32) << 1 | 1;
     let directory = tempfile::tempdir().map_err(at(&std::env::temp_dir()))?;
-    let [image, console, errors] = ["image", "console", "errors"].map(|name| directory.path().join(name));
-    let (option, bytes) = payload.file();
+    let [image, console] = ["image", "console"].map(|name| directory.path().join(name));
+    let (option, bytes) = job.payload.file();
     fs::write(&image, bytes).map_err(at(&image))?;
     finish(&mut command, option, &image, &console);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(fs::File::create(&errors).map_err(at(&errors))?);
+    passed(ended(command, STATUS, &console, job.limit)?)
+}
 
+/// Runs a VMM until its Linux has switched itself off; `finish` adds to the command line where its serial line's text goes.
+fn run_linux(
+    mut command: Command,
+    linux: &Linux<'_>,
+    finish: impl FnOnce(&mut Command, &Path),
+) -> Result<String, Error> {
+    let directory = tempfile::tempdir().map_err(at(&std::env::temp_dir()))?;
+    let serial = directory.path().join("serial");
+    finish(&mut command, &serial);
+    ended(command, 0, &serial, linux.limit)
+}
+
+/// Runs a program that has to end with `status`, and gives what is in the file `console` then.
+fn ended(mut command: Command, status: i32, console: &Path, limit: Duration) -> Result<String, Error> {
+    let errors = console.with_file_name("errors");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(fs::File::create(&errors).map_err(at(&errors))?);
     let mut child = Child::spawn(command)?;
-    let status = child.wait(limit).map_err(at(&errors))?;
+    let end = child.wait(limit).map_err(at(&errors))?;
     let said = fs::read_to_string(&errors).unwrap_or_default();
-    let text = fs::read(&console).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
-    match status {
-        Some(status) if status.code() == Some(STATUS) => passed(text),
-        Some(status) => Err(Error::Guest(format!("{status}; {} {}", last_line(&text), last_line(&said)))),
+    let text = fs::read(console).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+    match end {
+        Some(end) if end.code() == Some(status) => Ok(text),
+        Some(end) => Err(Error::Guest(format!("{end}; {} {}", last_line(&text), last_line(&said)))),
         None => Err(Error::Guest(format!("no end within {limit:?}; {}", last_line(&text)))),
     }
 }

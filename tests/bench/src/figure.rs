@@ -66,6 +66,21 @@ impl Summary {
     }
 }
 
+/// A number of a figure as text: whole, unless it is small.
+pub(crate) fn text(number: f64) -> String {
+    match number.abs() {
+        ..1.0 => format!("{number:.3}"),
+        ..10.0 => format!("{number:.2}"),
+        _ => format!("{number:.0}"),
+    }
+}
+
+/// `ours ÷ peer` as text, unless there is nothing to divide by.
+pub(crate) fn ratio(ours: &Summary, peer: &Summary) -> Option<String> {
+    let ratio = ours.median / peer.median;
+    ratio.is_finite().then(|| if ratio < 0.1 { format!("{ratio:.3}") } else { format!("{ratio:.2}") })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -75,6 +90,20 @@ mod tests {
         assert_eq!(Summary::of(&[3.0, 1.0, 2.0]), Some(Summary { min: 1.0, median: 2.0, max: 3.0 }));
         assert_eq!(Summary::of(&[4.0, 1.0, 2.0, 3.0]), Some(Summary { min: 1.0, median: 2.5, max: 4.0 }));
         assert_eq!(Summary::of(&[]), None);
+    }
+
+    #[test]
+    fn small_numbers_have_decimals() {
+        let summary = |value| Summary::of(&[value]).unwrap();
+        for (ours, peer, texts) in [
+            (392_681.4, 65_589.0, ("392681", Some("5.99"))),
+            (0.0024, 0.334, ("0.002", Some("0.007"))),
+            (1.5, 3.0, ("1.50", Some("0.50"))),
+            (0.0, 0.0, ("0.000", None)),
+        ] {
+            let ratio = ratio(&summary(ours), &summary(peer));
+            assert_eq!((text(ours).as_str(), ratio.as_deref()), texts);
+        }
     }
 
     #[test]

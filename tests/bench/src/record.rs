@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use crate::figure::{Figure, Summary};
+use crate::figure::{Figure, Summary, ratio, text};
 use crate::host::{Host, KvmKind};
 
 /// What was measured on one machine on one day.
@@ -98,7 +98,10 @@ fn render(records: &[Record]) -> String {
         "# Performance\n\n\
          Written by `cargo xtask bench --record` from `docs/results/`: the newest record of each class of machine.\n\
          All contenders take turns in one run on one machine; a value is the median, with the least and the greatest \
-         behind it. The floor is a bare KVM loop that answers in place.\n",
+         behind it. The floor is a bare KVM loop that answers in place.\n\
+         Figures that end in `.kicks` are the guest's notifications, each an exit: the payloads poll, so they have no other.\n\
+         `server.*` is measured with both VMMs *inside* the emulated server (`cargo xtask bench server`, docs/testbed.md): KVM of \
+         an unmodified kernel, on processors that QEMU's TCG emulates. Ratios and counts say something there, rates don't.\n",
     );
     for record in records {
         render_record(&mut page, record);
@@ -151,13 +154,14 @@ fn render_figure(page: &mut String, figure: &Figure) {
         row("—".to_owned(), "—".to_owned());
     }
     for (name, peer) in &figure.peers {
-        let ratio = ours.map_or("—".to_owned(), |ours| format!("{:.2}", ours.median / peer.median));
+        let ratio = ours.and_then(|ours| ratio(ours, peer)).unwrap_or("—".to_owned());
         row(format!("{name} {}", amounts(peer, &figure.unit)), ratio);
     }
 }
 
 fn amounts(summary: &Summary, unit: &str) -> String {
-    format!("{:.0} {unit} ({:.0}–{:.0})", summary.median, summary.min, summary.max)
+    let Summary { min, median, max } = *summary;
+    format!("{} {unit} ({}–{})", text(median), text(min), text(max))
 }
 
 /// Year-month-day of a day counted from 1970-01-01 (the Gregorian calendar repeats after 146 097 days).

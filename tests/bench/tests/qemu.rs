@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bench::contender::{Contender, Qemu};
+use bench::contender::{Contender, Job, Qemu};
 use kvm_ioctls::Kvm;
 use payloads::{Payload, Privilege, hot, interrupts, ports, real, smp, string_io};
 
@@ -20,8 +20,10 @@ fn qemu_or_skip(test: &str) -> Option<Qemu> {
 #[test]
 fn a_firmware_image_and_kernels() {
     let Some(mut qemu) = qemu_or_skip("payloads under QEMU") else { return };
-    let mut run =
-        |payload: &Payload| qemu.run(payload, LIMIT).unwrap_or_else(|error| panic!("{}: {error}", payload.name));
+    let mut run = |payload: &Payload| {
+        qemu.run(&Job { payload, disk: None, net: None, limit: LIMIT })
+            .unwrap_or_else(|error| panic!("{}: {error}", payload.name))
+    };
     assert!(run(&real::real_mode().unwrap()).contains(real::TEXT));
     assert!(run(&string_io::string_io().unwrap()).contains(&string_io::text()));
     assert!(run(&smp::bring_up(2).unwrap()).contains("vcpu 0000000000000001\n"));
@@ -33,6 +35,7 @@ fn a_firmware_image_and_kernels() {
 #[test]
 fn a_guest_that_does_not_end_is_an_error() {
     let Some(mut qemu) = qemu_or_skip("a payload without end under QEMU") else { return };
-    let error = qemu.run(&smp::halted(1).unwrap(), Duration::from_secs(1)).unwrap_err();
+    let payload = smp::halted(1).unwrap();
+    let error = qemu.run(&Job { payload: &payload, disk: None, net: None, limit: Duration::from_secs(1) }).unwrap_err();
     assert!(error.to_string().contains("no end within 1s"), "{error}");
 }

@@ -17,10 +17,10 @@ const EXPRESS_FLR: u16 = 1 << 15;
 const MSIX: usize = 0x80;
 const MSIX_CONTROL: usize = MSIX + 0x02;
 
-/// BAR registers: offset, size in bytes, type bits.
-fn bars(memory: u64) -> [(usize, u64, u32); 3] {
+/// BAR registers: offset, size in bytes (0: there is none), type bits.
+fn bars(memory: u64, notify: u64) -> [(usize, u64, u32); 4] {
     const PREFETCHABLE_64_BIT: u32 = 0b1100;
-    [(0x10, bar::REGISTERS_SIZE, 0), (0x18, memory, PREFETCHABLE_64_BIT), (0x20, bar::MSIX_SIZE, 0)]
+    [(0x10, bar::REGISTERS_SIZE, 0), (0x18, memory, PREFETCHABLE_64_BIT), (0x20, bar::MSIX_SIZE, 0), (0x24, notify, 0)]
 }
 
 /// A function's configuration space.
@@ -32,6 +32,7 @@ pub(crate) struct ConfigSpace {
     device: u16,
     vectors: u16,
     memory: u64,
+    notify: u64,
 }
 
 /// What a write asks of the function.
@@ -44,9 +45,10 @@ pub(crate) enum Effect {
 }
 
 impl ConfigSpace {
-    /// A function as it comes out of reset. `vectors` ≤ 2048; `memory`, in bytes, is a power of two.
-    pub(crate) fn new(device: u16, vectors: u16, memory: u64) -> Self {
-        let mut space = Self { bytes: Box::new([0; SIZE]), writable: Box::new([0; SIZE]), device, vectors, memory };
+    /// A function as it comes out of reset. `vectors` ≤ 2048; `memory` and `notify`, in bytes, are powers of two, or for `notify` 0.
+    pub(crate) fn new(device: u16, vectors: u16, memory: u64, notify: u64) -> Self {
+        let (bytes, writable) = (Box::new([0; SIZE]), Box::new([0; SIZE]));
+        let mut space = Self { bytes, writable, device, vectors, memory, notify };
         space.reset();
         space
     }
@@ -61,7 +63,7 @@ impl ConfigSpace {
         self.set(0x06, [STATUS_CAPABILITIES, 0]);
         self.set(0x08, (id::CLASS << 8 | u32::from(id::REVISION)).to_le_bytes());
         self.allow(0x0c, [0xff]); // cache line size: no function, but software expects to find what it wrote
-        for (offset, size, kind) in bars(self.memory) {
+        for (offset, size, kind) in bars(self.memory, self.notify).into_iter().filter(|(_, size, _)| *size != 0) {
             self.set(offset, kind.to_le_bytes());
             let address = !(size - 1);
             self.allow(offset, (address as u32).to_le_bytes());
@@ -127,7 +129,7 @@ mod tests {
     use super::*;
 
     fn space() -> ConfigSpace {
-        ConfigSpace::new(id::HOST_VM, 128, 16 << 20)
+        ConfigSpace::new(id::HOST_VM, 128, 16 << 20, 0x2_0000)
     }
 
     fn word(space: &ConfigSpace, offset: usize) -> u32 {
@@ -138,12 +140,16 @@ mod tests {
 
     #[test]
     fn bars_size_themselves() {
+        const BARS: [usize; 7] = [0x10, 0x14, 0x18, 0x1c, 0x20, 0x24, 0x30];
         let mut space = space();
-        for offset in [0x10, 0x14, 0x18, 0x1c, 0x20, 0x24, 0x30] {
+        for offset in BARS {
             space.write(offset, &[0xff; 4]);
         }
-        let found = [0x10, 0x14, 0x18, 0x1c, 0x20, 0x24, 0x30].map(|offset| word(&space, offset));
-        assert_eq!(found, [0xffff_0000, 0, 0xff00_000c, 0xffff_ffff, 0xffff_0000, 0, 0]);
+        let found = BARS.map(|offset| word(&space, offset));
+        assert_eq!(found, [0xffff_0000, 0, 0xff00_000c, 0xffff_ffff, 0xffff_0000, 0xfffe_0000, 0]);
+        let mut without = ConfigSpace::new(id::SOC_VM, 8, 16 << 20, 0);
+        without.write(0x24, &[0xff; 4]);
+        assert_eq!(word(&without, 0x24), 0);
     }
 
     #[test]

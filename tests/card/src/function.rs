@@ -19,6 +19,8 @@ use crate::stats::{Counts, Stats, add};
 pub(crate) const MEMORY_SIZE: u64 = 16 << 20;
 /// MSI-X vectors of a host function.
 const VECTORS: u32 = card::HOST_VECTORS_MIN;
+/// Notify pages of a vm function.
+const NOTIFY_PAGES: u32 = 32;
 
 /// Which of a function's two links.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +40,26 @@ pub(crate) struct Identity {
     pub(crate) role: u32,
     /// MSI-X vectors of the host side.
     pub(crate) vectors: u32,
+    /// Its notify pages.
+    pub(crate) notify_pages: u32,
+}
+
+impl Identity {
+    /// MSI-X vectors of one side.
+    pub(crate) fn vectors(&self, link: Link) -> u32 {
+        match link {
+            Link::Host => self.vectors,
+            Link::Soc => soc_vector::COUNT + self.notify_pages,
+        }
+    }
+
+    /// Bytes of the BAR of notify pages on one side.
+    pub(crate) fn notify_size(&self, link: Link) -> u64 {
+        match link {
+            Link::Host => u64::from(self.notify_pages) * bar::NOTIFY_PAGE,
+            Link::Soc => 0,
+        }
+    }
 }
 
 /// A function, seen from both sides.
@@ -64,18 +86,23 @@ impl Function {
         let memory_file = local::sealed_memfd("card-memory", MEMORY_SIZE).map_err(io::Error::other)?.into();
         let memory = memory::map(&memory_file)?.window();
         let (host, soc) = if role == card::ROLE_VM { (id::HOST_VM, id::SOC_VM) } else { (id::HOST_HOST, id::SOC_HOST) };
-        let config = |device, vectors| Mutex::new(ConfigSpace::new(device, vectors, MEMORY_SIZE));
+        let notify_pages = if role == card::ROLE_VM { NOTIFY_PAGES } else { 0 };
+        let identity = Identity { card, number, role, vectors: VECTORS, notify_pages };
+        let config = |device, link| {
+            let vectors = identity.vectors(link) as u16;
+            Mutex::new(ConfigSpace::new(device, vectors, MEMORY_SIZE, identity.notify_size(link)))
+        };
         Ok(Self {
-            identity: Identity { card, number, role, vectors: VECTORS },
+            identity,
             engine: Engine::new(),
             counts: Counts::default(),
             memory,
             memory_file,
             bus: RwLock::new(Bus::new()),
-            host_config: config(host, VECTORS as u16),
-            soc_config: config(soc, soc_vector::COUNT as u16),
-            host_vectors: Vectors::new(VECTORS),
-            soc_vectors: Vectors::new(soc_vector::COUNT),
+            host_config: config(host, Link::Host),
+            soc_config: config(soc, Link::Soc),
+            host_vectors: Vectors::new(identity.vectors(Link::Host)),
+            soc_vectors: Vectors::new(identity.vectors(Link::Soc)),
             events: AtomicU32::new(0),
             misbehaviour: Mutex::default(),
         })
@@ -220,6 +247,12 @@ impl Function {
         }
     }
 
+    /// Something was written at `offset` of the notify pages.
+    pub(crate) fn notify(&self, offset: u64) {
+        add(&self.counts.notifications, 1);
+        self.raise_soc(soc_vector::COUNT + (offset / bar::NOTIFY_PAGE) as u32);
+    }
+
     /// Sets an `EVENTS` bit and tells the SoC.
     pub(crate) fn event(&self, bit: u32) {
         self.events.fetch_or(bit, Ordering::AcqRel);
@@ -294,6 +327,7 @@ impl Function {
             register::FUNCTION => return identity.number,
             register::ROLE => return identity.role,
             register::VECTORS => return identity.vectors,
+            register::NOTIFY_PAGES => return identity.notify_pages,
             register::STATUS => return if bus.link() { card::STATUS_LINK } else { 0 },
             register::GENERATION => return bus.generation(),
             _ => {}

@@ -18,7 +18,7 @@ use vfio_bindings::bindings::vfio::{
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion, SparseArea};
 
 use crate::config;
-use crate::function::{Function, Link, MEMORY_SIZE};
+use crate::function::{Function, Identity, Link, MEMORY_SIZE};
 use crate::iommu::Access;
 use crate::memory;
 
@@ -27,8 +27,8 @@ pub(crate) fn serve(function: Arc<Function>, link: Link, path: &Path, stop: Owne
     let listener = UnixListener::bind(path)?;
     let waiting = listener.try_clone()?;
     let memory = function.memory_file.as_raw_fd();
-    let irqs = irqs(link, function.identity.vectors);
-    let server = Server::from_owned_fd(listener.into(), true, irqs, regions(memory));
+    let irqs = irqs(function.identity.vectors(link));
+    let server = Server::from_owned_fd(listener.into(), true, irqs, regions(&function.identity, link, memory));
     let name = format!("{link:?}-{}", function.identity.number).to_lowercase();
     std::thread::Builder::new().name(name.clone()).spawn(move || {
         while wait(&waiting, &stop) {
@@ -55,11 +55,7 @@ fn wait(listener: &UnixListener, stop: &OwnedFd) -> bool {
     }
 }
 
-fn irqs(link: Link, host_vectors: u32) -> Vec<IrqInfo> {
-    let vectors = match link {
-        Link::Host => host_vectors,
-        Link::Soc => pcie_function::card::soc_vector::COUNT,
-    };
+fn irqs(vectors: u32) -> Vec<IrqInfo> {
     (0..VFIO_PCI_NUM_IRQS)
         .map(|index| match index {
             VFIO_PCI_MSIX_IRQ_INDEX => IrqInfo { index, flags: VFIO_IRQ_INFO_EVENTFD, count: vectors },
@@ -68,19 +64,20 @@ fn irqs(link: Link, host_vectors: u32) -> Vec<IrqInfo> {
         .collect()
 }
 
-fn region_size(region: u32) -> u64 {
+fn region_size(identity: &Identity, link: Link, region: u32) -> u64 {
     match region {
         bar::REGISTERS => bar::REGISTERS_SIZE,
         bar::MEMORY => MEMORY_SIZE,
         bar::MSIX => bar::MSIX_SIZE,
+        bar::NOTIFY => identity.notify_size(link),
         VFIO_PCI_CONFIG_REGION_INDEX => config::SIZE as u64,
         _ => 0,
     }
 }
 
-fn regions(memory: std::os::fd::RawFd) -> Vec<ServerRegion> {
+fn regions(identity: &Identity, link: Link, memory: std::os::fd::RawFd) -> Vec<ServerRegion> {
     let region = |index| {
-        let size = region_size(index);
+        let size = region_size(identity, link, index);
         let access = if size == 0 { 0 } else { VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE };
         let mapped = index == bar::MEMORY;
         let flags = if mapped { access | VFIO_REGION_INFO_FLAG_MMAP } else { access };
@@ -113,15 +110,16 @@ impl Backend<'_> {
         self.link == Link::Host && !self.function.bus().link()
     }
 
-    fn check(region: u32, offset: u64, len: usize) -> io::Result<usize> {
-        let end = offset.checked_add(len as u64).filter(|end| *end <= region_size(region));
+    fn check(&self, region: u32, offset: u64, len: usize) -> io::Result<usize> {
+        let size = region_size(&self.function.identity, self.link, region);
+        let end = offset.checked_add(len as u64).filter(|end| *end <= size);
         end.map(|_| offset as usize).ok_or(io::Error::from(io::ErrorKind::InvalidInput))
     }
 }
 
 impl ServerBackend for Backend<'_> {
     fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        let at = Self::check(region, offset, data.len())?;
+        let at = self.check(region, offset, data.len())?;
         if self.is_gone() {
             data.fill(0xff);
             return Ok(());
@@ -131,13 +129,14 @@ impl ServerBackend for Backend<'_> {
             bar::MEMORY => self.function.memory.read_bytes(at, data),
             bar::MSIX => data.copy_from_slice(&self.msix[at..at + data.len()]),
             VFIO_PCI_CONFIG_REGION_INDEX => self.function.config(self.link).read(at, data),
-            _ => {}
+            // Notify pages, too.
+            _ => data.fill(0),
         }
         Ok(())
     }
 
     fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
-        let at = Self::check(region, offset, data.len())?;
+        let at = self.check(region, offset, data.len())?;
         if self.is_gone() {
             return Ok(());
         }
@@ -145,6 +144,7 @@ impl ServerBackend for Backend<'_> {
             bar::REGISTERS => self.function.write_register(self.link, offset, data),
             bar::MEMORY => memory::store(&self.function.memory, at, data),
             bar::MSIX => self.msix[at..at + data.len()].copy_from_slice(data),
+            bar::NOTIFY => self.function.notify(offset),
             VFIO_PCI_CONFIG_REGION_INDEX => self.function.write_config(self.link, at, data),
             _ => {}
         }

@@ -12,6 +12,7 @@ use crate::bus::Way;
 pub(crate) struct Counts {
     pub(crate) doorbells: AtomicU64,
     pub(crate) doorbells_dropped: AtomicU64,
+    pub(crate) notifications: AtomicU64,
     pub(crate) vectors: AtomicU64,
     pub(crate) vectors_lost: AtomicU64,
     pub(crate) resets: AtomicU64,
@@ -49,6 +50,7 @@ impl Counts {
         Stats {
             doorbells: read(&self.doorbells),
             doorbells_dropped: read(&self.doorbells_dropped),
+            notifications: read(&self.notifications),
             vectors: read(&self.vectors),
             vectors_lost: read(&self.vectors_lost),
             resets: read(&self.resets),
@@ -87,6 +89,8 @@ pub struct Stats {
     pub doorbells: u64,
     /// Of these, dropped on demand.
     pub doorbells_dropped: u64,
+    /// Writes to notify pages.
+    pub notifications: u64,
     /// Vectors raised in the host.
     pub vectors: u64,
     /// Vectors that nobody in the host listened to.
@@ -117,6 +121,7 @@ impl fmt::Display for Stats {
             ("soc_mapped_bytes", self.soc_mapped_bytes),
             ("doorbells", self.doorbells),
             ("doorbells_dropped", self.doorbells_dropped),
+            ("notifications", self.notifications),
             ("vectors", self.vectors),
             ("vectors_lost", self.vectors_lost),
             ("resets", self.resets),

@@ -2,12 +2,13 @@
 
 mod side;
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use card::{Card, Dma, Doorbell};
+use card::{Card, Dma, Doorbell, Stats};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use pcie_function::card::{self as profile, bar, id, register};
 use pcie_function::{BusError, BusMemory, Doorbell as Bell, SocFunction, Windowed};
 use pcie_function_card::{CardFunction, CardRemote};
@@ -61,12 +62,13 @@ fn each_side_finds_what_it_is() {
         for (side, device) in [(&mut host, host_id), (&mut soc, soc_id)] {
             assert_eq!(side.config(0), u32::from(device) << 16 | u32::from(id::VENDOR));
             assert_eq!(side.read(register::MAGIC).to_le_bytes(), *b"OBRD");
-            assert_eq!(side.read(register::VERSION), 0x1_0000);
+            assert_eq!(side.read(register::VERSION), 0x1_0001);
             assert_eq!(side.read_wide(register::FEATURES), 0);
             assert_eq!(side.read(register::FUNCTION), number);
             assert_eq!(side.read(register::ROLE), role);
             assert_eq!(side.read_wide(register::MEMORY_SIZE), 16 << 20);
             assert_eq!(side.read(register::VECTORS), VECTORS);
+            assert_eq!(side.read(register::NOTIFY_PAGES), if role == profile::ROLE_VM { 32 } else { 0 });
             let state = side.read_wide(register::STATUS);
             assert_eq!((state as u32, (state >> 32) as u32), (profile::STATUS_LINK, side.read(register::GENERATION)));
         }
@@ -94,6 +96,65 @@ fn doorbells_ring_where_they_should() {
     assert!(readable(soc.doorbell(Bell::Lanes), SOON));
     host.ring(99);
     assert_eq!(bed.card.stats(0).doorbells, 2);
+}
+
+#[test]
+fn a_notify_page_signals_its_own_eventfd_and_does_nothing_else() {
+    let bed = Bed::new(1);
+    let (mut host, soc) = bed.both(0);
+    assert_eq!(soc.notify_pages(), 32);
+    assert_eq!(host.client.region(bar::NOTIFY).unwrap().size, 32 * bar::NOTIFY_PAGE);
+    let events: Vec<_> = (0..32).map(|_| EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap()).collect();
+    for (page, event) in (0..).zip(&events) {
+        soc.set_notify(page, event.as_fd()).unwrap();
+    }
+    let before = bed.card.stats(0);
+    // Of every length, at the page's start and at its end.
+    for page in [0, 1, 17, 31] {
+        for len in 1..=8 {
+            for at in [0, bar::NOTIFY_PAGE - len as u64] {
+                let offset = page * bar::NOTIFY_PAGE + at;
+                host.client.region_write(bar::NOTIFY, offset, &vec![0xa5; len]).unwrap();
+                // The write was answered, so it has happened: here, and nowhere else.
+                let rung: Vec<u64> = events.iter().map(|event| event.read().unwrap_or(0)).collect();
+                let alone: Vec<u64> = (0..32).map(|other| u64::from(other == page)).collect();
+                assert_eq!(rung, alone, "{len} bytes at {offset:#x}");
+                let mut back = vec![0xff; len];
+                host.client.region_read(bar::NOTIFY, offset, &mut back).unwrap();
+                assert_eq!(back, vec![0; len]);
+            }
+        }
+    }
+    let after = bed.card.stats(0);
+    assert_eq!(Stats { notifications: 64, ..before }, after);
+    // They count what nobody has looked at yet.
+    (0..3).for_each(|_| host.client.region_write(bar::NOTIFY, 0, &[0; 4]).unwrap());
+    assert_eq!(events[0].read(), Ok(3));
+    // Another event takes the place of the one before.
+    soc.set_notify(0, events[1].as_fd()).unwrap();
+    host.client.region_write(bar::NOTIFY, 0, &[0; 4]).unwrap();
+    assert_eq!((events[0].read().is_err(), events[1].read()), (true, Ok(1)));
+    assert!(soc.set_notify(32, events[0].as_fd()).is_err());
+}
+
+#[test]
+fn a_host_that_is_not_there_notifies_nobody() {
+    let bed = Bed::new(1);
+    let (mut host, soc) = bed.both(0);
+    let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+    soc.set_notify(5, event.as_fd()).unwrap();
+    bed.card.set_link(0, false);
+    host.client.region_write(bar::NOTIFY, 5 * bar::NOTIFY_PAGE, &[1]).unwrap();
+    let mut ones = [0; 4];
+    host.client.region_read(bar::NOTIFY, 5 * bar::NOTIFY_PAGE, &mut ones).unwrap();
+    assert_eq!((ones, event.read().is_err()), ([0xff; 4], true));
+    bed.card.set_link(0, true);
+    host.client.region_write(bar::NOTIFY, 5 * bar::NOTIFY_PAGE, &[1]).unwrap();
+    assert_eq!(event.read(), Ok(1));
+    // The server's own function runs no VM that could use any.
+    let server = bed.host(1);
+    assert_eq!(server.client.region(bar::NOTIFY).map(|region| region.size).unwrap_or(0), 0);
+    assert_eq!(bed.soc(1).notify_pages(), 0);
 }
 
 #[test]

@@ -10,7 +10,7 @@ mod vm;
 
 use testbed::fetch;
 
-pub use programs::{optimized_program, program};
+pub use programs::{optimized_program, program, vhost_backend};
 pub use vm::{Ended, Vm};
 
 /// Whether VMs can run on this machine: `/dev/kvm` can be opened. If not, says that `test` is skipped and why.

@@ -18,6 +18,16 @@ pub fn program(name: &str) -> PathBuf {
     directory.join(name)
 }
 
+/// The path of the test program that is a back end of devices over vhost-user.
+///
+/// # Panics
+/// It can't be built.
+pub fn vhost_backend() -> PathBuf {
+    let directory = own_directory();
+    build(&["vhost-backend"], directory.ends_with("release"));
+    directory.join("vhost-backend")
+}
+
 /// The path of a program of this workspace, optimized.
 ///
 /// # Panics

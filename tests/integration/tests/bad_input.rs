@@ -126,6 +126,41 @@ fn a_file_that_another_user_may_not_read() {
 }
 
 #[test]
+fn devices_that_can_t_be() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let trial = Trial::default();
+    let kernel = trial.file("kernel", &kernel());
+    let disk = format!("file={}", trial.file("disk", &[0; 4096]));
+    let [socket, absent] = ["socket", "absent"].map(|name| trial.at(name));
+    let _listens = UnixListener::bind(&socket).unwrap();
+    std::os::unix::fs::symlink(trial.path("loop"), trial.path("loop")).unwrap();
+    let a_loop = format!("file={}", trial.at("loop"));
+    let net = format!("stream={socket},mac=52:54:00:00:00:01");
+    let long = format!("stream=/{}", "x".repeat(120));
+    let many: Vec<String> = (0..16).map(|n| format!("unix:{absent}{n},name=n{n}")).collect();
+    let many: Vec<&str> = many.iter().flat_map(|channel| ["--channel", channel]).collect();
+    let slash = format!("unix:{absent},name=a/b");
+    let read_only = format!("{disk},readonly=on");
+    let more: Vec<&str> = std::iter::repeat_n(["--disk", &read_only], 193).flatten().collect();
+    let [pci, cpu] = ["pci.1", "cpu0"].map(|id| format!("{disk},id={id}"));
+    for (args, words) in [
+        (&["--disk", &pci][..], &["id=pci.1", "another id"][..]),
+        (&["--disk", &cpu], &["id=cpu0", "another id"]),
+        (&["--net", &net, "--net", &net], &["mac=", "'net0'"]),
+        (&["--channel", &slash], &["--channel", "'a/b' is no name for a port"]),
+        (&many, &["--channel", "more than the 15"]),
+        (&["--disk", &a_loop], &["loop", "check its path"]),
+        (&["--net", &long], &["at most 107 bytes"]),
+        (&["--cpus", "1,maxcpus=1025"], &["--cpus", "maxcpus=1025", "1 to 1024"]),
+        (&more, &["193 devices", "fewer"]),
+    ] {
+        wrong(&trial, &[&["--kernel", &kernel], args].concat(), 2, words);
+    }
+}
+
+#[test]
 fn memory_that_can_t_be() {
     let trial = Trial::default();
     let kernel = trial.file("kernel", &kernel());

@@ -1,12 +1,15 @@
 //! Real firmware and a virtio disk: SeaBIOS boots a sector from it, which reads and writes the disk through the firmware.
 
 use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use integration::{Ended, Vm, seabios};
+use integration::{Ended, Vm, kvm, seabios, test_name};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use payloads::virtio_blk::{Load, virtio_blk};
 use tempfile::TempDir;
 
 const SECTOR: usize = 512;
@@ -80,12 +83,7 @@ fn endless_writer() -> Result<Vec<u8>, IcedError> {
 fn a_vm_that_is_told_to_end_while_it_writes_its_disk_says_nothing() {
     let Some(firmware) = seabios() else { return };
     let dir = TempDir::new().unwrap();
-    let path = disk(&dir);
-    let mut bytes = std::fs::read(&path).unwrap();
-    let code = endless_writer().expect("instructions that exist");
-    bytes[..code.len()].copy_from_slice(&code);
-    std::fs::write(&path, bytes).unwrap();
-    let spec = format!("file={}", path.display());
+    let spec = format!("file={}", endless_disk(&dir).display());
     for round in 0..8 {
         let mut vm = Vm::run(&["--firmware", &firmware, "--memory", "64M", "--disk", &spec]);
         // SeaBIOS talks here too.
@@ -94,6 +92,43 @@ fn a_vm_that_is_told_to_end_while_it_writes_its_disk_says_nothing() {
         let ended = vm.wait();
         assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""), "round {round}");
     }
+}
+
+#[test]
+fn a_vm_is_reset_again_and_again_while_another_process_reads_its_memory() {
+    let Some(firmware) = seabios() else { return };
+    let dir = TempDir::new().unwrap();
+    let (path, socket) = (endless_disk(&dir), dir.path().join("socket"));
+    let words = [Path::new("recorded"), &path, &socket].map(|word| word.to_str().unwrap().to_owned());
+    let backend = std::thread::spawn(move || vhost_backend::run(&words));
+    while !socket.exists() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let disk = format!("vhost-user={}", socket.display());
+    let mut vm = Vm::run(&["--firmware", &firmware, "--memory", "64M", "--disk", &disk]);
+    for boots in 1..=4 {
+        vm.wait_until("another boot", |vm| {
+            let said = std::fs::read_to_string(vm.file("debugcon")).unwrap_or_default();
+            said.matches("Booting from 0000:7c00\nW").count() == boots
+        });
+        if boots < 4 {
+            vm.command(&["reset"]);
+        }
+    }
+    kill(Pid::from_raw(vm.pid() as i32), Signal::SIGTERM).unwrap();
+    let ended = vm.wait();
+    assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""));
+    backend.join().unwrap().unwrap();
+}
+
+/// A disk whose boot sector writes it for ever.
+fn endless_disk(dir: &TempDir) -> std::path::PathBuf {
+    let path = disk(dir);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let code = endless_writer().expect("instructions that exist");
+    bytes[..code.len()].copy_from_slice(&code);
+    std::fs::write(&path, bytes).unwrap();
+    path
 }
 
 fn disk(dir: &TempDir) -> std::path::PathBuf {
@@ -172,6 +207,32 @@ fn a_qcow2_image_keeps_what_is_written_and_its_backing_file_stays() {
     assert_eq!(std::fs::read(raw).unwrap()[usize::from(COUNTER) * SECTOR], 0);
 }
 
+/// Of a file that may not grow every request of the guest's fails. Each error names the file, and the log doesn't grow with them.
+#[test]
+fn a_qcow2_image_without_room_is_told_of_with_its_name_and_not_for_ever() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    const REQUESTS: u32 = 500;
+    let dir = TempDir::new().unwrap();
+    let image = overlay(&dir, &disk(&dir));
+    let spec = format!("file={},werror=report", image.display());
+    let load = Load { write: true, depth: 8, count: REQUESTS, rounds: 1, sleeps: true };
+    let mut vm = Vm::payload(&virtio_blk(load).unwrap(), &["--disk", &spec, "--paused"]);
+    // The shim's memory may grow: it has the limits that soc-vmm had when it was started.
+    let shim = format!("/proc/{0}/task/{0}/children", vm.pid());
+    vm.wait_until("its shim is there", |_| std::fs::read_to_string(&shim).is_ok_and(|shims| !shims.is_empty()));
+    let size = std::fs::metadata(&image).unwrap().len();
+    let limit = Command::new("prlimit").args(["--pid", &vm.pid().to_string(), &format!("--fsize={size}:")]).status();
+    assert!(limit.unwrap().success());
+    vm.command(&["resume"]);
+    let ended = vm.wait();
+    assert!(ended.debugcon.contains("a request's status"), "{}", ended.debugcon);
+    let lines: Vec<&str> = ended.stderr.lines().collect();
+    assert!((1..=20).contains(&lines.len()), "{} lines for {REQUESTS} requests: {:?}", lines.len(), lines.first());
+    assert!(lines.iter().all(|line| line.contains("disk.qcow2")), "{}", ended.stderr);
+}
+
 #[test]
 fn a_read_only_disk_refuses_writes() {
     let dir = TempDir::new().unwrap();
@@ -180,4 +241,28 @@ fn a_read_only_disk_refuses_writes() {
     let Some(ended) = boot(&format!("file={},readonly=on", path.display())) else { return };
     assert!((ended.status.code().unwrap() >> 1) > 2, "{:?} {}", ended.status, ended.debugcon);
     assert_eq!(std::fs::read(path).unwrap()[usize::from(COUNTER) * SECTOR], 0);
+}
+
+#[test]
+fn a_boot_sector_reads_and_writes_a_disk_of_another_process() {
+    // With shadow queues, and with a back end that works on the guest's own.
+    for kind in ["block", "recorded"] {
+        let dir = TempDir::new().unwrap();
+        let path = disk(&dir);
+        let socket = dir.path().join("socket");
+        for boot in [1, 2] {
+            let words = [Path::new(kind), &path, &socket].map(|word| word.to_str().unwrap().to_owned());
+            // Its connection is the VM's: both end together.
+            let backend = std::thread::spawn(move || vhost_backend::run(&words));
+            while !socket.exists() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let Some(count) = counted(&format!("vhost-user={}", socket.display())) else { return };
+            assert_eq!(count, boot);
+            backend.join().unwrap().unwrap();
+            // Where the back end hasn't taken it away.
+            _ = std::fs::remove_file(&socket);
+        }
+        assert_eq!(std::fs::read(path).unwrap()[usize::from(COUNTER) * SECTOR], 2);
+    }
 }

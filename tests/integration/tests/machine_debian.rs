@@ -135,7 +135,7 @@ impl Place {
         let disk = format!("file={}", self.image.disk.display());
         let net = format!("stream={}", passt.socket().display());
         let mut args = boot.to_vec();
-        args.extend(["--disk", &disk, "--cdrom", path(&self.cd), "--net", &net]);
+        args.extend(["--disk", &disk, "--cdrom", path(&self.cd), "--net", &net, "--cpus", "2,maxcpus=4"]);
         let args = args.into_iter().map(str::to_owned).collect();
         let config = VmConfig { boot: Boot::AsTold, args, ..VmConfig::new(&self.name, 0) };
         let slow = self.bed.soc.is_some();
@@ -226,6 +226,7 @@ impl Guest<'_, '_> {
 
     /// All that is to be seen of a Debian, to its power-off.
     fn does_all(mut self, tables: Tables) {
+        self.knows_its_processors();
         self.reads_the_cd();
         self.fetches_a_page();
         self.kernel_has_no_complaint();
@@ -237,6 +238,12 @@ impl Guest<'_, '_> {
             }
         }
         self.shell.last("poweroff").unwrap();
+    }
+
+    /// Those that are there, and those that can come.
+    fn knows_its_processors(&mut self) {
+        let told = self.succeeds("cd /sys/devices/system/cpu && cat online present possible");
+        assert_eq!(told, "0-1\n0-1\n0-3\n");
     }
 
     fn reads_the_cd(&mut self) {

@@ -360,3 +360,32 @@ fn a_vm_whose_images_are_being_loaded_can_be_ended() {
     assert!(read < SIZE, "it was ended only when all was loaded: {read} bytes read");
     trial.leaves_nothing("a VM that was being loaded");
 }
+
+#[test]
+fn a_vm_that_may_have_no_more_threads_refuses_what_needs_one_and_goes_on() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let trial = Trial::default();
+    let [disk, medium] = ["disk", "medium"].map(|name| trial.file(name, &[0; 4096]));
+    let name = trial.name("vm");
+    let mut vm = trial.vm("vm", &endless(), &["--cdrom", &medium]);
+    trial.becomes("vm", "running");
+    let command = |words: &[&str]| trial.soc_vmm(words).wait(MOST);
+    // Room for what commands need, and none for a thread's stack.
+    let pages = std::fs::read_to_string(format!("/proc/{}/statm", vm.pid())).unwrap();
+    let pages: u64 = pages.split(' ').next().unwrap().parse().unwrap();
+    let limit = |bytes: &str| {
+        let prlimit =
+            Command::new("prlimit").args(["--pid", &vm.pid().to_string(), &format!("--as={bytes}:")]).status();
+        assert!(prlimit.unwrap().success());
+    };
+    limit(&(pages * 4096 + (1 << 20)).to_string());
+    for words in [["add-disk", &name, &format!("file={disk}")], ["insert", &name, &disk]] {
+        one_line(words[0], &command(&words), 6, &["no thread is left", "limits"]);
+    }
+    limit("unlimited");
+    assert!(command(&["insert", &name, &disk]).status.success());
+    assert!(command(&["quit", &name]).status.success());
+    assert_eq!(vm.wait(MOST).status.code(), Some(0));
+}

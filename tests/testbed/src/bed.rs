@@ -17,14 +17,15 @@ pub const SHIM: &str = "/bin/host-kvm-shim";
 /// What a guest's RAM is called among the mappings of its shim. The kernel counts it as the shim's private memory, since the card
 /// reaches it by other means than a mapping.
 pub const GUEST_RAM: &str = "memfd:outboard-ram";
-/// Where soc-vmm lies in the SoC.
+/// Where soc-vmm lies in the SoC, and in a server that has it.
 pub const SOC_VMM: &str = "/bin/soc-vmm";
-/// Where the guest's kernel lies in the SoC.
+/// Where the guest's kernel lies there.
 pub const GUEST_KERNEL: &str = "/guest/vmlinuz";
-/// Where the guest's initramfs lies in the SoC.
+/// Where the guest's initramfs lies there.
 pub const GUEST_INITRD: &str = "/guest/initrd";
 
-/// The virtio-serial port of the SoC for the standard streams of the soc-vmm on function `number`.
+/// The virtio-serial port of the SoC for the standard streams of the soc-vmm on function `number`, or of a server for those of its VM of
+/// that number.
 #[must_use]
 pub fn soc_channel(number: u32) -> String {
     format!("soc-vmm-{number}")
@@ -72,6 +73,22 @@ impl BedConfig {
         let name = format!("{}-soc", self.server.basics.name);
         self.soc = Some(SocConfig::new(&name));
         self
+    }
+
+    /// Puts soc-vmm on the server as well, for so many VMs, and a guest whose kernel has the driver of a balloon: memory that no function pins. They run by
+    /// [`crate::vmm::Vmm::run_on_the_server`].
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn with_soc_vmm_on_the_server(mut self, vms: u32) -> Result<Self, Error> {
+        let soc_vmm = build::programs(Arch::Amd64, &["soc-vmm"])?.remove(0);
+        let image = guest::image_with_balloon()?;
+        let basics = &mut self.server.basics;
+        for (there, here) in [(SOC_VMM, soc_vmm), (GUEST_KERNEL, image.kernel), (GUEST_INITRD, image.initrd)] {
+            basics.files.push((there.to_owned(), here));
+        }
+        basics.channels.extend((0..vms).map(soc_channel));
+        Ok(self)
     }
 
     /// Fetches and builds everything that it takes, so that starting takes no longer than the machines do.

@@ -5,6 +5,8 @@
 //! | part | what |
 //! | --- | --- |
 //! | `debian-tools` | what makes the disk (GRUB, e2fsprogs, mtools, sfdisk), the firmware that boots it (SeaBIOS, OVMF), and what a test sets beside it (passt, xorriso) |
+//! | `virtiofsd` | virtiofsd, for a VM that shares a directory of this machine |
+//! | `debian-instruments` | fio, iperf3, QEMU's guest agent and qemu-img: a second disk for the guest, and a tree for this machine |
 //! | `soc-programs` | passt and busybox for an Arm SoC whose soc-vmm boots the disk |
 //! | `debian` | `disk.raw` (GPT: BIOS boot, ESP, ext4), and beside it `vmlinuz` and `initrd`, the same as on the disk, for direct boot |
 //!
@@ -15,10 +17,12 @@
 //! systemd takes (10 to 13 s against 24 s on an emulated q35).
 
 mod disk;
+mod instruments;
 mod passt;
 mod root;
 mod shell;
 mod soc;
+mod virtiofsd;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,9 +31,11 @@ use std::process::Command;
 use crate::fetch::{self, Error};
 use crate::process::run;
 
+pub use instruments::{Instruments, instruments};
 pub use passt::Passt;
 pub use shell::{Answer, Shell};
 pub use soc::{SOC_CD, equip, serve_page, soc_programs};
+pub use virtiofsd::{Virtiofsd, virtiofsd};
 
 /// Who logs in.
 pub const USER: &str = "root";

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use crate::process::CommandError;
+use crate::process::{CommandError, run};
 use crate::{debian, paths};
 use apt::Apt;
 
@@ -89,6 +89,8 @@ pub fn everything() -> Result<(), Error> {
     cross()?;
     debian::image()?;
     debian::soc_programs()?;
+    debian::instruments()?;
+    debian::virtiofsd()?;
     Ok(())
 }
 
@@ -104,6 +106,9 @@ pub(crate) fn bookworm() -> Result<Apt, Error> {
 pub(crate) fn trixie() -> Result<Apt, Error> {
     Apt::open(&paths::cache().join("apt/trixie"), &TRIXIE)
 }
+
+/// Where a root's libraries are.
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 
 /// Programs and firmware of a newer Debian than the machine's.
 #[derive(Clone, Debug)]
@@ -133,6 +138,35 @@ pub fn qemu() -> Result<QemuRoot, Error> {
 }
 
 impl QemuRoot {
+    /// The one that lies in `dir`, as [`QemuRoot::for_guests`] has put it there.
+    #[must_use]
+    pub fn at(dir: &Path) -> Self {
+        Self { dir: dir.to_path_buf() }
+    }
+
+    /// What qemu-system-x86_64 takes to run guests by KVM on another machine: the path below the root, and the file here.
+    ///
+    /// # Errors
+    /// Its libraries aren't all there.
+    pub fn for_guests(&self) -> Result<Vec<(PathBuf, PathBuf)>, Error> {
+        const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
+        const PROGRAM: &str = "usr/bin/qemu-system-x86_64";
+        const FIRMWARE: [&str; 4] = [
+            "usr/share/seabios/bios-256k.bin",
+            "usr/share/qemu/kvmvapic.bin",
+            "usr/share/qemu/linuxboot_dma.bin",
+            "usr/share/qemu/pvh.bin",
+        ];
+        let mut list = Command::new(self.dir.join(LOADER));
+        list.arg("--library-path").arg(self.dir.join(LIBRARIES)).arg("--list").arg(self.dir.join(PROGRAM));
+        let list = run(&mut list)?;
+        // `libz.so.1 => /…/libz.so.1 (0x…)`; the loader itself may be named without an arrow.
+        let libraries = list.lines().filter_map(|line| line.split_once(" => ")?.1.split(' ').next());
+        let below = libraries.filter_map(|path| Path::new(path).strip_prefix(&self.dir).ok());
+        let parts = below.chain([LOADER, PROGRAM].iter().chain(&FIRMWARE).map(Path::new));
+        Ok(parts.map(|part| (part.to_path_buf(), self.dir.join(part))).collect())
+    }
+
     /// Where it is.
     #[must_use]
     pub fn dir(&self) -> &Path {
@@ -142,7 +176,7 @@ impl QemuRoot {
     /// A command that runs `program` of this root's `/usr/bin` by the root's own loader and libraries.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
-        let libraries = self.dir.join("usr/lib/x86_64-linux-gnu");
+        let libraries = self.dir.join(LIBRARIES);
         let mut command = Command::new(self.dir.join("usr/lib64/ld-linux-x86-64.so.2"));
         command.arg("--library-path").arg(&libraries).arg(self.dir.join("usr/bin").join(program));
         if program.starts_with("qemu-system-") {

@@ -13,6 +13,7 @@ pub mod guest;
 pub mod initramfs;
 pub mod machine;
 pub mod modules;
+pub mod network;
 pub mod paths;
 pub mod process;
 pub mod scratch;

@@ -1,4 +1,4 @@
-//! soc-vmm at work on a function of a [`Bed`]: on this machine, or on the bed's Arm SoC.
+//! soc-vmm at work on a function of a [`Bed`]: on this machine, or on the bed's Arm SoC. Or on its server, with no function at all.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -17,7 +17,7 @@ use crate::fetch::Arch;
 use crate::machine::{Error, Machine};
 use crate::process::Child;
 use crate::protocol::{Ended, Status};
-use crate::{build, guest, scratch};
+use crate::{build, guest, network, scratch};
 
 const SIGKILL: i32 = 9;
 /// How long a soc-vmm command other than `run` may take.
@@ -51,6 +51,8 @@ pub struct VmConfig {
     pub boot: Boot,
     /// Further arguments of `soc-vmm run`.
     pub args: Vec<String>,
+    /// A process in whose network namespace a soc-vmm on this machine runs; its own, else.
+    pub network_of: Option<u32>,
 }
 
 impl VmConfig {
@@ -64,6 +66,7 @@ impl VmConfig {
             function,
             boot: Boot::Guest,
             args: Vec::new(),
+            network_of: None,
         }
     }
 }
@@ -90,8 +93,8 @@ enum Place<'a> {
         _dir: tempfile::TempDir,
     },
     /// The port takes one visitor at a time: the next VM's waits until this one has hung up.
-    Soc {
-        soc: &'a Machine,
+    Machine {
+        machine: &'a Machine,
         pid: i32,
         port: UnixStream,
     },
@@ -114,23 +117,30 @@ impl<'a> Vmm<'a> {
     /// # Errors
     /// soc-vmm can't be built or started. That it can't use the function shows at its end.
     pub fn run(bed: &'a Bed, config: &VmConfig) -> Result<Self, Error> {
-        let screen = Arc::new(Screen::default());
-        let (place, keyboard, output): (_, Box<dyn Keyboard>, Box<dyn Read + Send>) = match &bed.soc {
+        let started = match &bed.soc {
             Some(soc) => {
                 let spec = format!("pci:{}", soc_address(soc, config.function)?);
-                let args = arguments(config, &spec, GUEST_KERNEL, GUEST_INITRD);
-                let args: Vec<&str> = args.iter().map(String::as_str).collect();
-                let channel = soc_channel(config.function);
-                let port = soc.channel(&channel)?;
-                let clone = || port.try_clone().map_err(Error::file(&channel));
-                let (keyboard, output) = (clone()?, clone()?);
-                let pid = soc.run(SOC_VMM, &args, Some(&channel))?;
-                (Place::Soc { soc, pid, port }, Box::new(keyboard), Box::new(output))
+                on_machine(soc, config, &spec, &soc_channel(config.function))?
             }
             None => native(bed, config)?,
         };
+        Self::started(config, &bed.server, started)
+    }
+
+    /// Runs a VM on a server that has soc-vmm ([`BedConfig::with_soc_vmm_on_the_server`]), by a shim of its own. Its
+    /// function is a number that no other VM of the server has.
+    ///
+    /// # Errors
+    /// soc-vmm can't be started.
+    pub fn run_on_the_server(server: &'a Machine, config: &VmConfig) -> Result<Self, Error> {
+        Self::started(config, server, on_machine(server, config, "local", &soc_channel(config.function))?)
+    }
+
+    fn started(config: &VmConfig, server: &'a Machine, started: Started<'a>) -> Result<Self, Error> {
+        let (place, keyboard, output) = started;
+        let screen = Arc::new(Screen::default());
         screen.fill_from(output)?;
-        Ok(Self { name: config.name.clone(), server: &bed.server, place, keyboard, screen, seen: 0 })
+        Ok(Self { name: config.name.clone(), server, place, keyboard, screen, seen: 0 })
     }
 
     /// Waits, at most for `limit`, until the guest has printed `text` beyond what was expected before.
@@ -187,7 +197,7 @@ impl<'a> Vmm<'a> {
     pub fn errors(&self) -> String {
         match &self.place {
             Place::Native { errors, .. } => std::fs::read_to_string(errors).unwrap_or_default(),
-            Place::Soc { soc, pid, .. } => soc.control().output(*pid).join("\n"),
+            Place::Machine { machine, pid, .. } => machine.control().output(*pid).join("\n"),
         }
     }
 
@@ -206,7 +216,7 @@ impl<'a> Vmm<'a> {
     pub fn command(&self, verb: &[&str]) -> Result<Ended, Error> {
         let args = [verb, &[&self.name]].concat();
         match &self.place {
-            Place::Soc { soc, .. } => soc.exec(SOC_VMM, &args, COMMAND_LIMIT),
+            Place::Machine { machine, .. } => machine.exec(SOC_VMM, &args, COMMAND_LIMIT),
             Place::Native { program, .. } => {
                 let output =
                     Command::new(program).args(&args).stdin(Stdio::null()).output().map_err(Error::file(program))?;
@@ -231,7 +241,7 @@ impl<'a> Vmm<'a> {
     fn ended(&mut self, limit: Duration) -> Result<Option<Status>, Error> {
         Ok(match &mut self.place {
             Place::Native { process, .. } => process.wait(limit).map_err(Error::file(&self.name))?.map(status_of),
-            Place::Soc { soc, pid, .. } => soc.control().wait_for_exit(*pid, limit),
+            Place::Machine { machine, pid, .. } => machine.control().wait_for_exit(*pid, limit),
         })
     }
 
@@ -242,7 +252,7 @@ impl<'a> Vmm<'a> {
     pub fn kill(&mut self) -> Result<(), Error> {
         match &mut self.place {
             Place::Native { process, .. } => process.kill().map_err(Error::file(&self.name)),
-            Place::Soc { soc, pid, .. } => soc.signal(*pid, SIGKILL),
+            Place::Machine { machine, pid, .. } => machine.signal(*pid, SIGKILL),
         }
     }
 
@@ -261,10 +271,10 @@ impl<'a> Vmm<'a> {
 impl Drop for Vmm<'_> {
     fn drop(&mut self) {
         // The native one dies with its handle. This one's port is free for the next VM when it is gone.
-        if let Place::Soc { soc, pid, port } = &self.place {
-            if soc.control().wait_for_exit(*pid, Duration::ZERO).is_none() {
-                let _ = soc.signal(*pid, SIGKILL);
-                let _ = soc.control().wait_for_exit(*pid, COMMAND_LIMIT);
+        if let Place::Machine { machine, pid, port } = &self.place {
+            if machine.control().wait_for_exit(*pid, Duration::ZERO).is_none() {
+                let _ = machine.signal(*pid, SIGKILL);
+                let _ = machine.control().wait_for_exit(*pid, COMMAND_LIMIT);
             }
             let _ = port.shutdown(Shutdown::Both);
         }
@@ -313,6 +323,17 @@ impl Screen {
 
 type Started<'a> = (Place<'a>, Box<dyn Keyboard>, Box<dyn Read + Send>);
 
+/// soc-vmm on an emulated machine that has it, its standard streams at a port of that machine's.
+fn on_machine<'a>(machine: &'a Machine, config: &VmConfig, spec: &str, channel: &str) -> Result<Started<'a>, Error> {
+    let args = arguments(config, spec, GUEST_KERNEL, GUEST_INITRD);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let port = machine.channel(channel)?;
+    let clone = || port.try_clone().map_err(Error::file(channel));
+    let (keyboard, output) = (clone()?, clone()?);
+    let pid = machine.run(SOC_VMM, &args, Some(channel))?;
+    Ok((Place::Machine { machine, pid, port }, Box::new(keyboard), Box::new(output)))
+}
+
 fn native<'a>(bed: &Bed, config: &VmConfig) -> Result<Started<'a>, Error> {
     let program = build::programs(Arch::Amd64, &["soc-vmm"])?.remove(0);
     let image = guest::image()?;
@@ -321,11 +342,11 @@ fn native<'a>(bed: &Bed, config: &VmConfig) -> Result<Started<'a>, Error> {
     let dir = scratch::dir().map_err(Error::file(std::env::temp_dir()))?;
     let errors = dir.path().join("errors");
     let mut command = Command::new(&program);
-    command
-        .args(arguments(config, &spec, &kernel.to_string(), &initrd.to_string()))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(File::create(&errors).map_err(Error::file(&errors))?);
+    command.args(arguments(config, &spec, &kernel.to_string(), &initrd.to_string()));
+    if let Some(id) = config.network_of {
+        command = network::inside(id, &command);
+    }
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&errors).map_err(Error::file(&errors))?);
     let mut process = Child::spawn(command)?;
     let (Some(keyboard), Some(output)) = (process.stdin(), process.stdout()) else {
         return Err(Error::file(&program)(io::ErrorKind::BrokenPipe.into()));

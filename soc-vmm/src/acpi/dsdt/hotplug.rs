@@ -5,7 +5,7 @@ use acpi_tables::aml::{
     Acquire, And, Arg, FieldAccessType, Local, MethodCall, Mutex, Notify, ONE, OpRegionSpace, Release, ShiftLeft, ZERO,
 };
 
-use crate::acpi::aml::{Term, device, fields, method, name, path, region, scope, store, when};
+use crate::acpi::aml::{Term, device, fields, method, name, path, region, store, when};
 use crate::acpi::pci::PciConfig;
 use crate::devices::{PCI_HOTPLUG_BANK, PCI_HOTPLUG_GPE, PCI_HOTPLUG_LEN, PCI_HOTPLUG_PORT};
 
@@ -14,11 +14,10 @@ const DEVICE_CHECK: u8 = 1;
 const EJECT_REQUEST: u8 = 3;
 const FOREVER: u16 = 0xffff;
 
-/// The event's handler, and where it stands.
+/// The event's handler.
 pub(super) fn event() -> Term {
-    let handler = format!("_E{PCI_HOTPLUG_GPE:02X}");
     let changes = MethodCall::new(path("\\_SB_.PCI0.PCNT"), vec![]);
-    scope("\\_GPE", &[name("_HID", &"ACPI0006"), method(&handler, 0, &[Term::of(&changes)])])
+    method(&format!("_E{PCI_HOTPLUG_GPE:02X}"), 0, &[Term::of(&changes)])
 }
 
 /// What stands in the host bridge: registers, methods, ports with their slots.

@@ -1,5 +1,6 @@
 //! DSDT (ACPI 6.5 §5.2.11.1): the devices that can't be found by probing, PCI, the processors, and S5.
 
+mod cpus;
 mod hotplug;
 mod isa;
 mod links;
@@ -28,16 +29,18 @@ pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
             system.extend(isa);
         }
     }
-    system.extend((0u32..).zip(&config.apic_ids).map(|(uid, _)| processor(uid)));
+    system.extend(cpus::container(config));
 
     let mut body = vec![soft_off()];
     if config.pci.is_some() {
         body.extend(links::interrupt_model());
     }
     body.push(scope("\\_SB_", &system));
+    let mut events = vec![name("_HID", &"ACPI0006"), cpus::event()];
     if config.pci.as_ref().is_some_and(|pci| pci.hotplug == Hotplug::Acpi) {
-        body.push(hotplug::event());
+        events.push(hotplug::event());
     }
+    body.push(scope("\\_GPE", &events));
     table(*b"DSDT", REVISION, &body.into_iter().flat_map(Term::into_bytes).collect::<Vec<_>>())
 }
 
@@ -51,9 +54,4 @@ fn soft_off() -> Term {
 fn reserved(base: u64, len: u64) -> Term {
     let window = Memory32Fixed::new(true, base as u32, len as u32);
     device("MBRD", &[eisa("_HID", "PNP0C02"), resources("_CRS", &[Term::of(&window)])])
-}
-
-/// A processor device (§8.4); its UID leads to its MADT structure.
-fn processor(uid: u32) -> Term {
-    device(&format!("C{uid:03X}"), &[name("_HID", &"ACPI0007"), name("_UID", &uid)])
 }

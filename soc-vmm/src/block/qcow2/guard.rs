@@ -42,6 +42,8 @@ pub(super) struct Guarded {
     file: File,
     /// The same open file.
     raw: fs::File,
+    /// The one that the image's locks belong to, where it is another one.
+    _locked: Option<fs::File>,
     path: PathBuf,
     /// It is no block device.
     regular: bool,
@@ -52,11 +54,16 @@ pub(super) struct Guarded {
 impl Guarded {
     /// A file with a header of `header` bytes, its first cluster.
     pub(super) fn new(opened: Opened, header: u64) -> io::Result<Self> {
-        let raw = opened.file.try_clone()?;
-        let regular = raw.metadata()?.is_file();
+        let regular = opened.file.metadata()?.is_file();
         let options = StorageOpenOptions::new().write(!opened.read_only).filename(&opened.path);
-        let file = File::from_open_file(opened.file, options)?;
-        Ok(Self { file, raw, path: opened.path, regular, header })
+        let options = options.direct(opened.direct.is_some());
+        let (file, locked) = match opened.direct {
+            Some(direct) => (direct.file, Some(opened.file)),
+            None => (opened.file, None),
+        };
+        let raw = file.try_clone()?;
+        let file = File::from_open_file(file, options)?;
+        Ok(Self { file, raw, _locked: locked, path: opened.path, regular, header })
     }
 
     /// Whether `len` bytes at `offset` may be changed: behind the header, or all fields of it that change; and nothing was cut off.
@@ -65,7 +72,9 @@ impl Guarded {
         if self.regular && self.raw.metadata()?.len() < least {
             return Err(self.shrunk());
         }
-        let changes_header = (offset, len) == (0, header::LEN_2 as u64);
+        // Past the page cache what is around the fields is written with them.
+        let fields = header::LEN_2.next_multiple_of(self.file.req_align().max(self.file.mem_align()));
+        let changes_header = (offset, len) == (0, fields as u64);
         if offset >= self.header || len == 0 || changes_header {
             return Ok(());
         }

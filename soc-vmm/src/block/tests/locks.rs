@@ -19,7 +19,7 @@ fn who_writes_an_image_has_it_for_himself() {
         let link = path.with_extension("link.qcow2");
         std::os::unix::fs::symlink(path, &link).unwrap();
         let format = Some(if path == &raw { ImageFormat::Raw } else { ImageFormat::Qcow2 });
-        let with = |path: &Path, read_only| ImageSpec { path: path.into(), format, read_only };
+        let with = |path: &Path, read_only| ImageSpec { path: path.into(), format, read_only, direct: false };
         let image = opened(path);
         for read_only in [false, true] {
             for other in [path, &link] {
@@ -97,7 +97,7 @@ fn the_locks_are_those_of_qemu() {
         for (spec, words) in [ImageSpec::new(&path), ImageSpec::read_only(&path)].into_iter().zip(words) {
             match words {
                 Some(words) => assert!(refusal(&spec).contains(words), "{at}"),
-                None => drop(open(&spec).unwrap()),
+                None => drop(open_anew(&spec)),
             }
         }
         fcntl(&other, FcntlArg::F_OFD_SETLK(&byte(F_UNLCK, at))).unwrap();

@@ -186,22 +186,12 @@ impl Drop for LoopDevice {
     }
 }
 
-/// Has the summary of all tests say that one can't run here.
-fn skipped(what: &str) {
-    use std::io::Write;
-    if let Some(path) = std::env::var_os("OUTBOARD_SKIPS") {
-        let mut summary = std::fs::File::options().append(true).create(true).open(path).unwrap();
-        // One write: tests of several processes add to it at once.
-        summary.write_all(format!("{what}\n").as_bytes()).unwrap();
-    }
-}
-
 #[test]
 fn a_block_device_that_takes_no_writes_is_only_read() {
     let dir = Dir::new();
     let file = dir.raw("disk", &[1; 4096]);
     let (Some(fixed), Some(free)) = (LoopDevice::new(&["--read-only"], &file), LoopDevice::new(&[], &file)) else {
-        return skipped("a_block_device_that_takes_no_writes_is_only_read: loop devices can't be had here");
+        return testbed::skip("a_block_device_that_takes_no_writes_is_only_read", "loop devices can't be had here");
     };
     let text = refusal(&ImageSpec::new(&fixed.0));
     assert!(text.contains("or say readonly=on): "), "{text}");

@@ -316,6 +316,28 @@ fn refusals_name_the_file_the_reason_and_the_remedy() {
 }
 
 #[test]
+fn a_kernel_that_is_loaded_again_finds_the_processors_that_are_there_by_then() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = MemoryLayout::new(RAM).unwrap();
+    let mut plan = plan(dir.path(), &bzimage(&pattern(0x1000)), None, CMDLINE).unwrap();
+    let memory = TestMemory::new(RAM);
+    let mut flags = |absent: &[usize]| {
+        let absent = absent.iter().copied().collect();
+        let acpi =
+            AcpiConfig { apic_ids: vec![0, 1], absent, serial_ports: 1, keyboard: true, ..AcpiConfig::default() };
+        plan.describe(&layout, &acpi).unwrap();
+        memory.load(&plan).unwrap();
+        let facs = plan.waking_vector().unwrap() & !0xfff;
+        let tables = memory.bytes(facs, (layout.low_end() - facs) as usize);
+        let madt = tables.windows(4).position(|window| window == b"APIC").unwrap();
+        assert_eq!(tables[madt..madt + 64].iter().filter(|byte| **byte == 0xa5).count(), 0);
+        let local = |n: usize| u32::from_le_bytes(tables[madt + 44 + 8 * n + 4..][..4].try_into().unwrap());
+        (local(0), local(1))
+    };
+    assert_eq!((flags(&[]), flags(&[1]), flags(&[])), ((1, 1), (1, 2), (1, 1)));
+}
+
+#[test]
 fn firmware_of_a_wrong_size_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let code = dir.path().join("bios.bin");

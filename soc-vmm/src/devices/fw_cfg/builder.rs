@@ -80,9 +80,11 @@ impl Builder {
         self.item(key::RAM_SIZE, ram.to_le_bytes()).file("etc/e820", items::e820(map))
     }
 
-    /// The processors: how many start, and a number above every APIC ID.
-    pub fn cpus(self, count: u16, apic_id_limit: u16) -> Self {
-        self.item(key::CPUS, count.to_le_bytes()).item(key::MAX_CPUS, apic_id_limit.to_le_bytes())
+    /// The processors: how many start after a reset, and a number above every APIC ID.
+    pub fn cpus(mut self, count: impl Fn() -> u16 + Send + 'static, apic_id_limit: u16) -> Self {
+        let make: Make = Box::new(move || count().to_le_bytes().to_vec());
+        self.items.insert(key::CPUS, Item { bytes: vec![0; 2], origin: Origin::Made { make, made: false } });
+        self.item(key::MAX_CPUS, apic_id_limit.to_le_bytes())
     }
 
     /// NUMA nodes: the node of each APIC ID from 0 on, and the bytes of each node.

@@ -55,7 +55,7 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn new(fill: impl FnOnce(Builder) -> Builder) -> Self {
         let ram = Ram::new(0x10_0000);
-        let builder = FwCfg::builder(ram.clone()).memory(1 << 30, &[]).cpus(2, 2);
+        let builder = FwCfg::builder(ram.clone()).memory(1 << 30, &[]).cpus(|| 2, 2);
         Self { device: fill(builder).build().unwrap(), ram }
     }
 

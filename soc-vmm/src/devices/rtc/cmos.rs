@@ -48,14 +48,18 @@ impl Cmos {
         put(&mut bytes, [0x34, 0x35], (self.ram_below_4g.saturating_sub(16 * MIB) / (64 * KIB)).min(0xffff));
         // 64 KiB units above 4 GiB.
         put(&mut bytes, [0x5b, 0x5c, 0x5d], (self.ram_above_4g / (64 * KIB)).min(0xff_ffff));
-        // vCPUs beside the first; 0 where they don't fit.
-        bytes[0x5f] = u8::try_from(self.cpus.saturating_sub(1)).unwrap_or(0);
+        count_cpus(&mut bytes, self.cpus.into());
         let [first, second, third] = self.boot.map(|device| device.map_or(0, |device| device as u8));
         bytes[0x3d] = first | second << 4;
         // Bit 0: no test of the floppy's boot signature.
         bytes[0x38] = third << 4;
         bytes
     }
+}
+
+/// vCPUs beside the first; 0 where they don't fit.
+pub(super) fn count_cpus(bytes: &mut [u8; LEN], cpus: usize) {
+    bytes[0x5f] = u8::try_from(cpus.saturating_sub(1)).unwrap_or(0);
 }
 
 /// Puts `value`, little-endian, at `at`.

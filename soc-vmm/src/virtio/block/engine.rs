@@ -1,231 +1,376 @@
-//! What a disk does with its requests (virtio 1.2 §5.2.6): one after the other, in the order in which they came.
+//! What a disk does with its requests (virtio 1.2 §5.2.6): many at once, in whatever order they finish.
 
 use std::error::Error;
-use std::sync::Arc;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
-};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR};
 
-use super::{BlockConfig, MAX_RANGE, MAX_RANGES, SECTOR};
-use crate::block::{BlockBackend, BlockError};
+use super::handle::{DiskHandle, Shared};
+use super::policy::{DiskError, ErrorAction};
+use super::request::{Disk, Refusal, Request, Step};
+use super::{BlockConfig, SECTOR};
+use crate::block::{BlockError, BlockQueue, Buffer, Done, Job, Operation, open_queue};
 use crate::virtio::complaint::Complaints;
-use crate::virtio::{Chain, Engine, Lease, Queue, QueueError, Session, Wait};
+use crate::virtio::limit::Limiter;
+use crate::virtio::{Control, Engine, Queue, QueueError, Session, Wait};
 
-/// Bytes that are under way at once: larger requests go in parts.
-const BUFFER: usize = 256 << 10;
-/// How long a finished request may wait for the next one, to share its interrupt.
-const GATHER: Duration = Duration::from_micros(50);
-/// Bytes of a request's header, and of a range to discard or to zero.
-const HEADER: usize = 16;
+/// Requests under way at once. More wait in their queues.
+pub(super) const DEPTH: usize = 128;
+/// How long a finished request may wait for others, to share its interrupt.
+const GATHER: Duration = Duration::from_micros(100);
 
 /// A disk's engine.
 pub struct BlockEngine {
-    name: String,
-    backend: Arc<dyn BlockBackend>,
+    config: BlockConfig,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
-    chain: Chain,
-    buffer: Vec<u8>,
+    operations: Box<dyn BlockQueue>,
+    /// Of what is done, and of the handle's bell.
+    epoll: Epoll,
+    shared: Arc<Shared>,
+    limiter: Limiter,
     complaints: Complaints,
-}
-
-/// Why a request has no success.
-enum Failure {
-    /// The guest is told with this status.
-    Status(u32),
-    /// The queue is broken, or the session over.
-    Queue(QueueError),
+    /// Bytes of the disk as the guest was told.
+    told_size: u64,
+    /// The session that all below is of.
+    session: Weak<Control>,
+    requests: Vec<Request>,
+    /// Those that are none.
+    free: Vec<usize>,
+    /// How many the back end has.
+    under_way: usize,
+    /// One that its limit holds.
+    held: Option<usize>,
+    /// Those that wait for the VM to go on.
+    stopped: Vec<usize>,
+    /// Of each queue, the chains that were given back and not yet shown; all of them, and until when they may wait.
+    unshown: Vec<u32>,
+    all_unshown: usize,
+    show_by: Instant,
+    /// The queue that is looked at first.
+    turn: usize,
+    done: Vec<Done>,
 }
 
 impl BlockEngine {
     /// The engine of that disk.
-    pub fn new(disk: BlockConfig) -> Self {
+    ///
+    /// # Errors
+    /// This process can have no more descriptors.
+    pub fn new(config: BlockConfig) -> io::Result<Self> {
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
-        for (to, from) in serial.iter_mut().zip(disk.serial.bytes()) {
+        for (to, from) in serial.iter_mut().zip(config.serial.bytes()) {
             *to = from;
         }
-        Self {
-            name: disk.name,
-            backend: disk.backend,
+        let operations = open_queue(config.backend.clone(), config.aio, DEPTH)?;
+        let shared = Arc::new(Shared::new()?);
+        let now = (config.clock)();
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(operations.fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        epoll.add(&shared.bell, EpollEvent::new(EpollFlags::EPOLLIN, 1))?;
+        Ok(Self {
             serial,
-            chain: Chain::default(),
-            buffer: vec![0; BUFFER],
+            operations,
+            epoll,
+            shared,
+            limiter: Limiter::new(config.limits, now),
             complaints: Complaints::default(),
-        }
+            told_size: config.backend.size(),
+            session: Weak::new(),
+            requests: (0..DEPTH).map(|_| Request::default()).collect(),
+            free: Vec::with_capacity(DEPTH),
+            under_way: 0,
+            held: None,
+            stopped: Vec::with_capacity(DEPTH),
+            unshown: Vec::new(),
+            all_unshown: 0,
+            show_by: now,
+            turn: 0,
+            done: Vec::with_capacity(DEPTH),
+            config,
+        })
     }
 
-    /// Carries the chain's request out and writes its status; the bytes written, from the chain's front.
-    fn request(&mut self, lease: &Lease, write_through: bool) -> Result<u32, QueueError> {
-        if self.chain.readable() < HEADER as u64 {
-            return Err(QueueError::Broken("a request without a header"));
-        }
-        let status_at = self.chain.take_last_byte().ok_or(QueueError::Broken("a request without a status"))?;
-        let room = self.chain.writable();
-        let status = match self.carry_out(lease, write_through) {
-            Ok(()) => VIRTIO_BLK_S_OK,
-            Err(Failure::Status(status)) => status,
-            Err(Failure::Queue(error)) => return Err(error),
-        };
-        let written = room - self.chain.writable();
-        lease.write(status_at, &[status as u8])?;
-        // The status counts only where nothing before it is missing (§2.7.8.2).
-        Ok((written + u64::from(written == room)) as u32)
+    /// What the VM reaches the disk by.
+    pub fn handle(&self) -> DiskHandle {
+        DiskHandle { backend: self.config.backend.clone(), shared: self.shared.clone() }
     }
 
-    fn carry_out(&mut self, lease: &Lease, write_through: bool) -> Result<(), Failure> {
-        let mut header = [0; HEADER];
-        self.chain.read(lease, &mut header)?;
-        let (kind, _) = halves(&header[..8]);
-        let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
-        match kind {
-            VIRTIO_BLK_T_IN => return self.read(lease, sector),
-            VIRTIO_BLK_T_FLUSH => return self.flush(),
-            VIRTIO_BLK_T_GET_ID => {
-                let count = self.serial.len().min(self.chain.writable() as usize);
-                return Ok(self.chain.write(lease, &self.serial[..count])?);
+    /// Where a session is a new one, waits for what the one before left under way.
+    fn enter(&mut self, session: &Session) -> Result<(), QueueError> {
+        if std::ptr::eq(self.session.as_ptr(), &*session.control) {
+            return Ok(());
+        }
+        while self.under_way > 0 {
+            let handed_over = self.commit()?;
+            if !self.take() && !handed_over {
+                match poll(&mut [PollFd::new(self.operations.fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
+                    Ok(_) | Err(Errno::EINTR) => {}
+                    Err(errno) => return Err(QueueError::NoRoom(errno)),
+                }
             }
-            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {}
-            _ => return Err(Failure::Status(VIRTIO_BLK_S_UNSUPP)),
+            self.done.clear();
         }
-        if self.backend.is_read_only() {
-            return Err(Failure::Status(VIRTIO_BLK_S_IOERR));
-        }
-        if kind == VIRTIO_BLK_T_OUT {
-            self.write(lease, sector)?;
-        } else {
-            self.ranges(lease, kind == VIRTIO_BLK_T_DISCARD)?;
-        }
-        if write_through { self.flush() } else { Ok(()) }
-    }
-
-    fn read(&mut self, lease: &Lease, sector: u64) -> Result<(), Failure> {
-        let mut at = self.place(sector, self.chain.writable())?;
-        while self.chain.writable() > 0 {
-            let part = self.chain.writable().min(BUFFER as u64) as usize;
-            let bytes = &mut self.buffer[..part];
-            self.backend.read_at(bytes, at).map_err(|error| self.complaints.failed(&self.name, "read", &error))?;
-            self.chain.write(lease, bytes)?;
-            at += part as u64;
-        }
+        self.session = Arc::downgrade(&session.control);
+        self.free.clear();
+        self.free.extend(0..DEPTH);
+        // A guest that has another driver now may never need so much again.
+        self.requests.iter_mut().for_each(|request| request.buffer = Buffer::default());
+        (self.held, self.all_unshown) = (None, 0);
+        self.stopped.clear();
+        self.unshown.clear();
+        self.unshown.resize(session.queues.len(), 0);
         Ok(())
     }
 
-    fn write(&mut self, lease: &Lease, sector: u64) -> Result<(), Failure> {
-        let mut at = self.place(sector, self.chain.readable())?;
-        while self.chain.readable() > 0 {
-            let part = self.chain.readable().min(BUFFER as u64) as usize;
-            let bytes = &mut self.buffer[..part];
-            self.chain.read(lease, bytes)?;
-            self.backend.write_at(bytes, at).map_err(|error| self.complaints.failed(&self.name, "write", &error))?;
-            at += part as u64;
+    /// Does what the handle asks for.
+    fn obey(&mut self, session: &Session) {
+        self.shared.answer();
+        let size = self.config.backend.size();
+        if size != self.told_size {
+            self.told_size = size;
+            session.config.change(0, &(size / SECTOR).to_le_bytes());
         }
+        if self.shared.retry.swap(false, Acquire) {
+            while let Some(index) = self.stopped.pop() {
+                self.call(index);
+            }
+        }
+    }
+
+    /// Takes what has finished; whether that is anything.
+    fn take(&mut self) -> bool {
+        self.operations.take(&mut self.done);
+        self.under_way -= self.done.len();
+        !self.done.is_empty()
+    }
+
+    fn commit(&mut self) -> Result<bool, QueueError> {
+        let failed = |error: io::Error| QueueError::NoRoom(Errno::from_raw(error.raw_os_error().unwrap_or(0)));
+        let any = self.operations.commit().map_err(failed)?;
+        self.shared.counters.submissions.fetch_add(any.into(), Relaxed);
+        Ok(any)
+    }
+
+    /// Goes on with the requests whose calls are done.
+    fn collect(&mut self, session: &mut Session) -> Result<(), QueueError> {
+        if !self.take() {
+            return Ok(());
+        }
+        let mut all = std::mem::take(&mut self.done);
+        for Done { token, buffer, result } in all.drain(..) {
+            self.requests[token].buffer = buffer;
+            match result.map_err(|error| self.failed(token, &error)) {
+                Ok(()) | Err(ErrorAction::Ignore) => {}
+                Err(ErrorAction::Report) => {
+                    self.finish(token, VIRTIO_BLK_S_IOERR, session)?;
+                    continue;
+                }
+                Err(ErrorAction::Stop) => {
+                    self.stopped.push(token);
+                    continue;
+                }
+            }
+            let Some(queue) = queue_of(session, self.requests[token].queue) else { continue };
+            self.requests[token].succeeded(queue.lease())?;
+            self.go_on(token, session)?;
+        }
+        self.done = all;
         Ok(())
     }
 
-    fn flush(&mut self) -> Result<(), Failure> {
-        self.backend.flush().map_err(|error| self.complaints.failed(&self.name, "flush", &error))
+    /// Tells of an error; what is to be done about it.
+    fn failed(&mut self, index: usize, error: &BlockError) -> ErrorAction {
+        let request = &mut self.requests[index];
+        let call = request.call;
+        let causes = std::iter::successors(error.source(), |&cause| cause.source());
+        let text = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
+        self.complaints.say(&self.config.name, format_args!("can't {}: {text}", call.verb()));
+        self.shared.counters.errors.fetch_add(1, Relaxed);
+        let is_write = call.operation != Operation::Read;
+        let mut action = self.config.on_error.action(is_write, error);
+        match &self.config.listener {
+            // Nobody would make the VM go on.
+            None if action == ErrorAction::Stop => action = ErrorAction::Report,
+            None => {}
+            Some(listener) => listener.failed(DiskError {
+                disk: self.config.name.clone(),
+                is_write,
+                no_space: error.is_no_space(),
+                action,
+                reason: text,
+            }),
+        }
+        if action == ErrorAction::Ignore && !is_write {
+            // Nobody else's bytes.
+            request.buffer.front(call.len as usize).fill(0);
+        }
+        action
     }
 
-    /// Discards or zeroes ranges: all are looked at before the first is touched.
-    fn ranges(&mut self, lease: &Lease, discard: bool) -> Result<(), Failure> {
-        let len = self.chain.readable();
-        if len == 0 || !len.is_multiple_of(HEADER as u64) || len > u64::from(MAX_RANGES) * HEADER as u64 {
-            return Err(Failure::Status(VIRTIO_BLK_S_IOERR));
+    /// Takes chains while there is room for them, from the queues in turn.
+    fn admit(&mut self, session: &mut Session) -> Result<(), QueueError> {
+        if let Some(index) = self.held.take() {
+            self.pay(index, session)?;
         }
-        let mut bytes = [0; HEADER * MAX_RANGES as usize];
-        let bytes = &mut bytes[..len as usize];
-        self.chain.read(lease, bytes)?;
-        let known = if discard { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
-        let ranges = || bytes.as_chunks::<HEADER>().0.iter().map(Range::new);
-        for range in ranges() {
-            if range.flags & !known != 0 {
-                return Err(Failure::Status(VIRTIO_BLK_S_UNSUPP));
+        let count = session.queues.len();
+        self.turn = (self.turn + 1) % count.max(1);
+        let mut empty = 0;
+        for at in (self.turn..self.turn + count).cycle() {
+            if empty == count || !self.has_room() {
+                break;
             }
-            if range.sectors > MAX_RANGE {
-                return Err(Failure::Status(VIRTIO_BLK_S_IOERR));
-            }
-            self.place(range.sector, u64::from(range.sectors) * SECTOR)?;
-        }
-        for range in ranges() {
-            let (at, len) = (range.sector * SECTOR, u64::from(range.sectors) * SECTOR);
-            let (what, done) = if discard {
-                ("discard", self.backend.discard(at, len))
-            } else {
-                ("zero", self.backend.write_zeroes(at, len, range.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0))
+            let number = at % count;
+            let (Some(&index), Some(queue)) = (self.free.last(), queue_of(session, number)) else {
+                empty += 1;
+                continue;
             };
-            done.map_err(|error| self.complaints.failed(&self.name, what, &error))?;
+            let request = &mut self.requests[index];
+            if !queue.pop(&mut request.chain)? {
+                empty += 1;
+                continue;
+            }
+            empty = 0;
+            self.free.pop();
+            request.queue = number;
+            let disk = Disk {
+                size: self.config.backend.size(),
+                read_only: self.config.backend.is_read_only(),
+                serial: self.serial,
+            };
+            match request.begin(queue.lease(), &disk) {
+                Ok(()) => self.pay(index, session)?,
+                Err(Refusal::Status(status)) => self.finish(index, status, session)?,
+                Err(Refusal::Queue(error)) => return Err(error),
+            }
         }
         Ok(())
     }
 
-    /// The first byte of whole sectors that are all within the disk.
-    fn place(&self, sector: u64, len: u64) -> Result<u64, Failure> {
-        let at = sector.checked_mul(SECTOR).filter(|_| len.is_multiple_of(SECTOR));
-        at.filter(|at| at.checked_add(len).is_some_and(|end| end <= self.backend.size()))
-            .ok_or(Failure::Status(VIRTIO_BLK_S_IOERR))
+    /// Whether another chain may be taken.
+    fn has_room(&self) -> bool {
+        !self.free.is_empty() && self.held.is_none() && self.stopped.is_empty()
     }
 
-    /// Serves the chains that are there.
-    fn drain(&mut self, queue: &mut Queue, write_through: bool) -> Result<(), QueueError> {
-        let mut oldest = None;
-        while queue.pop(&mut self.chain)? {
-            let written = self.request(queue.lease(), write_through)?;
-            queue.push(self.chain.head(), written)?;
-            if oldest.get_or_insert_with(Instant::now).elapsed() >= GATHER {
+    /// Starts a request, or keeps it until its limit lets it go.
+    fn pay(&mut self, index: usize, session: &mut Session) -> Result<(), QueueError> {
+        if self.limiter.wait((self.config.clock)()).is_some() {
+            self.held = Some(index);
+            return Ok(());
+        }
+        self.limiter.take(1, self.requests[index].bytes());
+        self.go_on(index, session)
+    }
+
+    fn go_on(&mut self, index: usize, session: &mut Session) -> Result<(), QueueError> {
+        // Without flushes what is written must be durable at once (§5.2.6.2).
+        let through = !session.has(VIRTIO_BLK_F_FLUSH);
+        let request = &mut self.requests[index];
+        let Some(queue) = queue_of(session, request.queue) else { return Ok(()) };
+        match request.next(queue.lease(), through)? {
+            Step::Call => self.call(index),
+            Step::Finished(status) => self.finish(index, status, session)?,
+        }
+        Ok(())
+    }
+
+    /// Has the back end carry out what the request is at.
+    fn call(&mut self, index: usize) {
+        let request = &mut self.requests[index];
+        let super::request::Call { operation, offset, len } = request.call;
+        let buffer = std::mem::take(&mut request.buffer);
+        self.operations.add(Job { token: index, operation, offset, len, buffer });
+        self.under_way += 1;
+    }
+
+    /// Gives a request's chain back.
+    fn finish(&mut self, index: usize, status: u32, session: &mut Session) -> Result<(), QueueError> {
+        let request = &mut self.requests[index];
+        let Some(queue) = queue_of(session, request.queue) else { return Ok(()) };
+        let written = request.finish(queue.lease(), status)?;
+        queue.push(request.chain.head(), written)?;
+        self.unshown[request.queue] += 1;
+        if self.all_unshown == 0 {
+            self.show_by = (self.config.clock)() + GATHER;
+        }
+        self.all_unshown += 1;
+        self.free.push(index);
+        let moved = request.moved();
+        let counters = &self.shared.counters;
+        counters.requests.fetch_add(1, Relaxed);
+        counters.read.fetch_add(moved.0, Relaxed);
+        counters.written.fetch_add(moved.1, Relaxed);
+        Ok(())
+    }
+
+    /// Shows the driver what it is given back, if it is time: an interrupt is for a third of the requests, unless they take long.
+    fn show(&mut self, session: &mut Session) -> Result<(), QueueError> {
+        let enough = self.all_unshown * 3 >= self.all_unshown + self.under_way;
+        if self.all_unshown == 0 || !(enough || (self.config.clock)() >= self.show_by) {
+            return Ok(());
+        }
+        for (queue, unshown) in session.queues.iter_mut().zip(&mut self.unshown) {
+            if let Some(queue) = queue.as_mut().filter(|_| std::mem::take(unshown) > 0) {
                 queue.publish()?;
-                oldest = None;
+                self.shared.counters.publications.fetch_add(1, Relaxed);
             }
         }
-        queue.publish()
+        self.all_unshown = 0;
+        Ok(())
+    }
+
+    /// How long there may be nothing to do, if nothing happens.
+    fn patience(&mut self) -> Option<Duration> {
+        let now = (self.config.clock)();
+        let show = (self.all_unshown > 0).then(|| self.show_by.saturating_duration_since(now));
+        let held = self.held.map(|_| self.limiter.wait(now).unwrap_or_default());
+        show.into_iter().chain(held).min()
     }
 }
 
 impl Engine for BlockEngine {
     fn serve(&mut self, session: &mut Session) -> Result<Wait, QueueError> {
-        // Without flushes what is written must be durable at once (§5.2.6.2).
-        let write_through = !session.has(VIRTIO_BLK_F_FLUSH);
-        let Some(Some(queue)) = session.queues.first_mut() else { return Ok(Wait::KICKS) };
-        queue.hold_kicks()?;
-        self.drain(queue, write_through)?;
-        Ok(if queue.allow_kicks()? { Wait::NOTHING } else { Wait::KICKS })
+        self.enter(session)?;
+        self.obey(session);
+        for queue in session.queues.iter_mut().flatten() {
+            queue.hold_kicks()?;
+        }
+        loop {
+            self.collect(session)?;
+            self.admit(session)?;
+            let more = self.commit()?;
+            self.show(session)?;
+            if !more {
+                break;
+            }
+        }
+        if self.has_room() {
+            let mut more = false;
+            for queue in session.queues.iter_mut().flatten() {
+                more |= queue.allow_kicks()?;
+            }
+            if more {
+                return Ok(Wait { source: EpollFlags::EPOLLIN, timeout: Some(Duration::ZERO) });
+            }
+        }
+        Ok(Wait { source: EpollFlags::EPOLLIN, timeout: self.patience() })
+    }
+
+    fn is_ready(&mut self) -> Option<bool> {
+        Some(self.operations.has_done() || self.shared.is_asked())
+    }
+
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.epoll.0.as_fd())
     }
 }
 
-impl Complaints {
-    /// An error of the image, which the guest only sees as a status.
-    fn failed(&mut self, disk: &str, what: &str, error: &BlockError) -> Failure {
-        let causes = std::iter::successors(error.source(), |&cause| cause.source());
-        let text = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
-        self.say(disk, format_args!("can't {what}: {text}"));
-        Failure::Status(VIRTIO_BLK_S_IOERR)
-    }
-}
-
-impl From<QueueError> for Failure {
-    fn from(error: QueueError) -> Self {
-        Self::Queue(error)
-    }
-}
-
-/// A range to discard or to zero.
-struct Range {
-    sector: u64,
-    sectors: u32,
-    flags: u32,
-}
-
-impl Range {
-    fn new(bytes: &[u8; HEADER]) -> Self {
-        let (sectors, flags) = halves(&bytes[8..]);
-        Self { sector: u64::from_le_bytes(*bytes.first_chunk().expect("8 of 16")), sectors, flags }
-    }
-}
-
-/// The two little-endian numbers of 4 bytes in the first 8 of `bytes`.
-fn halves(bytes: &[u8]) -> (u32, u32) {
-    let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
-    (word(0), word(4))
+fn queue_of(session: &mut Session, index: usize) -> Option<&mut Queue> {
+    session.queues.get_mut(index)?.as_mut()
 }

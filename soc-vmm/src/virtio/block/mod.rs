@@ -1,31 +1,48 @@
 //! virtio-blk (virtio 1.2 §5.2).
+//!
+//! One thread serves all of a disk's queues. It hands requests to the image's [`crate::block::BlockQueue`] and sleeps; buffers go with
+//! them, so that guest memory is touched by this thread alone, and only while the session lasts.
+//!
+//! VIRTIO_BLK_F_CONFIG_WCE isn't offered: a driver that could turn the cache off would gain nothing over `cache=writethrough`, where
+//! VIRTIO_BLK_F_FLUSH isn't offered either, which tells a driver that what it has written is durable (§5.2.6.2).
 
 mod engine;
+mod handle;
+mod policy;
+mod request;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use engine::BlockEngine;
+pub use handle::{BlockCounters, DiskHandle};
+pub use policy::{DiskError, DiskErrorListener, ErrorAction, ErrorPolicy, OnError};
 
 use super::Plumbing;
+use super::limit::{Clock, RateLimits};
 use super::pci::{Model, VirtioPci};
-use crate::block::BlockBackend;
+use crate::block::{Aio, BlockBackend};
 use crate::pci::PciFunction;
 
 /// Bytes of a sector, which is what the device counts in.
 pub const SECTOR: u64 = 512;
-/// Entries of the queue.
+/// Entries of a queue.
 pub const QUEUE_SIZE: u16 = 256;
+/// Queues at most.
+pub const MAX_QUEUES: u16 = 64;
 /// Sectors of one range to discard or to zero, at most: 1 GiB, so that the device answers a reset before long.
 const MAX_RANGE: u32 = 1 << 21;
 /// Ranges of one request, at most.
 const MAX_RANGES: u32 = 32;
+/// Sectors, as a power of two, of what is best written as a whole: 4 KiB, a page of any cache and a block of most file systems.
+const PHYSICAL_EXPONENT: u8 = 3;
 
 /// A disk.
 pub struct BlockConfig {
@@ -35,6 +52,38 @@ pub struct BlockConfig {
     pub backend: Arc<dyn BlockBackend>,
     /// What the guest sees as its serial number: the first 20 bytes.
     pub serial: String,
+    /// How its back end is asked.
+    pub aio: Aio,
+    /// Queues, from 1 to [`MAX_QUEUES`].
+    pub queues: u16,
+    /// The guest is told that what it writes is durable after a flush; else it is before the write is over.
+    pub write_cache: bool,
+    /// What it may do in a time.
+    pub limits: RateLimits,
+    /// What errors come to.
+    pub on_error: ErrorPolicy,
+    /// Who hears of them. Without anyone a VM is never stopped: the guest is told instead.
+    pub listener: Option<Arc<dyn DiskErrorListener>>,
+    /// By what its limits are measured.
+    pub clock: Clock,
+}
+
+impl BlockConfig {
+    /// A disk with one queue, a write cache and no limits.
+    pub fn new(name: impl Into<String>, backend: Arc<dyn BlockBackend>, serial: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            backend,
+            serial: serial.into(),
+            aio: Aio::default(),
+            queues: 1,
+            write_cache: true,
+            limits: RateLimits::default(),
+            on_error: ErrorPolicy::default(),
+            listener: None,
+            clock: Arc::new(Instant::now),
+        }
+    }
 }
 
 /// A disk as a PCI function.
@@ -42,9 +91,26 @@ pub struct BlockConfig {
 /// # Errors
 /// This process can have no more threads or descriptors.
 pub fn new(disk: BlockConfig, plumbing: Plumbing<'_>) -> io::Result<Box<dyn PciFunction>> {
-    let read_only = disk.backend.is_read_only();
-    let mut features = [VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH].to_vec();
-    if read_only {
+    new_with_handle(disk, plumbing).map(|(function, _)| function)
+}
+
+/// The same, and what the VM reaches the disk by afterwards.
+///
+/// # Errors
+/// As [`new`].
+pub fn new_with_handle(
+    mut disk: BlockConfig,
+    plumbing: Plumbing<'_>,
+) -> io::Result<(Box<dyn PciFunction>, DiskHandle)> {
+    disk.queues = disk.queues.clamp(1, MAX_QUEUES);
+    let mut features = [VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_TOPOLOGY].to_vec();
+    if disk.write_cache {
+        features.push(VIRTIO_BLK_F_FLUSH);
+    }
+    if disk.queues > 1 {
+        features.push(VIRTIO_BLK_F_MQ);
+    }
+    if disk.backend.is_read_only() {
         features.push(VIRTIO_BLK_F_RO);
     } else {
         features.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
@@ -54,22 +120,26 @@ pub fn new(disk: BlockConfig, plumbing: Plumbing<'_>) -> io::Result<Box<dyn PciF
         kind: VIRTIO_ID_BLOCK,
         class: 0x01_0000,
         features: features.iter().fold(0, |features, bit| features | 1 << bit),
-        queues: vec![QUEUE_SIZE],
-        config: config(disk.backend.size() / SECTOR),
+        queues: vec![QUEUE_SIZE; disk.queues.into()],
+        config: config(disk.backend.size() / SECTOR, disk.queues),
     };
-    let engine = BlockEngine::new(disk);
-    Ok(Box::new(VirtioPci::new(model, Box::new(engine), plumbing)?))
+    let engine = BlockEngine::new(disk)?;
+    let handle = engine.handle();
+    Ok((Box::new(VirtioPci::new(model, Box::new(engine), plumbing)?), handle))
 }
 
 /// The configuration (§5.2.4).
-fn config(sectors: u64) -> Vec<u8> {
+fn config(sectors: u64, queues: u16) -> Vec<u8> {
     let mut config = vec![0; 60];
     let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, &sectors.to_le_bytes());
     // Segments of a request: header and status have a descriptor each.
     put(12, &u32::from(QUEUE_SIZE - 2).to_le_bytes());
     put(20, &(SECTOR as u32).to_le_bytes());
-    put(34, &1u16.to_le_bytes());
+    // Topology: the physical block, where the first one begins, the least and the best to write at once.
+    put(24, &[PHYSICAL_EXPONENT, 0]);
+    put(26, &(1u16 << PHYSICAL_EXPONENT).to_le_bytes());
+    put(34, &queues.to_le_bytes());
     // Discard: sectors of a range, ranges, alignment.
     put(36, &MAX_RANGE.to_le_bytes());
     put(40, &MAX_RANGES.to_le_bytes());

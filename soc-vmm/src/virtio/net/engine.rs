@@ -1,255 +1,202 @@
-//! What an interface does with its queues (virtio 1.2 §5.1.6). Nothing here waits for the peer or for the guest: what has no room is
-//! dropped and counted, as a network does.
+//! What an interface does from DRIVER_OK to the next reset: its control queue, then its pairs of queues in turn.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use nix::sys::epoll::EpollFlags;
-use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
+};
 
-use super::{NetConfig, NetCounters, RECEIVE, STATUS, TRANSMIT};
-use crate::net::{MAX_FRAME, NetBackend, NetError};
-use crate::virtio::session::Config;
-use crate::virtio::{Chain, Engine, Queue, QueueError, Session, Wait};
-
-/// Bytes before each frame (§5.1.6.1).
-const HEADER: usize = 12;
-/// Frames of each direction before the other one has its turn.
-const TURN: usize = 64;
-/// Buffers over which a frame may be spread.
-const MAX_MERGED: usize = 64;
-/// How long a frame waits for a buffer of the guest's.
-const PATIENCE: Duration = Duration::from_millis(100);
+use super::control::Said;
+use super::features::Features;
+use super::pair::{Pair, Round, Scratch};
+use super::poller::Poller;
+use super::{NetConfig, NetCounters, NetLink, STATUS};
+use crate::virtio::complaint::Rarely;
+use crate::virtio::limit::Clock;
+use crate::virtio::session::Control;
+use crate::virtio::{Engine, QueueError, Session, Wait};
 
 /// An interface's engine.
 pub struct NetEngine {
     name: String,
-    backend: Box<dyn NetBackend>,
+    mac: [u8; 6],
     counters: Arc<NetCounters>,
-    /// The peer is there.
-    up: bool,
-    buffers: Buffers,
-    frame: Vec<u8>,
-    starved: Starved,
+    link: Arc<NetLink>,
+    clock: Clock,
+    pairs: Vec<Pair>,
+    /// What waits for the link and for the networks of all pairs.
+    poller: Poller,
+    scratch: Scratch,
+    /// What the driver of this session has said.
+    said: Said,
+    session: Weak<Control>,
+    /// The status that the guest finds in the configuration.
+    shown: u16,
+    /// Of a peer that comes and goes.
+    losses: Rarely,
 }
-
-/// Whether the guest has buffers for what comes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Starved {
-    /// It had one for the last frame.
-    No,
-    /// A frame waits since then.
-    Since(Instant),
-    /// It was waited for in vain: frames are dropped until there are buffers.
-    Dropping,
-}
-
-/// What became of a frame for the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Delivery {
-    Done,
-    /// There are no more buffers.
-    NoBuffers,
-    /// It is too long for the buffers that the guest gives.
-    TooLong,
-}
-
-/// Chains that are reused.
-#[derive(Default)]
-struct Buffers(Vec<Chain>);
 
 impl NetEngine {
     /// The engine of that interface.
-    pub fn new(interface: NetConfig) -> Self {
-        Self {
-            name: interface.name,
-            backend: interface.backend,
-            counters: interface.counters,
-            up: true,
-            buffers: Buffers(vec![Chain::default()]),
-            frame: vec![0; MAX_FRAME],
-            starved: Starved::No,
+    ///
+    /// # Errors
+    /// There is no more room for descriptors in this process.
+    pub fn new(interface: NetConfig) -> nix::Result<Self> {
+        Self::with_clock(interface, Arc::new(Instant::now))
+    }
+
+    /// The same with a clock of the caller's.
+    ///
+    /// # Errors
+    /// As [`NetEngine::new`].
+    pub fn with_clock(interface: NetConfig, clock: Clock) -> nix::Result<Self> {
+        let NetConfig { name, backends, mac, limits, link, counters, .. } = interface;
+        let now = clock();
+        let pairs: Vec<Pair> = backends.into_iter().map(|backend| Pair::new(backend, limits, now)).collect();
+        Ok(Self {
+            name,
+            mac,
+            counters,
+            poller: Poller::new(link.bell(), pairs.len())?,
+            link,
+            clock,
+            said: Said::new(Features::default(), pairs.len(), mac),
+            pairs,
+            scratch: Scratch::new(),
+            session: Weak::new(),
+            shown: VIRTIO_NET_S_LINK_UP as u16,
+            losses: Rarely::default(),
+        })
+    }
+
+    /// A driver is there that has said nothing yet.
+    fn begin(&mut self, session: &Session, now: Instant) {
+        self.session = Arc::downgrade(&session.control);
+        self.said = Said::new(Features(session.features), self.pairs.len(), self.mac);
+        self.pairs.iter_mut().for_each(Pair::restart);
+        self.configure(now);
+    }
+
+    /// Makes the network what the driver has said.
+    fn configure(&mut self, now: Instant) {
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            pair.configure(index < self.said.active, self.said.guest, now);
         }
     }
 
-    /// Sends what the guest has; whether there is more.
-    fn transmit(&mut self, queue: &mut Queue, config: &Config) -> Result<bool, QueueError> {
-        queue.hold_kicks()?;
-        for _ in 0..TURN {
-            let chain = &mut self.buffers.0[0];
-            if !queue.pop(chain)? {
-                queue.publish()?;
-                return queue.allow_kicks();
+    /// Obeys the control queue; whether there is more in it.
+    fn listen(&mut self, session: &mut Session, now: Instant) -> Result<bool, QueueError> {
+        let Some(Some(queue)) = session.queues.get_mut(self.said.control_queue()) else { return Ok(false) };
+        let before = (self.said.active, self.said.guest);
+        let more = self.said.listen(queue, &mut self.scratch.chains[0]);
+        if before != (self.said.active, self.said.guest) {
+            self.configure(now);
+        }
+        more
+    }
+
+    /// Looks for peers that went.
+    fn look(&mut self, now: Instant) -> Result<(), QueueError> {
+        let (active, guest) = (self.said.active, self.said.guest);
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            // Its descriptor may become another one.
+            if !pair.is_connected() {
+                let fd = pair.backend.fd();
+                self.poller.watch(index, fd, EpollFlags::empty()).map_err(QueueError::NoRoom)?;
             }
-            let frame = read_frame(chain, queue, &mut self.frame)?;
-            let head = chain.head();
-            let sent = match frame {
-                Some(len) if self.up => match self.backend.send(&self.frame[..len]) {
-                    Ok(sent) => sent,
-                    Err(error) => self.lost(&error, config),
-                },
-                _ => false,
-            };
-            NetCounters::add(if sent { &self.counters.sent } else { &self.counters.unsent });
-            queue.push(head, 0)?;
-        }
-        queue.publish()?;
-        Ok(true)
-    }
-
-    /// Hands the guest what came; whether there is more.
-    fn receive(&mut self, queue: &mut Queue, mergeable: bool, config: &Config) -> Result<bool, QueueError> {
-        if !self.up {
-            return Ok(false);
-        }
-        if self.starved == Starved::No {
-            queue.hold_kicks()?;
-        }
-        for _ in 0..TURN {
-            let delivery = match self.backend.receive() {
-                Ok(Some(frame)) => self.buffers.deliver(queue, frame, mergeable)?,
-                Ok(None) => {
-                    queue.publish()?;
-                    return Ok(false);
-                }
-                Err(error) => {
-                    self.lost(&error, config);
-                    queue.publish()?;
-                    return Ok(false);
-                }
-            };
-            match (delivery, self.starved) {
-                (Delivery::Done, _) => {
-                    self.starved = Starved::No;
-                    NetCounters::add(&self.counters.received);
-                }
-                (Delivery::NoBuffers, starved) => {
-                    queue.publish()?;
-                    if queue.allow_kicks()? {
-                        continue;
-                    }
-                    let over = match starved {
-                        Starved::No => {
-                            self.starved = Starved::Since(Instant::now());
-                            false
-                        }
-                        Starved::Since(since) => since.elapsed() >= PATIENCE,
-                        Starved::Dropping => true,
-                    };
-                    if !over {
-                        return Ok(false);
-                    }
-                    self.starved = Starved::Dropping;
-                    NetCounters::add(&self.counters.unreceived);
-                }
-                (Delivery::TooLong, _) => NetCounters::add(&self.counters.unreceived),
+            if pair.begin(now) {
+                tracing::info!("virtio-net {}: {}: it is there again; the link is up", self.name, pair.backend.name());
+                pair.configure(index < active, guest, now);
             }
-            self.backend.consume();
         }
-        queue.publish()?;
-        Ok(true)
+        Ok(())
     }
 
-    /// The network is gone: the guest sees the link go down. False, for nothing was sent.
-    fn lost(&mut self, error: &NetError, config: &Config) -> bool {
-        if std::mem::take(&mut self.up) {
-            tracing::warn!("virtio-net {}: {}: {error}; the link is down", self.name, self.backend.name());
-            config.change(STATUS, &0u16.to_le_bytes());
-        }
-        false
-    }
-
-    fn wait(&self) -> Wait {
-        if !self.up {
-            return Wait::KICKS;
-        }
-        match self.starved {
-            // The frame that waits is behind what the source would tell.
-            Starved::Since(since) => {
-                Wait { source: self.backend.sending(), timeout: Some(PATIENCE.saturating_sub(since.elapsed())) }
+    /// Says in the log what became of the network, in one line however many queues notice.
+    fn tell(&mut self, was_connected: bool, now: Instant) {
+        for pair in &mut self.pairs {
+            if let Some(error) = pair.take_news().filter(|_| was_connected) {
+                let again = match pair.backend.retry_after() {
+                    Some(time) => format!(", and it is looked for every {time:?}"),
+                    None => String::new(),
+                };
+                let (name, backend) = (&self.name, pair.backend.name());
+                self.losses.say(now, format_args!("virtio-net {name}: {backend}: {error}; the link is down{again}"));
+                break;
             }
-            _ => Wait { source: self.backend.sending() | EpollFlags::EPOLLIN, timeout: None },
         }
+        self.pairs.iter_mut().for_each(|pair| drop(pair.take_news()));
+    }
+
+    fn is_connected(&self) -> bool {
+        self.pairs.iter().all(Pair::is_connected)
+    }
+
+    /// Shows the guest the link's status, where it is another one (virtio 1.2 §5.1.4).
+    fn show(&mut self, session: &Session) {
+        let up = self.link.is_up() && self.is_connected();
+        let bits = [(up, VIRTIO_NET_S_LINK_UP), (self.said.announcing, VIRTIO_NET_S_ANNOUNCE)];
+        let status = bits.into_iter().fold(0, |status, (on, bit)| if on { status | bit as u16 } else { status });
+        if std::mem::replace(&mut self.shown, status) != status {
+            session.config.change(STATUS, &status.to_le_bytes());
+        }
+    }
+
+    /// What to wait for.
+    fn wait(&mut self) -> Result<Wait, QueueError> {
+        let mut timeout = None;
+        for (index, pair) in self.pairs.iter().enumerate() {
+            let (flags, time) = pair.wait();
+            self.poller.watch(index, pair.backend.fd(), flags).map_err(QueueError::NoRoom)?;
+            timeout = timeout.into_iter().chain(time).min();
+        }
+        Ok(Wait { source: EpollFlags::EPOLLIN, timeout })
     }
 }
 
 impl Engine for NetEngine {
     fn serve(&mut self, session: &mut Session) -> Result<Wait, QueueError> {
-        let mergeable = session.has(VIRTIO_NET_F_MRG_RXBUF);
-        if self.up
-            && let Err(error) = self.backend.flush()
-        {
-            self.lost(&error, &session.config);
+        let now = (self.clock)();
+        let was_connected = self.is_connected();
+        if self.session.as_ptr() != Arc::as_ptr(&session.control) {
+            self.begin(session, now);
         }
-        let mut more = false;
-        if let Some(Some(queue)) = session.queues.get_mut(TRANSMIT) {
-            more |= self.transmit(queue, &session.config)?;
+        self.link.silence();
+        if self.link.take_announcement() && self.said.features.controls(VIRTIO_NET_F_GUEST_ANNOUNCE) {
+            self.said.announcing = true;
         }
-        match session.queues.get_mut(RECEIVE) {
-            Some(Some(queue)) => more |= self.receive(queue, mergeable, &session.config)?,
-            // Nobody takes what comes.
-            _ => return Ok(if more { Wait::NOTHING } else { Wait { source: self.backend.sending(), timeout: None } }),
+        let mut more = self.listen(session, now)?;
+        self.look(now)?;
+        let was_connected = was_connected || self.is_connected();
+        let mut round = Round {
+            now,
+            plugged: self.link.is_up(),
+            mergeable: session.has(VIRTIO_NET_F_MRG_RXBUF),
+            host: self.said.features.host_offloads(),
+            filter: &self.said.filter,
+            counters: &self.counters,
+            scratch: &mut self.scratch,
+        };
+        for (pair, queues) in self.pairs[..self.said.active].iter_mut().zip(session.queues.chunks_mut(2)) {
+            let [receive, transmit] = queues else { break };
+            pair.flush(now);
+            if let Some(queue) = transmit {
+                more |= pair.transmit(queue, &mut round)?;
+            }
+            // Without it nobody takes what comes.
+            if let Some(queue) = receive {
+                more |= pair.receive(queue, &mut round)?;
+            }
         }
-        Ok(if more { Wait::NOTHING } else { self.wait() })
+        self.tell(was_connected, now);
+        self.show(session);
+        if more { Ok(Wait::NOTHING) } else { self.wait() }
     }
 
     fn source(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.backend.fd())
-    }
-}
-
-/// Copies a frame out of its chain; its length, or none where it is no frame.
-fn read_frame(chain: &mut Chain, queue: &Queue, frame: &mut [u8]) -> Result<Option<usize>, QueueError> {
-    let mut header = [0; HEADER];
-    if chain.readable() < HEADER as u64 {
-        return Err(QueueError::Broken("a frame without a header"));
-    }
-    chain.read(queue.lease(), &mut header)?;
-    let len = chain.readable() as usize;
-    // Without offloads there is nothing to be done to a frame: neither flags nor segmentation.
-    if !(1..=frame.len()).contains(&len) || header[..2] != [0, 0] {
-        return Ok(None);
-    }
-    chain.read(queue.lease(), &mut frame[..len])?;
-    Ok(Some(len))
-}
-
-impl Buffers {
-    /// Writes a frame into the next buffer, or over as many as it takes.
-    fn deliver(&mut self, queue: &mut Queue, frame: &[u8], mergeable: bool) -> Result<Delivery, QueueError> {
-        let needed = (HEADER + frame.len()) as u64;
-        let most = if mergeable { MAX_MERGED } else { 1 };
-        let (mut count, mut room) = (0, 0);
-        while room < needed {
-            if count == most {
-                queue.put_back(count as u16);
-                return Ok(Delivery::TooLong);
-            }
-            if count == self.0.len() {
-                self.0.push(Chain::default());
-            }
-            let chain = &mut self.0[count];
-            if !queue.pop(chain)? {
-                queue.put_back(count as u16);
-                return Ok(Delivery::NoBuffers);
-            }
-            if chain.readable() > 0 || chain.writable() < HEADER as u64 {
-                return Err(QueueError::Broken("a buffer for frames that can't hold a header"));
-            }
-            room += chain.writable();
-            count += 1;
-        }
-        let mut header = [0; HEADER];
-        header[10..].copy_from_slice(&(count as u16).to_le_bytes());
-        self.0[0].write(queue.lease(), &header)?;
-        let mut rest = frame;
-        for (index, chain) in self.0[..count].iter_mut().enumerate() {
-            let (now, later) = rest.split_at(rest.len().min(chain.writable() as usize));
-            chain.write(queue.lease(), now)?;
-            rest = later;
-            queue.push(chain.head(), (now.len() + if index == 0 { HEADER } else { 0 }) as u32)?;
-        }
-        Ok(Delivery::Done)
+        Some(self.poller.fd())
     }
 }

@@ -73,6 +73,7 @@ fuzz_target!(|input: Input<'_>| {
         path: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
         format: Some(if input.raw { ImageFormat::Raw } else { ImageFormat::Qcow2 }),
         read_only: input.read_only,
+        direct: false,
     };
     let image = match block::open(&spec) {
         Ok(image) => image,

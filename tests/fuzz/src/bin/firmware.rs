@@ -10,7 +10,8 @@ use soc_vmm::acpi::{self, AcpiConfig, PciConfig};
 use soc_vmm::bus::{Access, Answer, Bus, Deferred, Device, LateAnswer, RequestId, Ticket, Wake};
 use soc_vmm::devices::fw_cfg::key;
 use soc_vmm::devices::{
-    AcpiPm, EjectSink, FwCfg, PCI_HOTPLUG_SLOTS, PciHotplug, Persist, PmTimerWidth, Pvpanic, SystemClock,
+    AcpiPm, CpuHotplug, CpuHotplugHandle, CpuReport, CpuSink, EjectSink, FwCfg, PCI_HOTPLUG_SLOTS, PciHotplug, Persist,
+    PmTimerWidth, Pvpanic, SystemClock,
 };
 use soc_vmm::flash::{Bank, Flash, FlashMemory, SECTOR};
 use soc_vmm::interrupt::{InterruptLine, LineSink};
@@ -20,6 +21,8 @@ use soc_vmm::power::{CrashEvent, CrashSink, PowerEvent, PowerSink};
 const RAM: usize = 1 << 16;
 const VARIABLES: usize = 2 * SECTOR as usize;
 const CODE: usize = SECTOR as usize;
+/// Of the processors that there can be; the first is there from the start.
+const APIC_IDS: [u32; 4] = [0, 1, 4, 0x100];
 
 #[derive(Arbitrary, Debug)]
 enum Step<'a> {
@@ -59,6 +62,10 @@ enum Step<'a> {
     },
     Inserted(u16),
     AskToEject(u16),
+    InsertCpu(u8),
+    AskOutCpu(u8),
+    /// What was ejected is parked.
+    ParkCpus,
     SaveAndRestore,
 }
 
@@ -138,6 +145,14 @@ impl EjectSink for World {
     }
 }
 
+impl CpuSink for World {
+    fn ejected(&self) {}
+
+    fn reported(&self, report: CpuReport) {
+        assert!(report.cpu < APIC_IDS.len());
+    }
+}
+
 impl LineSink for World {
     fn set_level(&self, _: u32, _: bool) {}
 }
@@ -155,7 +170,6 @@ fuzz_target!(|steps: Vec<Step<'_>>| {
     world.ram.lock().expect("nobody panicked").resize(RAM, 0);
     *world.arrays.lock().expect("nobody panicked") = vec![(vec![0xff; VARIABLES], true), (vec![0; CODE], true)];
     let ecam = Arc::new(Mutex::new(None));
-    let fw_cfg = Arc::new(Mutex::new(fw_cfg(&world, &ecam)));
     let banks = vec![
         Bank { base: 0xffff_0000, bytes: vec![0xff; VARIABLES], read_only: false, store: None },
         Bank { base: 0xffff_f000, bytes: (0..CODE).map(|at| at as u8).collect(), read_only: true, store: None },
@@ -165,21 +179,26 @@ fuzz_target!(|steps: Vec<Step<'_>>| {
     let line = InterruptLine::new(9, world.clone());
     let clock = Arc::new(SystemClock);
     let (_, acpi) = AcpiPm::new(1, PmTimerWidth::Bits32, clock, line, world.clone(), world.clone());
-    let (hotplug, slots) = PciHotplug::new(acpi, world.clone());
+    let (hotplug, slots) = PciHotplug::new(acpi.clone(), world.clone());
+    let (processors, cpus) = CpuHotplug::new(acpi, APIC_IDS.to_vec(), 1, world.clone());
+    let processors = Arc::new(Mutex::new(processors));
     let hotplug = Arc::new(Mutex::new(hotplug));
+    let fw_cfg = Arc::new(Mutex::new(fw_cfg(&world, &ecam, &cpus)));
     let mut ports = Bus::default();
     ports.insert(FwCfg::RANGES.ports, Box::new(fw_cfg.clone())).expect("it is free");
     ports.insert(Pvpanic::RANGES.ports, Box::new(Pvpanic::new(world.clone()))).expect("it is free");
     ports.insert(PciHotplug::RANGES.ports, Box::new(hotplug.clone())).expect("it is free");
+    ports.insert(CpuHotplug::RANGES.ports, Box::new(processors.clone())).expect("it is free");
 
     let (mut resets, first) = (0, lengths(&fw_cfg));
     for step in steps.into_iter().take(200) {
         match step {
             Step::Port { at, len, data } => {
                 // Behind the ports of fw_cfg those of hot-plug, and pvpanic's.
-                let at = match at % 32 {
+                let at = match at % 48 {
                     at @ 0..12 => 0x510 + u64::from(at),
                     at @ 12..28 => 0xcc0 + u64::from(at) - 12,
+                    at @ 28..40 => 0xcd8 + u64::from(at) - 28,
                     _ => 0x505,
                 };
                 port(&mut ports, at, len, data);
@@ -209,6 +228,7 @@ fuzz_target!(|steps: Vec<Step<'_>>| {
             }
             Step::Reset { ecam: to } => {
                 *ecam.lock().expect("nobody panicked") = to;
+                cpus.start_anew();
                 flash.reset();
                 ports.reset();
                 resets += 1;
@@ -216,6 +236,9 @@ fuzz_target!(|steps: Vec<Step<'_>>| {
             }
             Step::Inserted(slot) => slots.inserted(slot.into()),
             Step::AskToEject(slot) => slots.ask_to_eject(slot.into()),
+            Step::InsertCpu(cpu) => drop(cpus.insert(cpu.into())),
+            Step::AskOutCpu(cpu) => drop(cpus.ask_out(cpu.into())),
+            Step::ParkCpus => cpus.ejected().into_iter().for_each(|cpu| cpus.gone(cpu)),
             Step::SaveAndRestore => {
                 let mut device = fw_cfg.lock().expect("nobody panicked");
                 let state = device.save();
@@ -224,8 +247,12 @@ fuzz_target!(|steps: Vec<Step<'_>>| {
                 let mut device = hotplug.lock().expect("nobody panicked");
                 let state = device.save();
                 device.restore(&state).expect("a state of its own");
+                let mut device = processors.lock().expect("nobody panicked");
+                let state = device.save();
+                device.restore(&state).expect("a state of its own");
             }
         }
+        assert_eq!(cpus.present().first(), Some(&0), "the first processor stays");
     }
     flash.reset();
     assert_eq!(lengths(&fw_cfg), first, "the directory told them");
@@ -234,7 +261,7 @@ fuzz_target!(|steps: Vec<Step<'_>>| {
     assert!(arrays[1].0.iter().enumerate().all(|(at, byte)| *byte == at as u8), "code stays as it is");
 });
 
-fn fw_cfg(world: &Arc<World>, ecam: &Arc<Mutex<Option<(u64, u64)>>>) -> FwCfg {
+fn fw_cfg(world: &Arc<World>, ecam: &Arc<Mutex<Option<(u64, u64)>>>, cpus: &CpuHotplugHandle) -> FwCfg {
     let pci = PciConfig {
         low_end: 1 << 31,
         high_end: 1 << 33,
@@ -243,11 +270,16 @@ fn fw_cfg(world: &Arc<World>, ecam: &Arc<Mutex<Option<(u64, u64)>>>) -> FwCfg {
         ports: Vec::new(),
         hotplug: acpi::Hotplug::Acpi,
     };
-    let config = AcpiConfig { apic_ids: vec![0, 1], pci: Some(pci), ..AcpiConfig::default() };
-    let ecam = ecam.clone();
-    let builder = FwCfg::builder(world.clone()).file("opt/fixed", [1, 2, 3]).writable("opt/writable", [0; 100]);
-    let builder = acpi::add_files(builder, &config, move || *ecam.lock().expect("nobody panicked"));
-    builder.expect("two processors").build().expect("the names are short")
+    let config = AcpiConfig { apic_ids: APIC_IDS.to_vec(), pci: Some(pci), ..AcpiConfig::default() };
+    let (ecam, now) = (ecam.clone(), cpus.clone());
+    let update = move |config: &mut AcpiConfig| {
+        config.pci.as_mut().expect("there is PCI").ecam = *ecam.lock().expect("nobody panicked");
+        config.absent = (1..APIC_IDS.len()).filter(|cpu| !now.present().contains(cpu)).collect();
+    };
+    let cpus = cpus.clone();
+    let builder = FwCfg::builder(world.clone()).cpus(move || cpus.present().len() as u16, 0x101);
+    let builder = builder.file("opt/fixed", [1, 2, 3]).writable("opt/writable", [0; 100]);
+    acpi::add_files(builder, &config, update).expect("four processors").build().expect("the names are short")
 }
 
 fn lengths(device: &Mutex<FwCfg>) -> Vec<Option<usize>> {

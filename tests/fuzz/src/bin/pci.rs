@@ -11,7 +11,7 @@ use soc_vmm::devices::{AcpiPm, PmTimerWidth, SystemClock};
 use soc_vmm::interrupt::{InterruptLine, LineSink, Message, MessageRoute, MessageSink};
 use soc_vmm::pci::{
     Apertures, Bar, ConfigSpace, Fabric, FabricSide, Identity, LPC, LpcBridge, MemoryView, Msix, MsixLayout, NodeId,
-    PciFunction, Pirqs, Platform, RootPort, Space, Window,
+    PciFunction, Pirqs, Platform, PlugError, Requester, RootPort, Signal, Space, Window,
 };
 use soc_vmm::power::{PowerEvent, PowerSink};
 
@@ -97,6 +97,8 @@ impl Platform for Around {
         assert!(windows.iter().all(|w| w.len != 0 && w.base.checked_add(w.len - 1).is_some()));
         *self.0.lock().expect("no panic under the lock") = windows.to_vec();
     }
+
+    fn signal(&self, _: &[Signal]) {}
 }
 
 /// An endpoint with a window of each kind.
@@ -159,7 +161,6 @@ struct Machine {
     sides: [FabricSide; 2],
     around: Arc<Around>,
     port: NodeId,
-    device: Option<NodeId>,
     late: mpsc::Sender<LateAnswer>,
     answers: mpsc::Receiver<LateAnswer>,
     wake: Arc<dyn Wake>,
@@ -178,12 +179,12 @@ impl Machine {
             |devfn| fabric.plug(None, devfn, Box::new(RootPort::new(1, pirqs.wire(1), &Quiet))).expect("a free place");
         let port = plug(8);
         plug(9);
-        let device = fabric.plug(Some(port), 0, Box::new(Endpoint::new())).expect("a free place");
+        fabric.insert(port, Box::new(Endpoint::new()), Requester::default()).expect("a free place");
         fabric.prepare().expect("room for all windows");
         let fabric = Arc::new(Mutex::new(fabric));
         let sides = FabricSide::both(&fabric);
         let (late, answers) = mpsc::channel();
-        Self { fabric, sides, around, port, device: Some(device), late, answers, wake: Arc::new(Quiet) }
+        Self { fabric, sides, around, port, late, answers, wake: Arc::new(Quiet) }
     }
 
     fn access(&mut self, io: bool, at: u64, len: u8, data: Option<u64>) {
@@ -232,15 +233,12 @@ impl Machine {
             Step::Any { at, io, len, data } => self.access(io, at, len, data),
             Step::Poll => self.sides[1].poll(),
             Step::Pull => {
-                if let Some(device) = self.device.take() {
-                    self.fabric().unplug(device).expect("it was plugged in");
-                }
+                let outcome = self.fabric().ask_out(self.port);
+                assert!(matches!(outcome, Ok(()) | Err(PlugError::Empty | PlugError::Busy)), "{outcome:?}");
             }
             Step::Plug => {
-                if self.device.is_none() {
-                    let plugged = self.fabric().plug(Some(self.port), 0, Box::new(Endpoint::new()));
-                    self.device = Some(plugged.expect("a free place"));
-                }
+                let outcome = self.fabric().insert(self.port, Box::new(Endpoint::new()), Requester::default());
+                assert!(matches!(outcome, Ok(()) | Err(PlugError::Taken { .. })), "{outcome:?}");
             }
             Step::Reset => self.sides.iter_mut().for_each(Device::reset),
         }

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
+use nix::poll::{PollFd, PollFlags, poll};
 use rig::{Board, Driver, HeapDisk, HeapNet, NEXT, Ram, TABLE, WRITE};
 use soc_vmm::virtio::block::{BlockConfig, BlockEngine};
 use soc_vmm::virtio::net::{NetConfig, NetCounters, NetEngine};
-use soc_vmm::virtio::{Engine, QueueError};
+use soc_vmm::virtio::{Engine, QueueError, Session};
 
 #[allow(dead_code, reason = "shared with the devices' own tests")]
 #[path = "../../../../soc-vmm/tests/virtio/rig.rs"]
@@ -126,10 +127,11 @@ fuzz_target!(|input: Input<'_>| {
     let network = Box::new(HeapNet::new(frames, input.left.into()));
     let taken = network.from_guest.clone();
     let mut engine: Box<dyn Engine> = if input.disk {
-        Box::new(BlockEngine::new(BlockConfig { name: String::new(), backend: disk.clone(), serial: "s".into() }))
+        Box::new(BlockEngine::new(BlockConfig::new("", disk.clone(), "s")).expect("descriptors"))
     } else {
         let counters = counters.clone();
-        Box::new(NetEngine::new(NetConfig { name: String::new(), backend: network, mac: [2; 6], mtu: None, counters }))
+        let config = NetConfig::new(String::new(), vec![network], [2; 6]).expect("descriptors");
+        Box::new(NetEngine::new(NetConfig { counters, ..config }).expect("descriptors"))
     };
     let bits = u64::from(input.features);
     let features = rig::VERSION_1 | (bits & 3) << 28 | (bits >> 2 & 1) << 15 | (bits >> 3 & 1) << 9;
@@ -138,8 +140,8 @@ fuzz_target!(|input: Input<'_>| {
     let mut revoked = false;
     for step in input.steps.into_iter().take(100) {
         match step {
-            Step::Serve => match engine.serve(&mut session) {
-                Ok(_) => assert!(!revoked),
+            Step::Serve => match served(&mut *engine, &mut session) {
+                Ok(()) => assert!(!revoked),
                 Err(error) => {
                     assert_eq!(revoked, error == QueueError::Revoked);
                     break;
@@ -156,6 +158,15 @@ fuzz_target!(|input: Input<'_>| {
     assert!(counters.received() + counters.unreceived() <= came as u64);
     assert!(counters.sent() <= taken.lock().expect("no panic under the lock").len() as u64);
 });
+
+/// Serves what is there, and what a disk's threads have done of it in a short time.
+fn served(engine: &mut dyn Engine, session: &mut Session) -> Result<(), QueueError> {
+    engine.serve(session)?;
+    if let Some(source) = engine.source() {
+        let _ = poll(&mut [PollFd::new(source, PollFlags::POLLIN)], 1u8);
+    }
+    engine.serve(session).map(|_| ())
+}
 
 fn prepare(ram: &Ram, drivers: &mut [Driver; 2], step: Step<'_>) {
     let table_at = |table: u8| TABLES + 0x100 * u64::from(table % 16);

@@ -54,13 +54,12 @@ enum Step {
 fuzz_target!(|input: (bool, Vec<Step>)| {
     let (is_disk, steps) = input;
     let mut guest = if is_disk {
-        let disk = BlockConfig { name: String::new(), backend: Arc::new(HeapDisk::new(16)), serial: String::new() };
+        let disk = BlockConfig::new("", Arc::new(HeapDisk::new(16)), "");
         Guest::new(|plumbing| block::new(disk, plumbing))
     } else {
         let backend = Box::new(HeapNet::new([vec![1; 60], vec![2; 1500]], 3));
-        let counters = Arc::default();
-        let interface = NetConfig { name: String::new(), backend, mac: [2; 6], mtu: Some(1500), counters };
-        Guest::new(|plumbing| net::new(interface, plumbing))
+        let interface = NetConfig::new(String::new(), vec![backend], [2; 6]).expect("descriptors");
+        Guest::new(|plumbing| net::new(NetConfig { mtu: Some(1500), ..interface }, plumbing))
     };
     let mut driver = Driver::new(&guest.board.ram, 0x1_0000, 16);
     for step in steps.into_iter().take(100) {

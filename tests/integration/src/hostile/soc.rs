@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use api_channel::Status;
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, DirtyFetch, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name, PostedRange, RamRequest,
-    Route, StateRequest, VCPU_ALL, VM, VmCreated,
+    Call, CpuidEntry, CreateVm, DirtyFetch, Discard, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name, NotifyPage,
+    PostedRange, RamRequest, Route, StateRequest, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Reader;
 use api_channel::lines::{host as host_words, soc as soc_words};
@@ -326,8 +326,8 @@ fn real_mode() -> Vec<u8> {
 
 /// Opcodes of every call but the one that ends the shim.
 const OPCODES: &[u16] = &[
-    0x001, 0x010, 0x011, 0x012, 0x100, 0x101, 0x102, 0x110, 0x111, 0x200, 0x201, 0x210, 0x211, 0x300, 0x301, 0x302,
-    0x400, 0x401, 0x402, 0x403, 0x500, 0x501, 0x600, 0x601, 0x700, 0x8001,
+    0x001, 0x010, 0x011, 0x012, 0x100, 0x101, 0x102, 0x110, 0x111, 0x112, 0x200, 0x201, 0x210, 0x211, 0x300, 0x301,
+    0x302, 0x400, 0x401, 0x402, 0x403, 0x500, 0x501, 0x502, 0x600, 0x601, 0x700, 0x8001,
 ];
 
 /// A call that nobody should make: an opcode and a payload, random or nearly right.
@@ -375,6 +375,15 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
                 flags: *dice.one(&[0, 0, 1, 2, u32::MAX]),
             };
             Call::SetMemslots((0..count).map(|_| slot(dice)).collect())
+        }
+        0x112 => {
+            let run = |dice: &mut Dice| Discard {
+                ram: *dice.one(&[0, 0, 1, 64]),
+                reserved: *dice.one(&[0, 0, 0, 1]),
+                offset: *dice.one(&[0, 4096, 1 << 20, 1, u64::MAX - 4095]),
+                len: *dice.one(&[4096, 1 << 20, 0, 1, u64::MAX - 4095]),
+            };
+            Call::Discard((0..count).map(|_| run(dice)).collect())
         }
         0x200 => {
             let mut word = || dice.nasty() as u32;
@@ -443,10 +452,20 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
             port: dice.below(3) as u32,
             match_data: dice.below(3) as u32,
             on: dice.below(3) as u32,
+            event: *dice.one(&[0, 0, 1, u32::MAX]),
+            reserved: *dice.one(&[0, 0, 0, 1]),
         }),
         0x501 => {
             let range = |dice: &mut Dice| PostedRange { base: dice.nasty(), len: dice.nasty(), ports: dice.below(3) };
             Call::PostedRanges((0..count).map(|_| range(dice)).collect())
+        }
+        0x502 => {
+            let page = |dice: &mut Dice| NotifyPage {
+                base: *dice.one(&[0, 4096, 1 << 20, 0xfee0_0000, 1 << 40, 1, u64::MAX - 4095]),
+                page: *dice.one(&[0, 1, 31, 32, u32::MAX]),
+                reserved: *dice.one(&[0, 0, 0, 1]),
+            };
+            Call::NotifyPages((0..count).map(|_| page(dice)).collect())
         }
         0x600 => Call::DirtyLog(dice.below(2) == 0),
         0x601 => Call::DirtyFetch(DirtyFetch {

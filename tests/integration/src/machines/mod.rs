@@ -5,10 +5,12 @@ mod counters;
 mod footprint;
 mod page;
 mod server;
+mod talk;
 mod watched;
 
 pub use counters::Counters;
 pub use footprint::shim_is_small;
 pub use page::PageServer;
 pub use server::{MOST, Server};
+pub use talk::Talk;
 pub use watched::{Watched, but_for_the_emulator};

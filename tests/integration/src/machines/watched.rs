@@ -82,23 +82,27 @@ const STALLED: [&str; 2] = ["rcu: INFO: rcu_preempt ", "watchdog: BUG: soft lock
 /// Begins the panic of a test that met the emulator's fault.
 const EMULATOR_S: &str = "the emulator's fault: ";
 
-/// Runs a test; and once more, from the start, if the emulator did in it what it now and then does by itself (docs/testbed.md): it reset
-/// a guest whose watched memory is whole, or the server, or a Linux stalled for 21 s. What anybody does to either would be done to it in the second run too.
+/// How often a test is run at most: of a hundred runs with six guests some ten meet the fault, so one meets it twice.
+const RUNS: usize = 3;
+
+/// Runs a test; and again, from the start, if the emulator did in it what it now and then does by itself (docs/testbed.md): it reset
+/// a guest whose watched memory is whole, or the server, or a Linux stalled for 21 s. What anybody does to either would be done to it in the next run too.
 ///
 /// # Panics
-/// As the test does.
+/// As the test does, at the latest in its third run.
 pub fn but_for_the_emulator(test: impl Fn()) {
-    let Err(panic) = catch_unwind(AssertUnwindSafe(&test)) else { return };
     let is_emulator_s = |text: &String| {
         text.starts_with(EMULATOR_S)
             || text.contains(SERVER_SHUT_DOWN)
             || STALLED.iter().any(|words| text.contains(words))
     };
-    if !panic.downcast_ref().is_some_and(is_emulator_s) {
-        resume_unwind(panic);
+    for run in 1..=RUNS {
+        let Err(panic) = catch_unwind(AssertUnwindSafe(&test)) else { return };
+        if run == RUNS || !panic.downcast_ref().is_some_and(is_emulator_s) {
+            resume_unwind(panic);
+        }
+        println!("{EMULATOR_S}once more");
     }
-    println!("{EMULATOR_S}once more");
-    test();
 }
 
 #[cfg(test)]
@@ -121,11 +125,12 @@ mod tests {
     }
 
     #[test]
-    fn only_the_emulator_s_fault_is_forgiven_and_only_once() {
+    fn only_the_emulator_s_fault_is_forgiven_and_only_twice() {
         let emulator_s = format!("{EMULATOR_S}VM 0");
         assert_eq!(runs(&[]), (1, true));
         assert_eq!(runs(&[&emulator_s]), (2, true));
-        assert_eq!(runs(&[&emulator_s, &emulator_s]), (2, false));
+        assert_eq!(runs(&[&emulator_s, &emulator_s]), (3, true));
+        assert_eq!(runs(&[&emulator_s, &emulator_s, &emulator_s]), (3, false));
         assert_eq!(runs(&[&format!("server-1 has ended by itself (exit status: 0; {SERVER_SHUT_DOWN})")]), (2, true));
         assert_eq!(runs(&["dmesg: [\"watchdog: BUG: soft lockup - CPU#0 stuck for 35s! [swapper/0:0]\"]"]), (2, true));
         assert_eq!(runs(&["VM 0 was touched"]), (1, false));

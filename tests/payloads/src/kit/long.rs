@@ -58,6 +58,8 @@ impl LongMode {
         asm.mov(eax, r15d)?;
         asm.shl(eax, 4)?;
         asm.add(eax, u32::from(FIRST_TSS))?;
+        // A vCPU that is started again left its TSS busy.
+        asm.and(byte_ptr(rax + layout::GDT + 5), !2)?;
         asm.ltr(ax)?;
         asm.test(r14d, r14d)?;
         asm.jne(other_vcpus)?;
@@ -227,15 +229,11 @@ impl LongMode {
     /// They count themselves by [`LongMode::online`]. Enables the local APIC: one that is disabled sends nothing.
     /// Uses rax, rcx, rsi, rdi.
     pub(crate) fn start_other_vcpus(&mut self, vcpus: u8) -> Result<(), IcedError> {
-        self.asm.call(self.runtime.copy_ap_start)?;
-        self.enable_apic()?;
+        self.ready_for_others()?;
         let mut next = self.asm.create_label();
         self.asm.mov(ecx, 1)?;
         self.asm.set_label(&mut next)?;
-        for command in [INIT, STARTUP] {
-            self.asm.mov(esi, ecx)?;
-            self.send_ipi(esi, command)?;
-        }
+        self.start(ecx)?;
         self.asm.inc(ecx)?;
         self.asm.cmp(ecx, u32::from(vcpus))?;
         self.asm.jb(next)?;
@@ -245,14 +243,35 @@ impl LongMode {
     /// Brings up all vCPUs but this one, whatever their APIC ids, and waits until `others` have come to their code. As
     /// [`LongMode::start_other_vcpus`] otherwise.
     pub(crate) fn start_all_other_vcpus(&mut self, others: u32) -> Result<(), IcedError> {
-        const ALL_BUT_SELF: u32 = 3 << 18;
+        self.ready_for_others()?;
+        self.tell_all_others_to_start()?;
+        self.spin_until(layout::ONLINE, others)
+    }
+
+    /// Puts the others' start in its place, and enables the local APIC. Uses rax, rcx, rsi, rdi.
+    pub(crate) fn ready_for_others(&mut self) -> Result<(), IcedError> {
         self.asm.call(self.runtime.copy_ap_start)?;
-        self.enable_apic()?;
+        self.enable_apic()
+    }
+
+    /// Sends INIT and start-up IPI to all vCPUs but this one. Uses rax, rsi.
+    pub(crate) fn tell_all_others_to_start(&mut self) -> Result<(), IcedError> {
+        const ALL_BUT_SELF: u32 = 3 << 18;
         for command in [INIT, STARTUP] {
             self.asm.xor(esi, esi)?;
             self.send_ipi(esi, ALL_BUT_SELF | command)?;
         }
-        self.spin_until(layout::ONLINE, others)
+        Ok(())
+    }
+
+    /// Sends INIT and start-up IPI to the vCPU with this APIC id. Uses rax, rcx, rsi.
+    pub(crate) fn start(&mut self, id: AsmRegister32) -> Result<(), IcedError> {
+        self.asm.mov(ecx, id)?;
+        for command in [INIT, STARTUP] {
+            self.asm.mov(esi, ecx)?;
+            self.send_ipi(esi, command)?;
+        }
+        Ok(())
     }
 
     /// Counts this vCPU among those that came up.

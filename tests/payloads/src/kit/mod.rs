@@ -6,6 +6,7 @@ pub(crate) mod real;
 mod runtime;
 mod start;
 mod tables;
+pub(crate) mod virtio;
 
 pub(crate) use long::LongMode;
 pub(crate) use real::RealMode;

@@ -1,6 +1,7 @@
 //! One module a payload, or a few of a kind.
 
 pub mod counter;
+pub mod cpu_hotplug;
 pub mod dirty;
 pub mod hot;
 pub mod interrupts;
@@ -10,6 +11,8 @@ pub mod pio;
 pub mod real;
 pub mod smp;
 pub mod string_io;
+pub mod virtio_blk;
+pub mod virtio_net;
 pub mod watch;
 
 use crate::{IcedError, Payload, Privilege, ports};
@@ -29,6 +32,7 @@ pub fn catalogue(vcpus: u8) -> Result<Vec<Payload>, IcedError> {
         smp::halted(vcpus)?,
         order::order(vcpus)?,
         watch::watch(1)?,
+        cpu_hotplug::come_and_go(1)?,
     ];
     for privilege in [Privilege::Cpl0, Privilege::Cpl3] {
         payloads.push(pio::pio(privilege)?);

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::fetch;
 use crate::machine::{Error, Machine};
+use crate::network::{self, Network};
 use crate::process::Child;
 
 use super::soc::SOC_PASST;
@@ -52,17 +53,37 @@ impl Passt {
     /// # Errors
     /// It can't be started, or doesn't listen.
     pub fn start(tools: &Tools, socket: PathBuf) -> Result<Self, fetch::Error> {
+        Self::start_as(tools, socket, None, &[])
+    }
+
+    /// [`Self::start`], as a back end over vhost-user.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_vhost_user(tools: &Tools, socket: PathBuf) -> Result<Self, fetch::Error> {
+        Self::start_as(tools, socket, None, &["--vhost-user"])
+    }
+
+    /// [`Self::start`], in a network of a test's own: [`Self::HOST`] is that one's loopback interface. It takes `more` arguments:
+    /// `--vhost-user` makes it a back end.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_in(network: &Network, tools: &Tools, socket: PathBuf, more: &[&str]) -> Result<Self, fetch::Error> {
+        Self::start_as(tools, socket, Some(network.id()), more)
+    }
+
+    fn start_as(tools: &Tools, socket: PathBuf, network_of: Option<u32>, more: &[&str]) -> Result<Self, fetch::Error> {
         let mut passt = command(&tools.dir.join(PASST), "usr/bin/passt");
-        passt
-            .args(ARGUMENTS)
-            .args(["--quiet", "--socket"])
-            .arg(&socket)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
+        passt.args(ARGUMENTS).args(more).args(["--quiet", "--socket"]).arg(&socket);
+        let mut passt = match network_of {
+            Some(id) => network::inside(id, &passt),
+            None => passt,
+        };
+        passt.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut process = Child::spawn(passt)?;
         let end = Instant::now() + LIMIT;
-        while !is_listened_on(&socket) {
+        while !network::is_listened_on(&socket, network_of) {
             let status = process.wait(Duration::from_millis(20)).map_err(|e| fetch::Error::file(&socket, e))?;
             if status.is_some() || Instant::now() >= end {
                 return Err(fetch::Error::file(&socket, io::ErrorKind::NotConnected.into()));
@@ -94,13 +115,4 @@ impl Passt {
     pub fn socket(&self) -> &Path {
         &self.socket
     }
-}
-
-/// Whether somebody takes connections there. Its file says little: it may be that of one who went, and it is there before he listens.
-fn is_listened_on(socket: &Path) -> bool {
-    const LISTENS: &str = "00010000";
-    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
-    sockets
-        .lines()
-        .any(|line| line.split_whitespace().nth(3) == Some(LISTENS) && line.ends_with(&*socket.to_string_lossy()))
 }

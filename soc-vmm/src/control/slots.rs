@@ -1,0 +1,40 @@
+//! The devices in a VM's slots, as its monitors reach them: once the machine is built, from any thread.
+
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
+
+use tokio::sync::broadcast::WeakSender;
+
+use super::event::{Event, EventKind};
+use crate::slots::{SlotListener, SlotsHandle};
+
+/// Where the slots are found once there are any.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SlotsPlace(Arc<OnceLock<SlotsHandle>>);
+
+impl SlotsPlace {
+    pub(super) fn get(&self) -> Option<&SlotsHandle> {
+        self.0.get()
+    }
+
+    pub(super) fn fill(&self, slots: SlotsHandle) {
+        // A machine is built once.
+        let _ = self.0.set(slots);
+    }
+}
+
+/// Tells monitors of devices that are gone.
+pub(super) struct Gone(pub(super) WeakSender<Event>);
+
+impl SlotListener for Gone {
+    fn deleted(&self, id: &str) {
+        let Some(events) = self.0.upgrade() else { return };
+        // As QEMU does: what drives the device first, then the device.
+        let path = format!("/machine/peripheral/{id}");
+        let driver = EventKind::DeviceDeleted { device: None, path: format!("{path}/virtio-backend") };
+        for kind in [driver, EventKind::DeviceDeleted { device: Some(id.to_owned()), path }] {
+            // An error says that no monitor listens.
+            let _ = events.send(Event { kind, at: SystemTime::now() });
+        }
+    }
+}

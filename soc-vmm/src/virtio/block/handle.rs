@@ -1,0 +1,107 @@
+//! A disk as the VM has it, while its device is the guest's.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::block::{BlockBackend, BlockError};
+
+/// What a disk has done since it was made.
+#[derive(Debug, Default)]
+pub struct BlockCounters {
+    /// Requests that the guest was given back.
+    pub requests: AtomicU64,
+    /// Times that operations were handed over to the kernel or to threads: those of one time are one system call.
+    pub submissions: AtomicU64,
+    /// Times that the guest was shown what it was given back, on one queue: each at most an interrupt.
+    pub publications: AtomicU64,
+    /// Bytes that the guest has read.
+    pub read: AtomicU64,
+    /// Bytes that it has written.
+    pub written: AtomicU64,
+    /// Errors of the image.
+    pub errors: AtomicU64,
+}
+
+/// Reaches a disk from any thread.
+#[derive(Clone)]
+pub struct DiskHandle {
+    pub(super) backend: Arc<dyn BlockBackend>,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// What the disk's thread is to look at.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) bell: EventFd,
+    pub(super) retry: AtomicBool,
+    /// The bell has been signalled.
+    woken: AtomicBool,
+    pub(super) counters: BlockCounters,
+}
+
+impl Shared {
+    pub(super) fn new() -> nix::Result<Self> {
+        let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        Ok(Self {
+            bell,
+            retry: AtomicBool::new(false),
+            woken: AtomicBool::new(false),
+            counters: BlockCounters::default(),
+        })
+    }
+
+    /// Wakes the disk's thread. A full counter is as good as a signalled one.
+    fn wake(&self) {
+        let _ = self.bell.write(1);
+        // Behind the signal: who sees it is sure to take that back, and until then looks again.
+        self.woken.store(true, Ordering::Release);
+    }
+
+    /// Whether somebody wants the disk's thread to look.
+    pub(super) fn is_asked(&self) -> bool {
+        self.woken.load(Ordering::Acquire)
+    }
+
+    /// Takes the signal back, if there is one, before what it is for is looked at. Mostly there is none, and no system call.
+    pub(super) fn answer(&self) {
+        if self.woken.swap(false, Ordering::AcqRel) {
+            let _ = self.bell.read();
+        }
+    }
+}
+
+impl DiskHandle {
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.backend.size()
+    }
+
+    /// Makes the image `size` bytes large and tells the guest, which sees it soon after. It calls the file system.
+    ///
+    /// # Errors
+    /// It would shrink, is read-only, or the image can't grow. The guest's disk has the size it had.
+    pub fn resize(&self, size: u64) -> Result<(), BlockError> {
+        self.backend.grow(size)?;
+        self.shared.wake();
+        Ok(())
+    }
+
+    /// Makes the requests again that wait since the VM stopped for an error ([`super::ErrorAction::Stop`]).
+    pub fn retry(&self) {
+        self.shared.retry.store(true, Ordering::Release);
+        self.shared.wake();
+    }
+
+    /// What it has done.
+    pub fn counters(&self) -> &BlockCounters {
+        &self.shared.counters
+    }
+}
+
+impl std::fmt::Debug for DiskHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DiskHandle").field("size", &self.size()).field("shared", &self.shared).finish()
+    }
+}
