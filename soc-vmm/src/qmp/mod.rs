@@ -4,16 +4,21 @@
 //! [`crate::control::VmHandle`] ([`command`]), and [`Server`] moves both over UNIX sockets. What a peer can make this process
 //! hold or wait for is bounded everywhere: see the constants.
 
+pub mod about;
 mod aside;
 mod backends;
 mod cdrom;
 mod client;
 pub mod command;
+mod commands;
 mod cpus;
 mod devices;
 mod error;
 mod framing;
 mod json;
+pub mod life;
+pub mod ours;
+pub mod schema;
 mod server;
 mod session;
 mod tune;
