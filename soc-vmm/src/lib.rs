@@ -15,6 +15,7 @@ pub mod cpuid;
 pub mod cpus;
 pub mod devices;
 mod dial;
+pub mod fds;
 pub mod flash;
 mod function;
 pub mod hyperv;
