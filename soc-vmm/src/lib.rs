@@ -31,6 +31,7 @@ pub mod numa;
 pub mod pci;
 pub mod power;
 pub mod qmp;
+mod rights;
 mod runtime;
 pub mod say;
 mod shim;

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 pub use super::commands::COMMANDS;
 use super::schema::{Direction, Types};
-use super::{ErrorClass, QmpError};
+use super::{ErrorClass, Passed, QmpError};
 use crate::control::VmHandle;
 
 /// A command that is carried out.
@@ -26,9 +26,15 @@ pub trait Command: DeserializeOwned + JsonSchema + Send + 'static {
     /// What it returns.
     type Reply: Serialize + JsonSchema + Send;
 
+    /// Takes of the descriptors that came with it.
+    fn attach(&mut self, _passed: &mut Passed) {}
+
     /// Carries it out.
     fn run(self, vm: VmHandle) -> impl Future<Output = Result<Self::Reply, QmpError>> + Send;
 }
+
+/// Reads a command's arguments, and gives what is then to be done.
+type Prepare = fn(Map<String, Value>, &mut Passed, &VmHandle) -> Result<Execution, QmpError>;
 
 /// A row of the table of commands.
 #[derive(Debug)]
@@ -39,7 +45,7 @@ pub struct Entry {
     pub features: &'static [&'static str],
     /// Describes its arguments and what it returns: the names of both types.
     pub(super) describe: fn(&mut Types) -> (String, String),
-    prepare: fn(Map<String, Value>, &VmHandle) -> Result<Execution, QmpError>,
+    prepare: Prepare,
 }
 
 impl Entry {
@@ -51,8 +57,13 @@ impl Entry {
     ///
     /// # Errors
     /// An argument is missing, unknown, or of the wrong type.
-    pub fn prepare(&self, arguments: Map<String, Value>, vm: &VmHandle) -> Result<Execution, QmpError> {
-        (self.prepare)(arguments, vm)
+    pub fn prepare(
+        &self,
+        arguments: Map<String, Value>,
+        passed: &mut Passed,
+        vm: &VmHandle,
+    ) -> Result<Execution, QmpError> {
+        (self.prepare)(arguments, passed, vm)
     }
 }
 
@@ -60,9 +71,14 @@ fn describe<C: Command>(types: &mut Types) -> (String, String) {
     (types.named::<C>(Direction::In), types.named::<C::Reply>(Direction::Out))
 }
 
-fn prepare<C: Command>(arguments: Map<String, Value>, vm: &VmHandle) -> Result<Execution, QmpError> {
-    let command: C = serde_json::from_value(Value::Object(arguments))
+fn prepare<C: Command>(
+    arguments: Map<String, Value>,
+    passed: &mut Passed,
+    vm: &VmHandle,
+) -> Result<Execution, QmpError> {
+    let mut command: C = serde_json::from_value(Value::Object(arguments))
         .map_err(|e| QmpError::generic(format!("Invalid arguments of '{}': {e}", C::NAME)))?;
+    command.attach(passed);
     let vm = vm.clone();
     Ok(Box::pin(async move {
         let reply = command.run(vm).await?;

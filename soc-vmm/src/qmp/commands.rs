@@ -8,6 +8,7 @@ use super::cpus::{AddCpu, QueryCpusFast, QueryHotpluggableCpus};
 use super::devices::{AddDisk, AddNet, DeviceAdd, DeviceDel, QomList};
 use super::life::{Cont, Quit, Stop, SystemPowerdown, SystemReset};
 use super::ours::{QueryOutboardCounters, QueryOutboardVm};
+use super::passed::{AddFd, CloseFd, GetFd, QueryFdsets, RemoveFd};
 use super::tune::{Balloon, BlockResize, QomGet, QomSet, QueryBalloon, SetLink};
 
 /// Every command but `qmp_capabilities`, which is the session's own.
@@ -38,6 +39,11 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<AddCpu>(),
     Entry::of::<QueryCpusFast>(),
     Entry::of::<QueryHotpluggableCpus>(),
+    Entry::of::<GetFd>(),
+    Entry::of::<CloseFd>(),
+    Entry::of::<AddFd>(),
+    Entry::of::<RemoveFd>(),
+    Entry::of::<QueryFdsets>(),
     Entry::of::<QueryName>(),
     Entry::of::<QueryVersion>(),
     Entry::of::<QueryCommands>(),

@@ -3,16 +3,13 @@
 use std::time::Duration;
 
 use api_channel::call::{Call, Irqfd, VCPU_ALL, VmCreated};
-use api_channel::event::Event;
 use integration::hostile::{Running, one_line};
-use integration::machines::{MOST, Server, Watched};
-use integration::soc::{Answer, Board, Seen, Shape};
+use integration::machines::{MOST, Server, Watched, but_for_the_emulator};
+use integration::soc::{Shape, resampled};
 use integration::test_name;
-use ioreq_ring::Completion;
 use nix::sys::signal::Signal;
 use payloads::interrupts::{self, LEVEL_ENTRIES, LEVEL_LINE, LEVEL_ROUNDS};
-use payloads::{EXIT_PASS, Payload, Privilege, ports, watch};
-use pcie_function::SocFunction;
+use payloads::{EXIT_PASS, Payload, Privilege, watch};
 use testbed::protocol::Status;
 
 /// soc-vmm's exit status after a payload that passed.
@@ -32,6 +29,10 @@ mod function {
 
 #[test]
 fn faults_of_the_card_and_killed_sides() {
+    but_for_the_emulator(faults);
+}
+
+fn faults() {
     if !testbed::machines_or_skip(&test_name()) {
         return;
     }
@@ -96,41 +97,13 @@ fn level_lines_end_when_they_are_low(server: &Server) {
     let (vector, gsi) = (created.free_vector, u32::from(LEVEL_LINE));
     soc.ok(&Call::Irqfd(Irqfd { vector, gsi, on: 1, resample: 1 }));
     soc.ok(&Call::Run(VCPU_ALL));
-    let mut board = Board::default();
-    let (mut high, mut notices) = (false, 0);
-    while board.exit.is_none() {
-        for event in soc.take_events() {
-            if event == (Event::Eoi { gsi }) {
-                notices += 1;
-                if high {
-                    soc.function.raise(vector);
-                }
-            }
-        }
-        let Some(seen) = soc.try_take() else { continue };
-        let answer = match level(&seen) {
-            Some(level) => {
-                high = level;
-                if high {
-                    soc.function.raise(vector);
-                }
-                Answer::Plain(Completion::ok(0))
-            }
-            None => board.serve(&seen),
-        };
-        soc.answer(&seen, answer);
-    }
+    let (board, notices) = resampled(&mut soc, vector);
     assert_eq!(board.exit, Some(EXIT_PASS), "{}", board.console);
     assert_eq!(interrupts::parse_surplus(&board.console), Some(0));
-    // Each but a round's last raised the line again. The last one's may have come too late, or as one with the next round's first.
-    let (needed, ends) = (LEVEL_ROUNDS * (LEVEL_ENTRIES - 1), LEVEL_ROUNDS * LEVEL_ENTRIES);
-    assert!((needed..=ends).contains(&notices), "{notices} notices of {ends} ends");
+    // The very last one's may have come too late.
+    let ends = LEVEL_ROUNDS * LEVEL_ENTRIES;
+    assert!((ends - 1..=ends).contains(&notices), "{notices} notices of {ends} ends");
     soc.ok(&Call::DestroyVm);
-}
-
-/// The level that the guest sets its line to.
-fn level(seen: &Seen) -> Option<bool> {
-    seen.writes(ports::IRQ_LINES + u16::from(LEVEL_LINE)).then_some(seen.request.data != 0)
 }
 
 /// The VM goes on, if only slowly, and no exit is lost or served twice. A transfer that arrives in part is the end, typed.
