@@ -19,6 +19,8 @@ use super::wire::{Listed, Standing};
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// The first pause between two tries to open a function, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
+/// The longest while somebody may wait for it.
+const LONGEST_CLEARING: Duration = Duration::from_secs(1);
 /// The first pause after a complaint.
 const AFTER_COMPLAINT: Duration = Duration::from_secs(1);
 /// How many functions a refusal names.
@@ -140,7 +142,8 @@ impl Table {
                 let doubled = 1 << (function.complaints - 1).min(16);
                 return Some((AFTER_COMPLAINT * doubled).min(PAUSES.1));
             }
-            State::Clearing { .. } | State::Broken { .. } => PAUSES,
+            State::Clearing { .. } => (PAUSES.0, LONGEST_CLEARING),
+            State::Broken { .. } => PAUSES,
         };
         let Some(failed) = function.tries.checked_sub(1) else { return Some(Duration::ZERO) };
         Some((first * (1 << failed.min(16))).min(longest))

@@ -80,6 +80,8 @@ fn pauses_grow_to_their_longest() {
     for _ in 0..100 {
         table.tried(0, Err("no".into()), now);
     }
+    assert_eq!(table.next_try(0), Some(LONGEST_CLEARING));
+    table.tried(0, Err("no".into()), now + PATIENCE);
     assert_eq!(table.next_try(0), Some(PAUSES.1));
 }
 
