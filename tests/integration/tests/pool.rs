@@ -55,17 +55,14 @@ impl Pool {
 
     /// A VM that has its function by the pool.
     fn vm(&self, name: &str, payload: &Payload) -> Running {
-        self.trial.start(&mut self.vm_command(self.soc_vmm(), name, payload))
-    }
-
-    fn vm_command(&self, mut command: Command, name: &str, payload: &Payload) -> Command {
+        let mut command = self.soc_vmm();
         let (option, bytes) = payload.file();
         let image = self.trial.file(&format!("{name}.image"), &bytes);
         command.args(["run", option, &image, "--memory", "64M", "--serial", "null", "--debug-exit"]);
         command.args(["--name", &self.trial.name(name), "--function", "pool"]);
         command.args(["--qmp", &format!("unix:{}", self.trial.at(&format!("{name}.qmp")))]);
         command.args(["--debugcon", &format!("file:{}", self.trial.at(&format!("{name}.debugcon")))]);
-        command
+        self.trial.start(&mut command)
     }
 
     fn running(&self, name: &str) -> Running {
@@ -213,6 +210,9 @@ fn a_process_without_rights_has_a_function_by_the_pool_alone() {
     (0..2).for_each(|function| drop(pool.becomes(function, "free")));
     pool.serves("of-root");
 
+    // What the first user left there is no stranger's.
+    std::fs::remove_dir_all(pool.trial.path("run")).unwrap();
+    std::fs::create_dir(pool.trial.path("run")).unwrap();
     chown(pool.trial.path("run"), Some(1), Some(1)).unwrap();
     let stranger = start(1, "stranger", "pool", &short()).wait(MOST);
     one_line("a user that isn't named", &stranger, 4, &["user 1 is not among the pool's users"]);
