@@ -4,8 +4,8 @@
 
 use std::process::ExitCode;
 
-use soc_vmm::cli::{self, ExitStatus, Failure, Invocation};
-use soc_vmm::{inventory, log, say::say, vm};
+use soc_vmm::cli::{self, ExitStatus, Failure, Invocation, PoolVerb};
+use soc_vmm::{inventory, log, pool, say::say, vm};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -32,6 +32,8 @@ fn invoke(invocation: Invocation) -> Result<ExitStatus, Failure> {
             log.with_writer(std::io::stderr).finish().with(log::records(config.log)).init();
             return vm::run(&config);
         }
+        Invocation::Pool(PoolVerb::List { json }) => pool::list(json, &mut out)?,
+        Invocation::Pool(PoolVerb::Serve) => pool::serve()?,
         Invocation::Host { function, json } => inventory::host(&function, json, &mut out)?,
     }
     Ok(ExitStatus::Done)

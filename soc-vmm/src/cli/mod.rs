@@ -11,6 +11,7 @@ mod exit;
 mod iommu;
 mod net;
 mod numa;
+mod pool;
 mod test_device;
 mod values;
 mod vhost;
@@ -39,6 +40,7 @@ pub use exit::{ExitStatus, Failure};
 pub(crate) use exit::{one_line, with_causes};
 pub use iommu::IommuModel;
 pub use net::{Mac, NetSpec};
+pub use pool::PoolVerb;
 pub use test_device::TestDevice;
 pub use values::{Bdf, CpuAffinity, DebugconSpec, FunctionSpec, HugePages, Memory, SerialSpec, ValueError};
 pub use vhost::{AnyDisk, AnyNet, FsSpec, VhostRole, VhostSpec};
@@ -61,6 +63,8 @@ pub enum Invocation {
         /// Print JSON.
         json: bool,
     },
+    /// `pool`.
+    Pool(PoolVerb),
     /// One of the commands to a running VM.
     Perform(Verb, Target),
     /// `--help`, `--version`: the text to print.
@@ -215,6 +219,7 @@ impl Invocation {
             Command::Run(args) => Self::Run(Box::new(RunConfig::check(*args)?)),
             Command::Host { function, json } => Self::Host { function, json },
             Command::List { json } => Self::List { json },
+            Command::Pool(verb) => Self::Pool(verb),
             Command::Status { target, json } => Self::Perform(Verb::Status { json }, target.into()),
             Command::Pause(target) => Self::Perform(Verb::Pause, target.into()),
             Command::Resume(target) => Self::Perform(Verb::Resume, target.into()),

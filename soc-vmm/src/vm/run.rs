@@ -122,6 +122,10 @@ struct Setup<'a> {
 impl Use for Setup<'_> {
     type Output = ExitStatus;
 
+    fn vm(&self) -> String {
+        self.blueprint.config.name.to_string()
+    }
+
     async fn given_up(&mut self) -> ExitStatus {
         self.control.told_to_quit().await;
         ExitStatus::Done

@@ -1,12 +1,13 @@
 //! A card that misbehaves, and sides that are killed, under guests of an emulated server.
 
+use std::process::Command;
 use std::time::Duration;
 
 use api_channel::call::{Call, Irqfd, VCPU_ALL, VmCreated};
 use integration::hostile::{Running, one_line};
 use integration::machines::{MOST, Server, Watched, but_for_the_emulator};
 use integration::soc::{Shape, resampled};
-use integration::test_name;
+use integration::{program, test_name};
 use nix::sys::signal::Signal;
 use payloads::interrupts::{self, LEVEL_ENTRIES, LEVEL_LINE, LEVEL_ROUNDS};
 use payloads::{EXIT_PASS, Payload, Privilege, watch};
@@ -45,6 +46,7 @@ fn faults() {
     a_lost_link_ends_both_sides(&mut server);
     a_killed_soc_vmm_leaves_its_vm_held(&mut server);
     a_killed_shim_ends_its_vm(&mut server);
+    a_pool_gives_a_function_to_one_vm_after_the_other(&mut server);
     assert_eq!(server.shim_ends(function::REMOVED), UNUSABLE);
     server.wait_until("every VM's memory is given back", || free_huge_pages(&server) == free);
     assert!(server.trial.processes().is_empty());
@@ -206,4 +208,58 @@ fn a_killed_shim_ends_its_vm(server: &mut Server) {
     server.wait_until("its mappings are gone", || server.stat(F, "host_mapped_bytes") == 0);
     server.start_shim(F, &[]);
     serves(server, F);
+}
+
+/// Functions of a card by the pool. What a killed VM left on one keeps that one from the next VM, which gets the other.
+fn a_pool_gives_a_function_to_one_vm_after_the_other(server: &mut Server) {
+    let functions = [function::KILLED, function::INTERRUPTED];
+    for function in functions {
+        server.kill_shim(function);
+        let lease: &[&str] = if function == functions[0] { &[] } else { &["--lease", "0"] };
+        server.start_shim(function, lease);
+    }
+    let specs = functions.map(|function| format!("{:?}", server.spec(function))).join(", ");
+    let text = format!("[pool]\nsocket = {:?}\nfunctions = [{specs}]\n", server.trial.at("pool/socket"));
+    let configuration = server.trial.file("soc-vmm.toml", text.as_bytes());
+    let soc_vmm = |server: &Server, args: &[&str]| {
+        let mut command = Command::new(program("soc-vmm"));
+        server.trial.start(command.env("OUTBOARD_CONFIG", &configuration).args(args))
+    };
+    let vm = |server: &Server, name: &str, payload: &Payload| {
+        let (option, bytes) = payload.file();
+        let image = server.trial.file(&format!("{name}.image"), &bytes);
+        let [qmp, debugcon] = [("unix", "qmp"), ("file", "debugcon")]
+            .map(|(kind, end)| format!("{kind}:{}", server.trial.at(&format!("{name}.{end}"))));
+        let machine = ["run", option, &image, "--memory", "64M,hugepages=2M", "--serial", "null", "--debug-exit"];
+        let ends = ["--function", "pool", "--name", &server.trial.name(name), "--qmp", &qmp, "--debugcon", &debugcon];
+        soc_vmm(server, &[&machine[..], &ends].concat())
+    };
+    let short = payloads::pio::pio(Privilege::Cpl0).unwrap();
+    let serves = |server: &Server| {
+        let ended = vm(server, "short", &short).wait(MOST);
+        assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(PASSED), ""));
+    };
+    let mut pool = soc_vmm(server, &["pool", "serve"]);
+    server.wait_until("the pool listens", || server.trial.path("pool/socket").exists());
+    // The first one by its place in the list, and again once the pool has seen that it is free.
+    (0..2).for_each(|_| serves(server));
+
+    let [mut first, mut second] = ["first", "second"].map(|name| {
+        let running = vm(server, name, &watched(0));
+        server.trial.becomes(name, "running");
+        running
+    });
+    let refused = vm(server, "third", &short).wait(MOST);
+    one_line("a pool with nothing left", &refused, 4, &["none of 2 functions is free", &server.trial.name("second")]);
+    first.signal(Signal::SIGKILL);
+    first.wait(MOST);
+    let held = vm(server, "fourth", &short).wait(MOST);
+    one_line("a function that holds a VM", &held, 4, &["is held here", "restart this function's host-kvm-shim"]);
+    second.signal(Signal::SIGKILL);
+    second.wait(MOST);
+    serves(server);
+    pool.signal(Signal::SIGTERM);
+    assert_eq!(pool.wait(MOST).status.code(), Some(0));
+    server.kill_shim(functions[0]);
+    server.start_shim(functions[0], &[]);
 }
