@@ -2,8 +2,10 @@
 //! small SoC side of the test's own that sees every request.
 
 pub mod hostile;
+pub mod libvirt;
 pub mod machines;
 mod programs;
+pub mod qapi_schema;
 pub mod soc;
 pub mod trace;
 mod vm;

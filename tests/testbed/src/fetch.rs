@@ -7,6 +7,7 @@
 //! | [`cross`] | Debian 12 | rustc and the standard library for aarch64, a cross linker, qemu-user |
 //! | [`debian::image`] | Debian 12 | a disk with a Debian on it, and what boots it |
 //! | [`debian::soc_programs`] | Debian 13 | passt and busybox for the Arm SoC |
+//! | [`libvirt::tree`] | Debian 12 | libvirtd, virtlogd, virsh, passt |
 //!
 //! Packages come through apt with its state in a directory of its own (its mirror, proxy and keys are the machine's) and are
 //! only unpacked: nothing is installed and no root is needed. Programs of another Debian release run by that release's own
@@ -23,7 +24,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use crate::process::{CommandError, run};
-use crate::{debian, paths};
+use crate::{debian, libvirt, paths};
 use apt::Apt;
 
 /// Why a part of the testbed isn't there.
@@ -91,6 +92,7 @@ pub fn everything() -> Result<(), Error> {
     debian::soc_programs()?;
     debian::instruments()?;
     debian::virtiofsd()?;
+    libvirt::tree()?;
     Ok(())
 }
 

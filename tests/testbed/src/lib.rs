@@ -12,6 +12,7 @@ pub mod debian;
 pub mod fetch;
 pub mod guest;
 pub mod initramfs;
+pub mod libvirt;
 pub mod machine;
 pub mod modules;
 pub mod network;
