@@ -9,11 +9,11 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 use pcie_function::vfio::VfioDescriptors;
 
-use crate::rights;
 use super::wire::{Complaint, Listed, MOST_REPLY, Reply, Request, Standing, VERSION, line};
 use crate::cli::{self, ExitStatus, Failure};
 use crate::config::{Config, PoolFunction};
 use crate::dial::dial;
+use crate::rights;
 
 /// How long the pool may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -169,6 +169,9 @@ fn say(mut connection: &UnixStream, line: &[u8]) -> Result<(), Failure> {
     }
 }
 
+/// Most descriptors of a function: one through VFIO.
+const MOST_DESCRIPTORS: usize = 3;
+
 /// The pool's line, and the descriptors that came with it.
 fn answer(connection: &UnixStream) -> Result<(Reply, Vec<OwnedFd>), Failure> {
     let (mut read, mut fds) = (Vec::new(), Vec::new());
@@ -176,6 +179,9 @@ fn answer(connection: &UnixStream) -> Result<(Reply, Vec<OwnedFd>), Failure> {
     let line = loop {
         match rights::receive(connection, &mut some, &mut fds) {
             Ok(0) => return Err(broken("it hung up: it has too many clients, or was ended")),
+            Ok(_) if fds.len() > MOST_DESCRIPTORS => {
+                return Err(broken("it sends more descriptors than a function has"));
+            }
             Ok(count) => read.extend_from_slice(&some[..count]),
             Err(Errno::EINTR) => continue,
             Err(Errno::EAGAIN) => return Err(broken("it doesn't answer")),

@@ -9,10 +9,10 @@ use tokio::net::unix::UCred;
 use tokio::time::timeout;
 
 use super::door::{self, Opened};
-use crate::rights;
 use super::server::Shared;
 use super::table::{PATIENCE, Taken, Tenant};
 use super::wire::{Complaint, MOST_REQUEST, Reply, Request, VERSION, line};
+use crate::rights;
 
 /// How long a client may take to say what it wants, and to take the answer.
 const CLIENT: Duration = Duration::from_secs(10);
