@@ -30,6 +30,7 @@ pub mod net;
 pub mod numa;
 pub mod pci;
 pub mod power;
+pub mod qemu;
 pub mod qmp;
 mod runtime;
 pub mod say;

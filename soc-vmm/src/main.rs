@@ -32,6 +32,9 @@ fn invoke(invocation: Invocation) -> Result<ExitStatus, Failure> {
             log.with_writer(std::io::stderr).finish().with(log::records(config.log)).init();
             return vm::run(&config);
         }
+        Invocation::Probe(_) => {
+            return Err(Failure::new(ExitStatus::Usage, "-machine none: the probe is not there yet; write q35"));
+        }
         Invocation::Host { function, json } => inventory::host(&function, json, &mut out)?,
     }
     Ok(ExitStatus::Done)

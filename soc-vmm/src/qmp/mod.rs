@@ -13,7 +13,7 @@ mod cpus;
 mod devices;
 mod error;
 mod framing;
-mod json;
+pub(crate) mod json;
 mod server;
 mod session;
 mod tune;
