@@ -32,6 +32,7 @@ pub mod numa;
 pub mod pci;
 pub mod pool;
 pub mod power;
+pub mod qemu;
 pub mod qmp;
 mod rights;
 mod runtime;

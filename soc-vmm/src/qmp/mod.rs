@@ -15,7 +15,7 @@ mod cpus;
 mod devices;
 mod error;
 mod framing;
-mod json;
+pub(crate) mod json;
 pub mod life;
 pub mod ours;
 mod passed;
