@@ -39,6 +39,8 @@ pub struct PoolConfig {
     /// The functions, in the order in which they are handed out.
     #[serde(default)]
     pub functions: Vec<PoolFunction>,
+    /// The server's own function, by which control planes learn what processors it has; none: this machine, where all functions are `unix:`.
+    pub host: Option<PoolFunction>,
     /// Users that may have functions, beside root; none: whoever may open the socket.
     #[serde(default)]
     pub users: Vec<String>,
@@ -69,6 +71,24 @@ impl FunctionSpec {
     /// The configuration is wrong.
     pub fn by_configuration() -> Result<Self, Failure> {
         Ok(if Config::load()?.pool.is_some() { Self::Pool } else { Self::Local })
+    }
+}
+
+impl From<PoolFunction> for FunctionSpec {
+    fn from(function: PoolFunction) -> Self {
+        match function {
+            PoolFunction::Unix(path) => Self::Unix(path),
+            PoolFunction::Card(path) => Self::Card(path),
+            PoolFunction::Pci(address) => Self::Pci(address),
+        }
+    }
+}
+
+impl PoolConfig {
+    /// The function by which the server tells of itself, if there is one.
+    pub fn host(&self) -> Option<FunctionSpec> {
+        let is_here = || self.functions.iter().all(|function| matches!(function, PoolFunction::Unix(_)));
+        self.host.clone().map(FunctionSpec::from).or_else(|| is_here().then_some(FunctionSpec::Local))
     }
 }
 

@@ -17,6 +17,7 @@ mod cdrom;
 mod cpus;
 mod devices;
 mod event;
+mod host;
 mod listen;
 mod run_dir;
 mod run_state;
@@ -30,11 +31,13 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::ahci::{CdHandle, TrayListener};
+use crate::cpuid::HostCpu;
 use crate::cpus::{CpuListener, CpusHandle};
 use crate::fds::Fds;
 use crate::slots::{DeviceListeners, SlotListener, SlotsHandle};
 
 use cpus::CpusPlace;
+use host::HostPlace;
 use slots::SlotsPlace;
 
 pub use cdrom::{BALLOON_ID, CDROM_ID, CdromSlot};
@@ -72,6 +75,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
     let cdrom = CdromSlot::default();
     let slots = SlotsPlace::default();
     let cpus = CpusPlace::default();
+    let host = HostPlace::default();
     let handle = VmHandle {
         info: info.into(),
         commands: commands_in,
@@ -80,9 +84,10 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
         cdrom: cdrom.clone(),
         slots: slots.clone(),
         cpus: cpus.clone(),
+        host: host.clone(),
         fds: Arc::default(),
     };
-    (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom, slots, cpus })
+    (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom, slots, cpus, host })
 }
 
 /// Why a command was not done.
@@ -110,6 +115,7 @@ pub struct VmHandle {
     cdrom: CdromSlot,
     slots: SlotsPlace,
     cpus: CpusPlace,
+    host: HostPlace,
     fds: Arc<Fds>,
 }
 
@@ -147,6 +153,16 @@ impl VmHandle {
     /// Its processors; none: the machine is still being built.
     pub fn cpus(&self) -> Option<&CpusHandle> {
         self.cpus.get()
+    }
+
+    /// The host's processor; none: there is no host, or it was not asked yet.
+    pub fn host(&self) -> Option<&HostCpu> {
+        self.host.get()
+    }
+
+    /// Whether the host was asked, and there is none.
+    pub fn has_no_host(&self) -> bool {
+        self.host.is_missing()
     }
 
     /// QMP `stop`: returns when no vCPU runs. Nothing to do unless it runs.
@@ -283,6 +299,7 @@ pub struct VmControl {
     cdrom: CdromSlot,
     slots: SlotsPlace,
     cpus: CpusPlace,
+    host: HostPlace,
 }
 
 impl VmControl {
@@ -333,6 +350,11 @@ impl VmControl {
     /// The machine is built, with these processors.
     pub fn has_cpus(&self, cpus: CpusHandle) {
         self.cpus.fill(cpus);
+    }
+
+    /// The host was asked what processors it can give; `None`: there is none to ask.
+    pub fn has_host(&self, host: Option<HostCpu>) {
+        self.host.fill(host);
     }
 
     /// Waits for the order to quit while the VM is being built: returns when it came, and waits for ever if nobody is left who could

@@ -5,7 +5,7 @@
 use std::process::ExitCode;
 
 use soc_vmm::cli::{self, ExitStatus, Failure, Invocation, PoolVerb};
-use soc_vmm::{inventory, log, pool, say::say, vm};
+use soc_vmm::{inventory, log, pool, probe, say::say, vm};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -34,9 +34,7 @@ fn invoke(invocation: Invocation) -> Result<ExitStatus, Failure> {
         }
         Invocation::Pool(PoolVerb::List { json }) => pool::list(json, &mut out)?,
         Invocation::Pool(PoolVerb::Serve) => pool::serve()?,
-        Invocation::Probe(_) => {
-            return Err(Failure::new(ExitStatus::Usage, "-machine none: the probe is not there yet; write q35"));
-        }
+        Invocation::Probe(probe) => return probe::serve(&probe),
         Invocation::Host { function, json } => inventory::host(&function, json, &mut out)?,
     }
     Ok(ExitStatus::Done)

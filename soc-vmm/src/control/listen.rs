@@ -1,13 +1,16 @@
 //! UNIX sockets that this process listens on: private, never stolen from a living owner, removed at the end.
 
 use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockname, getsockopt, listen, socket,
+    sockopt,
+};
 use nix::sys::stat::{Mode, fchmod};
 
 /// Why a path can't be listened on.
@@ -19,6 +22,9 @@ pub enum ListenError {
     /// Something that is no socket lies there.
     #[error("{0} exists and is not a socket; choose another path, or remove it")]
     NotASocket(PathBuf),
+    /// A descriptor that was passed is something else.
+    #[error("what was passed is no UNIX stream socket that listens; pass one on which listen(2) was called")]
+    NotListening,
     /// The system refused.
     #[error("can't listen on {0}")]
     Io(PathBuf, #[source] io::Error),
@@ -29,8 +35,8 @@ pub enum ListenError {
 pub struct ListeningSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the path when it was bound.
-    identity: (u64, u64),
+    /// Device and inode of the path when it was bound; none: another process bound it, and removes it.
+    identity: Option<(u64, u64)>,
 }
 
 impl ListeningSocket {
@@ -43,7 +49,25 @@ impl ListeningSocket {
         let failed = |e: io::Error| ListenError::Io(path.to_owned(), e);
         let listener = bind_private(path).map_err(|e| failed(e.into()))?;
         let placed = std::fs::symlink_metadata(path).map_err(failed)?;
-        Ok(Self { listener, path: path.to_owned(), identity: (placed.dev(), placed.ino()) })
+        Ok(Self { listener, path: path.to_owned(), identity: Some((placed.dev(), placed.ino())) })
+    }
+
+    /// Takes over a socket that listens already. Its path, if it has one, stays when this is dropped.
+    ///
+    /// # Errors
+    /// [`ListenError::NotListening`].
+    pub fn adopt(fd: OwnedFd) -> Result<Self, ListenError> {
+        let no = |_| ListenError::NotListening;
+        let is_listening = getsockopt(&fd, sockopt::AcceptConn).map_err(no)?;
+        let is_stream = getsockopt(&fd, sockopt::SockType).map_err(no)? == SockType::Stream;
+        let address = getsockname::<UnixAddr>(fd.as_raw_fd()).map_err(no)?;
+        if !is_listening || !is_stream {
+            return Err(ListenError::NotListening);
+        }
+        let path = address.path().map(Path::to_owned).unwrap_or_default();
+        let listener = UnixListener::from(fd);
+        listener.set_nonblocking(true).map_err(|e| ListenError::Io(path.clone(), e))?;
+        Ok(Self { listener, path, identity: None })
     }
 
     /// The socket; its accepts don't block.
@@ -60,7 +84,7 @@ impl ListeningSocket {
 impl Drop for ListeningSocket {
     fn drop(&mut self) {
         // Somebody may have removed or replaced the path: then it is not ours to remove.
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.identity) {
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|now| Some((now.dev(), now.ino())) == self.identity) {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -148,6 +172,23 @@ mod tests {
         std::fs::write(&path, "mine").unwrap();
         assert!(matches!(ListeningSocket::bind(&path), Err(ListenError::NotASocket(_))));
         assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn a_socket_that_was_passed_is_served_and_left_in_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let socket = ListeningSocket::adopt(UnixListener::bind(&path).unwrap().into()).unwrap();
+        assert_eq!(socket.path(), path);
+        knock(&path).unwrap();
+        socket.listener().accept().unwrap();
+        assert_eq!(socket.listener().accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+        drop(socket);
+        assert!(path.exists());
+        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert!(matches!(ListeningSocket::adopt(one.into()), Err(ListenError::NotListening)));
+        let file = std::fs::File::open(dir.path()).unwrap();
+        assert!(matches!(ListeningSocket::adopt(file.into()), Err(ListenError::NotListening)));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use api_channel::call::CpuidEntry;
 use nix::errno::Errno;
 use pcie_function::vfio::VfioDescriptors;
 
@@ -59,7 +60,7 @@ impl Loan {
                 Ok(Self { lent, connection: Lease(connection) })
             }
             Reply::Refused { why, .. } => Err(unavailable(why)),
-            Reply::List { .. } => Err(broken("it answered with a list")),
+            Reply::List { .. } | Reply::Host { .. } => Err(broken("it answered another question")),
         }
     }
 
@@ -102,7 +103,7 @@ pub fn list(json: bool, out: &mut impl Write) -> Result<(), Failure> {
     let functions = match answer(&connection)?.0 {
         Reply::List { functions, .. } => functions,
         Reply::Refused { why, .. } => return Err(unavailable(why)),
-        Reply::Function { .. } => return Err(broken("it answered with a function")),
+        Reply::Function { .. } | Reply::Host { .. } => return Err(broken("it answered another question")),
     };
     let text = if json {
         let text = serde_json::to_string_pretty(&functions);
@@ -111,6 +112,32 @@ pub fn list(json: bool, out: &mut impl Write) -> Result<(), Failure> {
         functions.iter().map(|function| row(function, SystemTime::now())).collect()
     };
     cli::print(&text, out)
+}
+
+/// The CPUID that the server's KVM supports. It blocks.
+///
+/// # Errors
+/// There is no pool, or it knows of no host.
+pub(crate) fn host_cpuid() -> Result<Vec<CpuidEntry>, Failure> {
+    let connection = connect(&socket()?)?;
+    say(&connection, &line(&Request::Host { version: VERSION }))?;
+    match answer(&connection)?.0 {
+        Reply::Host { cpuid, .. } => {
+            let entry = |[function, index, flags, eax, ebx, ecx, edx]: [u32; 7]| CpuidEntry {
+                function,
+                index,
+                flags,
+                eax,
+                ebx,
+                ecx,
+                edx,
+                reserved: 0,
+            };
+            Ok(cpuid.into_iter().map(entry).collect())
+        }
+        Reply::Refused { why, .. } => Err(unavailable(why)),
+        Reply::Function { .. } | Reply::List { .. } => Err(broken("it answered another question")),
+    }
 }
 
 fn row(listed: &Listed, now: SystemTime) -> String {

@@ -12,5 +12,5 @@ mod table;
 mod wire;
 
 pub use client::list;
-pub(crate) use client::{Lent, Loan};
+pub(crate) use client::{Lent, Loan, host_cpuid};
 pub use server::serve;

@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use super::door;
 use super::session;
 use super::table::{PATIENCE, Table};
-use crate::cli::{ExitStatus, Failure};
+use crate::cli::{ExitStatus, Failure, FunctionSpec};
 use crate::config::{Config, PoolConfig, PoolFunction};
 use crate::control::ListeningSocket;
 use crate::runtime::runtime;
@@ -34,6 +34,8 @@ pub(super) struct Shared {
     /// A function became something else.
     pub(super) changed: Notify,
     pub(super) functions: Vec<PoolFunction>,
+    /// By what the server tells of itself.
+    pub(super) host: Option<FunctionSpec>,
     /// Who may have functions beside root; `None`: everybody who could connect.
     users: Option<BTreeSet<u32>>,
     /// Connections of each user.
@@ -92,6 +94,7 @@ impl Shared {
             table: Mutex::new(Table::new(names, config.limit, Instant::now())),
             changed: Notify::new(),
             functions: config.functions.clone(),
+            host: config.host(),
             users: Some(users).filter(|users| !users.is_empty()),
             connections: Mutex::default(),
         })

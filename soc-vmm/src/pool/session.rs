@@ -3,6 +3,8 @@
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
+use api_channel::call::CpuidEntry;
+use pcie_function::header::Role;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::net::unix::UCred;
@@ -12,6 +14,8 @@ use super::door::{self, Opened};
 use super::server::Shared;
 use super::table::{PATIENCE, Taken, Tenant};
 use super::wire::{Complaint, MOST_REQUEST, Reply, Request, VERSION, line};
+use crate::function;
+use crate::probe::Ask;
 use crate::rights;
 
 /// How long a client may take to say what it wants, and to take the answer.
@@ -29,10 +33,26 @@ pub(super) async fn attend(stream: &UnixStream, shared: &Shared, peer: &UCred) {
             let functions = shared.table().list();
             answer(stream, &Reply::List { version: VERSION, functions }).await;
         }
+        Ok(Request::Host { .. }) => answer(stream, &host(shared).await).await,
         Ok(Request::Function { vm, .. }) => {
             lend(stream, shared, &Tenant { uid: peer.uid(), pid: peer.pid(), vm }).await;
         }
         Err(why) => answer(stream, &Reply::refused(why)).await,
+    }
+}
+
+/// What the server tells of its processors.
+async fn host(shared: &Shared) -> Reply {
+    let Some(spec) = &shared.host else {
+        return Reply::refused("the configuration's pool names no host: give it host = \"pci:BDF\" or \"card:SOCKET\"");
+    };
+    match timeout(PATIENCE, function::open(spec, Role::Host, Ask)).await {
+        Ok(Ok(table)) => {
+            let words = |e: CpuidEntry| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
+            Reply::Host { version: VERSION, cpuid: table.into_iter().map(words).collect() }
+        }
+        Ok(Err(e)) => Reply::refused(e.to_string()),
+        Err(_) => Reply::refused(format!("the host function {spec} does not answer; another program may use it")),
     }
 }
 

@@ -22,6 +22,8 @@ pub(super) enum Request {
     Function { version: u32, vm: String },
     /// All functions.
     List { version: u32 },
+    /// What processors the server can give.
+    Host { version: u32 },
 }
 
 /// What the pool answers.
@@ -32,6 +34,8 @@ pub(super) enum Reply {
     Function { version: u32, function: String },
     /// All functions.
     List { version: u32, functions: Vec<Listed> },
+    /// The CPUID that the server's KVM supports: leaf, sub-leaf, flags, EAX to EDX of each entry.
+    Host { version: u32, cpuid: Vec<[u32; 7]> },
     /// Nothing; why, in one line.
     Refused { version: u32, why: String },
 }

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Properties, Wrong, inert};
 
 /// A block node (QMP `BlockdevOptions`, of the drivers that there are).
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Blockdev {
     /// `file`, `host_device`, `raw`, `qcow2` or `throttle`.
@@ -36,14 +37,14 @@ pub struct Blockdev {
     pub backing: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct Driver {
     #[serde(rename = "driver")]
     _driver: BlockDriver,
 }
 
 /// QMP `BlockdevDriver`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BlockDriver {
     /// A file.
@@ -72,7 +73,7 @@ impl BlockDriver {
 }
 
 /// QMP `BlockdevRef`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "'file' is a node's name, or {\"driver\":\"file\",\"filename\":PATH}")]
 pub enum FileRef {
     /// A node that is there.
@@ -82,7 +83,7 @@ pub enum FileRef {
 }
 
 /// A file that is no node.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InlineFile {
     /// `file` or `host_device`.
@@ -92,7 +93,7 @@ pub struct InlineFile {
 }
 
 /// What a file can be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FileDriver {
     /// A file.
@@ -102,7 +103,7 @@ pub enum FileDriver {
 }
 
 /// QMP `BlockdevCacheOptions`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct Cache {
     /// Past the page cache.
@@ -112,7 +113,7 @@ pub struct Cache {
 }
 
 /// QMP `BlockdevDiscardOptions`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Discard {
     /// They are forgotten: not here.
@@ -122,7 +123,7 @@ pub enum Discard {
 }
 
 /// QMP `BlockdevDetectZeroesOptions`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DetectZeroes {
     /// They are written.
@@ -134,7 +135,7 @@ pub enum DetectZeroes {
 }
 
 /// QMP `BlockdevAioOptions`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BlockAio {
     /// Threads.

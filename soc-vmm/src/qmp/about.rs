@@ -67,7 +67,7 @@ impl Command for QueryCommands {
     }
 }
 
-/// QMP `query-kvm`: a guest of soc-vmm runs on its host's KVM, or not at all.
+/// QMP `query-kvm`: a guest of soc-vmm runs on its host's KVM, or not at all. Where there is no host to run it, it tells so.
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct QueryKvm {}
@@ -76,8 +76,9 @@ impl Command for QueryKvm {
     const NAME: &'static str = "query-kvm";
     type Reply = KvmInfo;
 
-    async fn run(self, _: VmHandle) -> Result<KvmInfo, QmpError> {
-        Ok(KvmInfo { enabled: true, present: true })
+    async fn run(self, vm: VmHandle) -> Result<KvmInfo, QmpError> {
+        let there = !vm.has_no_host();
+        Ok(KvmInfo { enabled: there, present: there })
     }
 }
 

@@ -7,6 +7,10 @@ use super::command::Entry;
 use super::cpus::{AddCpu, QueryCpusFast, QueryHotpluggableCpus};
 use super::devices::{AddDisk, AddNet, DeviceAdd, DeviceDel, QomList};
 use super::life::{Cont, Quit, Stop, SystemPowerdown, SystemReset};
+use super::machines::{QueryCpuDefinitions, QueryCpuModelExpansion, QueryMachines, QueryTpmModels, QueryTpmTypes};
+use super::migration::{MigrateSetCapabilities, QueryMigrateCapabilities};
+use super::objects::{DeviceListProperties, QomListProperties, QomListTypes};
+use super::options::QueryCommandLineOptions;
 use super::ours::{QueryOutboardCounters, QueryOutboardVm};
 use super::passed::{AddFd, CloseFd, GetFd, QueryFdsets, RemoveFd};
 use super::tune::{Balloon, BlockResize, QomGet, QomSet, QueryBalloon, SetLink};
@@ -50,6 +54,17 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<QueryKvm>(),
     Entry::of::<QueryTarget>(),
     Entry::of::<QueryQmpSchema>(),
+    Entry::of::<QueryMachines>(),
+    Entry::of::<QueryCpuDefinitions>(),
+    Entry::of::<QueryCpuModelExpansion>(),
+    Entry::of::<QueryTpmModels>(),
+    Entry::of::<QueryTpmTypes>(),
+    Entry::of::<QomListTypes>(),
+    Entry::of::<DeviceListProperties>(),
+    Entry::of::<QomListProperties>(),
+    Entry::of::<QueryCommandLineOptions>(),
+    Entry::of::<QueryMigrateCapabilities>(),
+    Entry::of::<MigrateSetCapabilities>(),
     Entry::of::<QueryOutboardVm>(),
     Entry::of::<QueryOutboardCounters>(),
 ];
