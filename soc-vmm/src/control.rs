@@ -31,6 +31,7 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::ahci::{CdHandle, TrayListener};
 use crate::cpus::{CpuListener, CpusHandle};
+use crate::fds::Fds;
 use crate::slots::{DeviceListeners, SlotListener, SlotsHandle};
 
 use cpus::CpusPlace;
@@ -79,6 +80,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
         cdrom: cdrom.clone(),
         slots: slots.clone(),
         cpus: cpus.clone(),
+        fds: Arc::default(),
     };
     (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom, slots, cpus })
 }
@@ -108,9 +110,15 @@ pub struct VmHandle {
     cdrom: CdromSlot,
     slots: SlotsPlace,
     cpus: CpusPlace,
+    fds: Arc<Fds>,
 }
 
 impl VmHandle {
+    /// Descriptors that others opened for it.
+    pub fn fds(&self) -> &Arc<Fds> {
+        &self.fds
+    }
+
     /// What the VM is.
     pub fn info(&self) -> &VmInfo {
         &self.info

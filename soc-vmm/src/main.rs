@@ -4,8 +4,8 @@
 
 use std::process::ExitCode;
 
-use soc_vmm::cli::{self, ExitStatus, Failure, Invocation};
-use soc_vmm::{inventory, log, say::say, vm};
+use soc_vmm::cli::{self, ExitStatus, Failure, Invocation, PoolVerb};
+use soc_vmm::{inventory, log, pool, say::say, vm};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -31,6 +31,11 @@ fn invoke(invocation: Invocation) -> Result<ExitStatus, Failure> {
             let log = tracing_subscriber::fmt().with_max_level(config.log).log_internal_errors(false);
             log.with_writer(std::io::stderr).finish().with(log::records(config.log)).init();
             return vm::run(&config);
+        }
+        Invocation::Pool(PoolVerb::List { json }) => pool::list(json, &mut out)?,
+        Invocation::Pool(PoolVerb::Serve) => pool::serve()?,
+        Invocation::Probe(_) => {
+            return Err(Failure::new(ExitStatus::Usage, "-machine none: the probe is not there yet; write q35"));
         }
         Invocation::Host { function, json } => inventory::host(&function, json, &mut out)?,
     }

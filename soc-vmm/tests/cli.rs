@@ -22,7 +22,7 @@ fn a_wrong_command_line_is_one_line_and_status_2() {
     let cases: [(&[&str], &str); 10] = [
         (&[], "--help"),
         (&["frobnicate"], "frobnicate"),
-        (&["-name", "guest=a", "-machine", "q35"], "QEMU-compatible"),
+        (&["-name", "guest=a", "-machine", "pc"], "-machine: type: there is no machine 'pc'"),
         (&["migrate", "a", "tcp:b:1"], "migrate is not there yet"),
         (&["run"], "--kernel"),
         (&["run", "--kernel", missing, "--disk", "d"], "--disk"),

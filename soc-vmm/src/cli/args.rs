@@ -15,6 +15,7 @@ use super::disk::{CdromSpec, parse_id};
 use super::entropy::EntropySpec;
 use super::iommu::IommuModel;
 use super::numa::NumaNode;
+use super::pool::PoolVerb;
 use super::test_device::TestDevice;
 use super::values::{CpuAffinity, DebugconSpec, DiskSize, FunctionSpec, Memory, QmpSocket, SerialSpec, ValueError};
 use super::vhost::{AnyDisk, AnyNet, FsSpec};
@@ -132,6 +133,9 @@ pub(super) enum Command {
         /// The memory that it shall have: MiB, or with K, M, G, T
         size: DiskSize,
     },
+    /// Functions for programs that may not open them
+    #[command(subcommand)]
+    Pool(PoolVerb),
     #[command(external_subcommand)]
     Other(Vec<OsString>),
 }
@@ -226,7 +230,7 @@ pub(super) struct RunArgs {
     /// One more control socket: unix:SOCKET
     #[arg(long, value_name = "SPEC")]
     pub(super) qmp: Vec<QmpSocket>,
-    /// PCIe function: local, unix:SOCKET, card:SOCKET, pci:BDF
+    /// PCIe function: local, unix:SOCKET, card:SOCKET, pci:BDF, pool
     #[arg(long, value_name = "SPEC", default_value = "local")]
     pub(super) function: FunctionSpec,
     /// Don't start the vCPUs
@@ -271,7 +275,7 @@ impl LaterArgs {
 }
 
 /// Commands of which the interface is fixed and the work isn't there.
-pub(super) const LATER_COMMANDS: [&str; 5] = ["migrate", "cancel-migration", "save", "clone", "pool"];
+pub(super) const LATER_COMMANDS: [&str; 4] = ["migrate", "cancel-migration", "save", "clone"];
 
 /// The text of a disk or an interface: good by itself, and for the VM to read.
 #[derive(Clone, Debug)]

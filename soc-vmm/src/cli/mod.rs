@@ -11,6 +11,7 @@ mod exit;
 mod iommu;
 mod net;
 mod numa;
+mod pool;
 mod test_device;
 mod values;
 mod vhost;
@@ -29,6 +30,9 @@ use crate::boot::BootSource;
 use crate::control::VmName;
 use crate::cpuid::{CpuSpec, Topology};
 use crate::numa::NodeSpec;
+use crate::qemu::small::{ActionOption, BootOption, FwCfgFile, RtcBase, Sandbox};
+use crate::qemu::{self, Hardware, Probe};
+use crate::smbios::SystemNames;
 
 pub use balloon::BalloonSpec;
 pub use channel::ChannelSpec;
@@ -39,6 +43,7 @@ pub use exit::{ExitStatus, Failure};
 pub(crate) use exit::{one_line, with_causes};
 pub use iommu::IommuModel;
 pub use net::{Mac, NetSpec};
+pub use pool::PoolVerb;
 pub use test_device::TestDevice;
 pub use values::{Bdf, CpuAffinity, DebugconSpec, FunctionSpec, HugePages, Memory, SerialSpec, ValueError};
 pub use vhost::{AnyDisk, AnyNet, FsSpec, VhostRole, VhostSpec};
@@ -61,6 +66,10 @@ pub enum Invocation {
         /// Print JSON.
         json: bool,
     },
+    /// `pool`.
+    Pool(PoolVerb),
+    /// QEMU's `-machine none`.
+    Probe(Probe),
     /// One of the commands to a running VM.
     Perform(Verb, Target),
     /// `--help`, `--version`: the text to print.
@@ -181,6 +190,46 @@ pub struct RunConfig {
     pub paused: bool,
     /// What to log.
     pub log: LevelFilter,
+    /// What the machine is told of itself.
+    pub machine: MachineConfig,
+    /// What this process is told of itself.
+    pub process: ProcessConfig,
+    /// Devices in places of their own, of QEMU's command line.
+    pub hardware: Option<Hardware>,
+}
+
+/// What a machine is told of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// Its UUID, as it is written.
+    pub uuid: [u8; 16],
+    /// Its names.
+    pub system: SystemNames,
+    /// What its clock is set to.
+    pub rtc: RtcBase,
+    /// Whether it has ACPI tables.
+    pub acpi: bool,
+    /// What its firmware is told of booting.
+    pub boot: BootOption,
+    /// What resets, powering off and panics come to.
+    pub actions: ActionOption,
+    /// More files of fw_cfg.
+    pub fw_cfg: Vec<FwCfgFile>,
+}
+
+/// What a process is told of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProcessConfig {
+    /// It stands in for QEMU: it is not found by its name, and ends as QEMU does.
+    pub emulator: bool,
+    /// The guest's name, which any text may be.
+    pub guest: Option<String>,
+    /// Where its process id goes.
+    pub pid_file: Option<PathBuf>,
+    /// Whether it goes on in the background.
+    pub daemonize: bool,
+    /// What it is to do without.
+    pub sandbox: Option<Sandbox>,
 }
 
 /// The kernel command line where none is given.
@@ -194,7 +243,7 @@ impl Invocation {
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, Failure> {
         let args: Vec<OsString> = args.into_iter().collect();
         if args.get(1).is_some_and(is_qemu_option) {
-            return usage("the QEMU-compatible command line is not there yet; use soc-vmm run (see soc-vmm --help)");
+            return qemu::parse(args.into_iter().skip(1)).or_else(|wrong| usage(wrong.to_string()));
         }
         if args.len() < 2 {
             return usage("no command; see soc-vmm --help");
@@ -215,6 +264,7 @@ impl Invocation {
             Command::Run(args) => Self::Run(Box::new(RunConfig::check(*args)?)),
             Command::Host { function, json } => Self::Host { function, json },
             Command::List { json } => Self::List { json },
+            Command::Pool(verb) => Self::Pool(verb),
             Command::Status { target, json } => Self::Perform(Verb::Status { json }, target.into()),
             Command::Pause(target) => Self::Perform(Verb::Pause, target.into()),
             Command::Resume(target) => Self::Perform(Verb::Resume, target.into()),
@@ -316,8 +366,22 @@ impl RunConfig {
             function: args.function,
             paused: args.paused,
             log: args.log,
+            machine: MachineConfig::default(),
+            process: ProcessConfig::default(),
+            hardware: None,
         })
     }
+}
+
+/// vCPUs at the start, and how those that there can be are arranged, from the value of `--cpus`.
+pub(crate) fn processors(text: &str) -> Result<(u16, Topology), ValueError> {
+    text.parse().map(|cpu::Cpus { present, topology }| (present, topology))
+}
+
+/// Memory and nodes, from values of `--numa`.
+pub(crate) fn nodes(texts: &[String], memory: Memory, cpus: u16) -> Result<(Memory, Vec<NodeSpec>), String> {
+    let nodes = texts.iter().map(|text| text.parse()).collect::<Result<Vec<_>, ValueError>>();
+    numa::check(nodes.map_err(|e| e.to_string())?, Some(memory), cpus)
 }
 
 impl From<TargetArgs> for Target {

@@ -250,7 +250,7 @@ impl FromStr for FunctionSpec {
             (_, Some(("unix", path))) if !path.is_empty() => Ok(Self::Unix(path.into())),
             (_, Some(("card", path))) if !path.is_empty() => Ok(Self::Card(path.into())),
             (_, Some(("pci", address))) => address.parse().map(Self::Pci),
-            _ => wrong("write local, unix:SOCKET, card:SOCKET or pci:BDF"),
+            _ => wrong("write local, unix:SOCKET, card:SOCKET, pci:BDF or pool"),
         }
     }
 }

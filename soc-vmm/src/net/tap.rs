@@ -89,7 +89,7 @@ impl TapBackend {
     }
 
     fn inherit(number: RawFd) -> Result<Self, OpenError> {
-        let queue = sys::inherit(number).map_err(|_| OpenError::NotPassed { number })?;
+        let queue = crate::fds::inherit(number).map_err(|_| OpenError::NotPassed { number })?;
         let (name, flags) = sys::describe(queue.as_fd()).map_err(|_| OpenError::PassedNoTap { number })?;
         if flags & libc::IFF_TAP == 0 || flags & libc::IFF_NO_PI == 0 {
             return Err(OpenError::PassedNoTap { number });

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::QmpError;
@@ -18,7 +19,7 @@ use crate::slots::{self, DiskNode, SlotsHandle};
 use crate::virtio::RateLimits;
 
 /// QMP `blockdev-add`: a file, or an image in one.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct BlockdevAdd {
     /// `file`, `raw` or `qcow2`.
@@ -44,7 +45,7 @@ pub(super) struct BlockdevAdd {
 }
 
 /// QMP `BlockdevRef`, to a file.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "'file' is a node's name, or {\"driver\":\"file\",\"filename\":PATH}")]
 enum FileRef {
     /// A node that is there.
@@ -53,14 +54,14 @@ enum FileRef {
     Inline(InlineFile),
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct InlineFile {
     driver: FileDriver,
     filename: PathBuf,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum FileDriver {
     File,
@@ -68,7 +69,7 @@ enum FileDriver {
 }
 
 /// QMP `BlockdevCacheOptions`.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 struct Cache {
     /// Past the page cache.
@@ -77,7 +78,7 @@ struct Cache {
     no_flush: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Discard {
     Ignore,
@@ -148,7 +149,7 @@ impl BlockdevAdd {
 }
 
 /// QMP `blockdev-del`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct BlockdevDel {
     /// Its name.
@@ -167,7 +168,7 @@ impl Command for BlockdevDel {
 }
 
 /// QMP `netdev_add`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NetdevAdd {
     /// `stream` or `tap`.
@@ -193,7 +194,7 @@ pub(super) struct NetdevAdd {
 }
 
 /// QMP `SocketAddress`, of UNIX sockets.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct SocketAddress {
     #[serde(rename = "type")]
@@ -252,7 +253,7 @@ impl NetdevAdd {
 }
 
 /// QMP `netdev_del`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NetdevDel {
     /// Its name.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::aside::{aside, drop_aside};
@@ -13,7 +14,7 @@ use crate::block::{self, ImageFormat, ImageSpec};
 use crate::control::{CDROM_ID, VmHandle};
 
 /// QMP `eject`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Eject {
     /// The drive, by its old name.
@@ -38,7 +39,7 @@ impl Command for Eject {
 }
 
 /// QMP `blockdev-change-medium`: the medium is only ever read.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct BlockdevChangeMedium {
     /// The drive, by its old name.

@@ -1,5 +1,6 @@
 //! Commands to the processors.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::command::Command;
@@ -59,7 +60,7 @@ pub(super) fn added(vm: &VmHandle) -> impl Iterator<Item = (String, &'static str
 }
 
 /// `x-outboard-add-cpu`, a command of ours: `soc-vmm add-cpu`.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct AddCpu {}
 
@@ -73,7 +74,8 @@ impl Command for AddCpu {
 }
 
 /// QMP `CpuInstanceProperties`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[schemars(rename = "CpuInstanceProperties")]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct CpuProperties {
     socket_id: u32,
@@ -88,7 +90,8 @@ impl From<Place> for CpuProperties {
 }
 
 /// QMP `HotpluggableCPU`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[schemars(rename = "HotpluggableCPU")]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct HotpluggableCpu {
     #[serde(rename = "type")]
@@ -100,7 +103,7 @@ pub(super) struct HotpluggableCpu {
 }
 
 /// QMP `query-hotpluggable-cpus`: every place for a processor.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QueryHotpluggableCpus {}
 
@@ -120,7 +123,8 @@ impl Command for QueryHotpluggableCpus {
 }
 
 /// QMP `CpuInfoFast`, without the thread: that is on the host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[schemars(rename = "CpuInfoFast")]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct CpuInfo {
     cpu_index: usize,
@@ -130,7 +134,7 @@ pub(super) struct CpuInfo {
 }
 
 /// QMP `query-cpus-fast`: the processors that are there.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QueryCpusFast {}
 

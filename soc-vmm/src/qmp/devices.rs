@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::aside::aside;
@@ -21,7 +22,7 @@ const DISK: &str = "virtio-blk-pci";
 const NET: &str = "virtio-net-pci";
 
 /// QMP `device_add`, of disks, network interfaces and processors.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct DeviceAdd {
     /// `virtio-blk-pci`, `virtio-net-pci`, or a processor's type.
@@ -109,7 +110,7 @@ pub(super) fn open(slots: &SlotsHandle, image: &ImageSpec) -> Result<Arc<dyn Blo
 }
 
 /// QMP `device_del`: the guest is asked; `DEVICE_DELETED` tells that it let go.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct DeviceDel {
     /// The device, or its place in the tree of objects.
@@ -136,7 +137,7 @@ pub const PERIPHERAL: &str = "/machine/peripheral";
 pub const ROOT_PORT: &str = "pcie-root-port";
 
 /// QMP `qom-list`, of the one place where the devices are that can be added and deleted.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QomList {
     /// `/machine/peripheral`.
@@ -178,17 +179,17 @@ impl Command for QomList {
 }
 
 /// `x-outboard-add-disk`, a command of ours: `soc-vmm add-disk`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct AddDisk(Add);
 
 /// `x-outboard-add-net`, a command of ours: `soc-vmm add-net`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct AddNet(Add);
 
 /// A device as the command line of `run` has it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Add {
     /// The option's value.

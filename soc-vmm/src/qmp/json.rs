@@ -9,7 +9,7 @@ use serde_json::{Map, Number, Value};
 ///
 /// # Errors
 /// It is none, or a key is repeated in one of its objects: which one counts is a matter of taste, and peers differ in it.
-pub(super) fn object(text: &[u8]) -> serde_json::Result<Map<String, Value>> {
+pub(crate) fn object(text: &[u8]) -> serde_json::Result<Map<String, Value>> {
     match serde_json::from_slice(text)? {
         Unique(Value::Object(object)) => Ok(object),
         Unique(_) => Err(serde_json::Error::custom("expecting an object")),

@@ -5,11 +5,12 @@
 //! doesn't take its replies and events.
 
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde::Serialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::unix::WriteHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::error::RecvError;
@@ -19,6 +20,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::types::{Greeting, Response, Timestamp};
 use super::{QmpError, Session, Step};
 use crate::control::{Event, EventKind, ListeningSocket, VmHandle};
+use crate::rights;
 
 /// Monitors of one socket at a time: who fills one has not filled another. A connection more is told so and closed.
 pub const MAX_MONITORS: usize = 32;
@@ -129,7 +131,7 @@ fn turn_away(stream: UnixStream) {
 
 /// Serves one client until it goes, misbehaves, or the VM has ended.
 async fn monitor(mut stream: UnixStream, vm: VmHandle) -> io::Result<()> {
-    let (mut reader, mut writer) = stream.split();
+    let (reader, mut writer) = stream.split();
     let Some(mut events) = vm.events() else { return Ok(()) };
     send(&mut writer, &Greeting::ours()).await?;
 
@@ -165,10 +167,29 @@ async fn monitor(mut stream: UnixStream, vm: VmHandle) -> io::Result<()> {
                 }
             },
             response = finished(&mut running) => send(&mut writer, &response).await?,
-            read = reader.read(&mut buffer), if running.is_none() => match read? {
-                0 => return Ok(()),
-                n => unread = 0..n,
-            },
+            read = receive(reader.as_ref(), &mut buffer), if running.is_none() => {
+                let (n, fds) = read?;
+                if !fds.is_empty() {
+                    session.passed(fds);
+                }
+                match n {
+                    0 => return Ok(()),
+                    n => unread = 0..n,
+                }
+            }
+        }
+    }
+}
+
+/// Bytes and what descriptors came with them; 0 bytes: the client has hung up. Safe to cancel.
+async fn receive(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    loop {
+        stream.readable().await?;
+        let mut fds = Vec::new();
+        match stream.try_io(Interest::READABLE, || Ok(rights::receive(&stream, buffer, &mut fds)?)) {
+            Ok(n) => return Ok((n, fds)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -16,7 +17,7 @@ use crate::slots::{DeviceHandle, SlotError};
 use crate::virtio::balloon::BalloonHandle;
 
 /// QMP `block_resize`: a disk's image grows, and its guest sees it.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct BlockResize {
     /// The disk.
@@ -50,7 +51,7 @@ impl Command for BlockResize {
 }
 
 /// QMP `set_link`: an interface's cable is plugged in or pulled.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SetLink {
     /// The interface.
@@ -73,7 +74,7 @@ impl Command for SetLink {
 }
 
 /// QMP `balloon`: the guest is to make do with so much memory.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Balloon {
     /// Bytes.
@@ -95,7 +96,7 @@ impl Command for Balloon {
 }
 
 /// QMP `query-balloon`.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QueryBalloon {}
 
@@ -126,7 +127,7 @@ const STATS: &str = "guest-stats";
 const INTERVAL: &str = "guest-stats-polling-interval";
 
 /// QMP `qom-get`, of the balloon's properties.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QomGet {
     /// The object.
@@ -136,7 +137,7 @@ pub(super) struct QomGet {
 }
 
 /// QEMU's `guest-stats`.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 struct Stats {
     /// Each by its name; −1: the guest didn't say.
@@ -164,7 +165,7 @@ impl Command for QomGet {
 }
 
 /// QMP `qom-set`, of how often the balloon asks for statistics.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QomSet {
     /// The object.

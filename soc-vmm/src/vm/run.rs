@@ -33,6 +33,12 @@ const DEBUGCON_QUEUE: usize = 1 << 20;
 /// What went wrong, in one line, with its exit status (docs/operations.md).
 pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
     let unavailable = |doing: &str, e: &dyn std::error::Error| Failure::of(ExitStatus::Unavailable, doing, e);
+    if config.hardware.is_some() {
+        return Err(Failure::new(
+            ExitStatus::Usage,
+            "a VM of QEMU's command line can't be started yet; use soc-vmm run",
+        ));
+    }
     // Files first: a wrong one is refused before anything is touched.
     let layout = MemoryLayout::new(config.memory.size).map_err(|e| Failure::of(ExitStatus::Usage, "--memory", &e))?;
     let (plan, media) = media::open(config, &layout)?;
@@ -121,6 +127,10 @@ struct Setup<'a> {
 
 impl Use for Setup<'_> {
     type Output = ExitStatus;
+
+    fn vm(&self) -> String {
+        self.blueprint.config.name.to_string()
+    }
 
     async fn given_up(&mut self) -> ExitStatus {
         self.control.told_to_quit().await;

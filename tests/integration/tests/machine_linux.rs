@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use integration::machines::{Counters, shim_is_small};
+use integration::machines::{Counters, but_for_the_emulator, shim_is_small};
 use integration::test_name;
 use testbed::bed::{BedConfig, SHIM};
 use testbed::guest::UP_MARK;
@@ -16,12 +16,12 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// It is told of Hyper-V's interfaces, too; it finds KVM behind them, and prefers it.
 #[test]
 fn linux_lives_where_soc_vmm_runs_on_this_machine() {
-    linux_lives(&BedConfig::new("machine-linux", 1), &["--cpu", "host,hv-passthrough"]);
+    but_for_the_emulator(|| linux_lives(&BedConfig::new("machine-linux", 1), &["--cpu", "host,hv-passthrough"]));
 }
 
 #[test]
 fn linux_lives_where_soc_vmm_runs_on_an_arm_soc() {
-    linux_lives(&BedConfig::new("machine-linux-arm", 1).with_arm_soc(), &[]);
+    but_for_the_emulator(|| linux_lives(&BedConfig::new("machine-linux-arm", 1).with_arm_soc(), &[]));
 }
 
 fn linux_lives(config: &BedConfig, args: &[&str]) {

@@ -4,6 +4,7 @@
 
 pub mod bed;
 pub mod build;
+mod busy;
 pub mod card;
 pub mod console;
 pub mod control;

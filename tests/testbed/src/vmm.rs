@@ -263,7 +263,7 @@ impl<'a> Vmm<'a> {
             name: self.name.clone(),
             what: what.to_owned(),
             console: lines[lines.len().saturating_sub(30)..].join("\n"),
-            said: format!("soc-vmm said: {}{}", self.errors(), self.server.epitaph().unwrap_or_default()),
+            said: format!("soc-vmm said: {}{}", self.errors(), self.server.last_words().unwrap_or_default()),
         }
     }
 }

@@ -1,13 +1,12 @@
 //! The ioctls of `/dev/net/tun` (Linux, `if_tun.h`).
 //!
-//! They, and taking over a descriptor that this process was started with, are `unsafe`.
+//! They are `unsafe`.
 #![allow(unsafe_code)]
 
 use std::ffi::CStr;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::libc::{self, Ioctl, c_int, c_short, c_uint, c_ulong, ifreq};
 
 /// Bytes of an interface's name, without the zero behind it.
@@ -53,23 +52,6 @@ pub(super) fn set_header_size(fd: BorrowedFd<'_>, size: usize) -> nix::Result<()
 pub(super) fn set_offloads(fd: BorrowedFd<'_>, offloads: c_uint) -> nix::Result<()> {
     // SAFETY: this request takes a number, and reads no memory.
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, c_ulong::from(offloads)) }).map(drop)
-}
-
-/// Takes over a descriptor that whoever started this process left open for it. What this process opens is close-on-exec, and what it was
-/// started with can't be: so a number never hits a descriptor that has an owner here, nor one that was taken over before.
-pub(super) fn inherit(number: RawFd) -> nix::Result<OwnedFd> {
-    if number <= libc::STDERR_FILENO {
-        return Err(Errno::EBADF);
-    }
-    // SAFETY: it is borrowed for this one question, and fcntl(2) answers for any number.
-    let flags = fcntl(unsafe { BorrowedFd::borrow_raw(number) }, FcntlArg::F_GETFD)?;
-    if FdFlag::from_bits_retain(flags).contains(FdFlag::FD_CLOEXEC) {
-        return Err(Errno::EBADF);
-    }
-    // SAFETY: it is open, and nobody here owns it: above.
-    let fd = unsafe { OwnedFd::from_raw_fd(number) };
-    fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
-    Ok(fd)
 }
 
 fn request(flags: c_int) -> ifreq {

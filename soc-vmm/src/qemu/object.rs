@@ -1,0 +1,192 @@
+//! Objects: `-object` and QMP `object-add`.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::{Properties, Size, Wrong, inert};
+
+/// An object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Object {
+    /// Its name.
+    pub id: String,
+    /// What it is.
+    pub kind: ObjectKind,
+}
+
+/// What an object is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ObjectKind {
+    /// A secret, of which nothing makes use: there is nothing that is encrypted.
+    Secret,
+    /// Guest memory.
+    Memory(MemoryBackend),
+    /// Where a virtio-rng device has its entropy: always from the system.
+    Entropy,
+    /// A thread for devices, of which each has one of its own.
+    IoThread,
+    /// How much may pass.
+    ThrottleGroup(Limits),
+}
+
+/// Guest memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryBackend {
+    /// Bytes.
+    pub size: u64,
+    /// Huge pages: their size, if it is said.
+    pub huge: Option<Option<u64>>,
+    /// The host's node, if there is one.
+    pub node: Option<u16>,
+}
+
+/// QMP `ThrottleLimits`: what may pass in a second, and at most for a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub struct Limits {
+    /// Requests.
+    pub iops_total: u64,
+    /// For a moment.
+    pub iops_total_max: u64,
+    /// Bytes.
+    pub bps_total: u64,
+    /// For a moment.
+    pub bps_total_max: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SecretProperties {
+    #[serde(rename = "format")]
+    _format: Option<String>,
+    file: Option<PathBuf>,
+    data: Option<String>,
+    #[serde(rename = "keyid")]
+    _keyid: Option<String>,
+    #[serde(rename = "iv")]
+    _iv: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct MemoryProperties {
+    size: Size,
+    #[serde(default)]
+    hugetlb: bool,
+    hugetlbsize: Option<Size>,
+    mem_path: Option<PathBuf>,
+    #[serde(default)]
+    host_nodes: Vec<u16>,
+    policy: Option<Policy>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Policy {
+    Default,
+    Preferred,
+    Bind,
+    Interleave,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RandomProperties {
+    filename: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ThrottleProperties {
+    #[serde(default)]
+    limits: Limits,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NoProperties {}
+
+/// Sources of entropy that are the system's own.
+const RANDOM: [&str; 2] = ["/dev/urandom", "/dev/random"];
+
+impl Object {
+    /// Reads the value of `-object`.
+    ///
+    /// # Errors
+    /// It can't be meant, or is not there.
+    pub fn parse(text: &str) -> Result<Self, Wrong> {
+        Self::of(Properties::parse_lists(text, Some("qom-type"), &["host-nodes"])?)
+    }
+
+    /// Reads one from its properties.
+    ///
+    /// # Errors
+    /// It can't be meant, or is not there.
+    pub fn of(mut properties: Properties) -> Result<Self, Wrong> {
+        let kind = properties.take("qom-type")?;
+        let id = properties.take("id")?;
+        inert::strip(&kind, &mut properties).map_err(|wrong| wrong.at(kind.as_str()))?;
+        super::check_id(&id)?;
+        let read = match &*kind {
+            "secret" => properties.read::<SecretProperties>().and_then(|secret| {
+                let sound = secret.file.is_some() != secret.data.is_some();
+                sound.then_some(ObjectKind::Secret).ok_or_else(|| Wrong::new("a secret needs one of 'file' and 'data'"))
+            }),
+            "memory-backend-ram" | "memory-backend-memfd" | "memory-backend-file" => {
+                properties.read().and_then(|read| memory(&kind, read)).map(ObjectKind::Memory)
+            }
+            "rng-builtin" => properties.read::<NoProperties>().map(|_| ObjectKind::Entropy),
+            "rng-random" => properties.read::<RandomProperties>().and_then(|RandomProperties { filename }| {
+                let own = |path: &PathBuf| RANDOM.iter().any(|own| path.as_os_str() == *own);
+                match filename.filter(|path| !own(path)) {
+                    None => Ok(ObjectKind::Entropy),
+                    Some(_) => Err(Wrong::new("entropy is the system's: write /dev/urandom").at("filename")),
+                }
+            }),
+            "iothread" => properties.read::<NoProperties>().map(|_| ObjectKind::IoThread),
+            "throttle-group" => {
+                properties.read().map(|ThrottleProperties { limits }| ObjectKind::ThrottleGroup(limits))
+            }
+            other => {
+                return Err(Wrong::new(format!(
+                    "there is no '{}': there is secret, memory-backend-ram, -memfd and -file, rng-builtin, rng-random, iothread, \
+                     throttle-group",
+                    other.escape_default()
+                )));
+            }
+        };
+        Ok(Self { id, kind: read.map_err(|wrong| wrong.at(kind))? })
+    }
+}
+
+fn memory(kind: &str, properties: MemoryProperties) -> Result<MemoryBackend, Wrong> {
+    let MemoryProperties { size, hugetlb, hugetlbsize, mem_path, host_nodes, policy } = properties;
+    let huge = match (kind, mem_path) {
+        ("memory-backend-file", Some(path)) => {
+            // RAM is the host's: a path says which pages are meant, and nothing else.
+            if !path.components().any(|part| part.as_os_str().to_string_lossy().contains("hugepages")) {
+                let why = "guest memory is the host's, in no file of this system: name a hugetlbfs, or take memory-backend-memfd";
+                return Err(Wrong::new(why).at("mem-path"));
+            }
+            Some(None)
+        }
+        ("memory-backend-file", None) => return Err(Wrong::new("it needs 'mem-path'")),
+        (_, Some(_)) => return Err(Wrong::new("that is of memory-backend-file").at("mem-path")),
+        (_, None) if hugetlbsize.is_some() && !hugetlb => {
+            return Err(Wrong::new("it needs hugetlb=on").at("hugetlbsize"));
+        }
+        (_, None) => hugetlb.then_some(hugetlbsize.map(Size::bytes)),
+    };
+    let node = match (&host_nodes[..], policy) {
+        ([], None | Some(Policy::Default)) => None,
+        ([node], Some(Policy::Bind | Policy::Preferred | Policy::Interleave)) => Some(*node),
+        ([_], _) => return Err(Wrong::new("it needs policy=bind or policy=preferred").at("host-nodes")),
+        ([], _) => return Err(Wrong::new("it needs 'host-nodes'").at("policy")),
+        _ => {
+            let why = "memory is on one node of the host: name one, or give the guest a node for each by -numa";
+            return Err(Wrong::new(why).at("host-nodes"));
+        }
+    };
+    Ok(MemoryBackend { size: size.bytes(), huge, node })
+}
