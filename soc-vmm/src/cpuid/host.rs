@@ -97,7 +97,8 @@ mod tests {
 
     #[test]
     fn a_poor_host_says_what_it_lacks() {
-        let leaf = |function, eax, ebx, ecx, edx| CpuidEntry { function, index: 0, flags: 0, eax, ebx, ecx, edx, reserved: 0 };
+        let leaf =
+            |function, eax, ebx, ecx, edx| CpuidEntry { function, index: 0, flags: 0, eax, ebx, ecx, edx, reserved: 0 };
         let vendor = |text: &[u8; 4]| u32::from_le_bytes(*text);
         // FPU, TSC, MSR, PAE, CX8, APIC, SSE2's family and no more.
         let table = [
