@@ -4,6 +4,7 @@
 pub mod hostile;
 pub mod libvirt;
 pub mod machines;
+pub mod monitor;
 mod programs;
 pub mod qapi_schema;
 pub mod soc;

@@ -3,6 +3,7 @@
 mod domain;
 mod messages;
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use serde_json::{Value, json};
 use testbed::libvirt::{Config, Error, Libvirt};
 use testbed::process::Child;
 
+use crate::qapi_schema::Schema;
 use crate::{program, test_name};
 
 pub use domain::{Boot, Domain, cdrom, disk, tap, user};
@@ -160,18 +162,63 @@ impl Host {
         answer["return"].take()
     }
 
+    /// Checks every message between libvirtd and its emulators so far against the schema that soc-vmm reports.
+    ///
+    /// # Panics
+    /// One isn't as reported.
+    pub fn check_messages(&self) {
+        let log = self.libvirt.libvirtd_log();
+        let messages = messages(&log);
+        let reported = messages.windows(2).find_map(|pair| match pair {
+            [Message::Sent(_, sent), Message::Answered(_, answer)] if sent["execute"] == "query-qmp-schema" => {
+                Some(answer["return"].clone())
+            }
+            _ => None,
+        });
+        let schema = Schema::read(&reported.expect("libvirtd asks for the schema")).expect("a schema");
+        let mut sent_to: HashMap<&str, &Value> = HashMap::new();
+        let mut wrong = Vec::new();
+        for message in &messages {
+            let checked = match message {
+                Message::Sent(monitor, sent) => {
+                    sent_to.insert(monitor, sent);
+                    // What isn't there may be asked for: it is answered so.
+                    if schema.has_command(sent["execute"].as_str().unwrap_or_default()) {
+                        schema.check_command(sent)
+                    } else {
+                        Ok(())
+                    }
+                }
+                Message::Answered(monitor, answer) => match sent_to.get(monitor.as_str()) {
+                    Some(sent) => schema.check_answer(sent, answer),
+                    None => Err(format!("an answer to nothing: {answer}")),
+                },
+                Message::Told(_, event) => schema.check_event(event),
+            };
+            wrong.extend(checked.err());
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        assert!(messages.len() > 20, "{} messages", messages.len());
+    }
+
     /// What everybody said, for a test that fails.
     pub fn story(&self) -> String {
+        const LINES: usize = 30;
+        const WIDTH: usize = 500;
         let logs = self.libvirt.path("/var/log/libvirt/qemu");
         let mut story = format!("\nevents:\n{}", self.events());
         for entry in std::fs::read_dir(logs).into_iter().flatten().flatten() {
             let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
             story.push_str(&format!("\n{}:\n{text}", entry.file_name().display()));
         }
+        story.push_str("\nlibvirtd:\n");
         let log = self.libvirt.libvirtd_log();
-        let errors = log.lines().filter(|line| line.contains(": error :") || line.contains("QEMU_MONITOR_"));
-        let errors: Vec<&str> = errors.collect();
-        story.push_str(&format!("\nlibvirtd:\n{}", errors[errors.len().saturating_sub(30)..].join("\n")));
+        const TOLD: [&str; 4] = [": error :", "MONITOR_SEND_MSG", "MONITOR_RECV_REPLY", "MONITOR_RECV_EVENT"];
+        let lines: Vec<&str> = log.lines().filter(|line| TOLD.iter().any(|words| line.contains(words))).collect();
+        for line in &lines[lines.len().saturating_sub(LINES)..] {
+            story.extend(line.chars().take(WIDTH));
+            story.push('\n');
+        }
         story
     }
 }

@@ -18,6 +18,7 @@ pub mod modules;
 pub mod network;
 pub mod paths;
 pub mod process;
+pub mod qmp_client;
 pub mod scratch;
 pub mod server;
 pub mod soc;

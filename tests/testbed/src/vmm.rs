@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::bed::{Bed, GUEST_INITRD, GUEST_KERNEL, SOC_VMM, soc_channel};
 use crate::card::{SOC_HOST, SOC_VM};
+use crate::debian::Terminal;
 use crate::fetch::Arch;
 use crate::machine::{Error, Machine};
 use crate::process::Child;
@@ -265,6 +266,16 @@ impl<'a> Vmm<'a> {
             console: lines[lines.len().saturating_sub(30)..].join("\n"),
             said: format!("soc-vmm said: {}{}", self.errors(), self.server.last_words().unwrap_or_default()),
         }
+    }
+}
+
+impl Terminal for Vmm<'_> {
+    fn read_until(&mut self, text: &str, limit: Duration) -> Result<String, Error> {
+        Self::read_until(self, text, limit)
+    }
+
+    fn type_text(&mut self, text: &str) -> Result<(), Error> {
+        Self::type_text(self, text)
     }
 }
 

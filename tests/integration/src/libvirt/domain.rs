@@ -63,6 +63,7 @@ impl Domain {
         let mut xml = format!(
             r#"<domain type="kvm">
   <name>{name}</name>
+  <uuid>{uuid}</uuid>
   <memory>{kib}</memory>
   <currentMemory>{kib}</currentMemory>
   <vcpu{current}>{most}</vcpu>
@@ -89,6 +90,7 @@ impl Domain {
     <emulator>{emulator}</emulator>
 "#,
             more = self.more,
+            uuid = uuid(name),
             emulator = Libvirt::EMULATOR,
         );
         for device in &self.devices {
@@ -113,6 +115,15 @@ impl Domain {
         );
         xml
     }
+}
+
+/// The same for the same name, so that a domain can be defined anew.
+fn uuid(name: &str) -> String {
+    // FNV-1a, of 64 bits.
+    let hash = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    format!("{:08x}-{:04x}-4000-8000-{:012x}", hash >> 32, hash >> 16 & 0xffff, hash & 0xffff_ffff_ffff)
 }
 
 /// Room for devices that come later.
@@ -146,10 +157,8 @@ pub fn tap(name: &str, mac: &str) -> String {
     )
 }
 
-/// An interface behind passt, which libvirtd starts.
+/// An interface to whatever this machine reaches. Debian's libvirtd refuses `<backend type="passt"/>`, though its schema has it.
 #[must_use]
 pub fn user(mac: &str) -> String {
-    format!(
-        "<interface type=\"user\"><backend type=\"passt\"/><mac address=\"{mac}\"/><model type=\"virtio\"/></interface>"
-    )
+    format!("<interface type=\"user\"><mac address=\"{mac}\"/><model type=\"virtio\"/></interface>")
 }

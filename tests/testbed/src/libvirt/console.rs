@@ -1,7 +1,7 @@
 //! A person at a domain's console, by `virsh console`.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use nix::pty::openpty;
 
+use crate::debian::Terminal;
+use crate::machine;
 use crate::process::Child;
 
 use super::{Error, Libvirt};
@@ -92,4 +94,18 @@ impl Console {
     pub fn text(&self) -> String {
         self.screen.text.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+impl Terminal for Console {
+    fn read_until(&mut self, text: &str, limit: Duration) -> Result<String, machine::Error> {
+        self.expect(text, limit).map_err(at_the_console)
+    }
+
+    fn type_text(&mut self, text: &str) -> Result<(), machine::Error> {
+        Self::type_text(self, text).map_err(at_the_console)
+    }
+}
+
+fn at_the_console(error: Error) -> machine::Error {
+    machine::Error::file("virsh console")(io::Error::other(error))
 }
