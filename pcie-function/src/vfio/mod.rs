@@ -11,6 +11,6 @@ mod soc;
 mod sys;
 mod sysfs;
 
-pub use open::VfioDescriptors;
 pub use host::{VfioBell, VfioHost};
+pub use open::VfioDescriptors;
 pub use soc::{MappedBars, VfioSoc};

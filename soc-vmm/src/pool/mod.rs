@@ -12,6 +12,6 @@ mod session;
 mod table;
 mod wire;
 
-pub(crate) use client::{Lent, Loan};
 pub use client::list;
+pub(crate) use client::{Lent, Loan};
 pub use server::serve;

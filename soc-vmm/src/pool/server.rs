@@ -146,9 +146,8 @@ impl Drop for Place {
 /// Listens for whom the configuration says.
 fn listen(config: &PoolConfig) -> Result<ListeningSocket, Failure> {
     let path = &config.socket;
-    let failed = |e: &dyn std::error::Error| {
-        Failure::of(ExitStatus::Unavailable, &format!("pool.socket {}", path.display()), e)
-    };
+    let failed =
+        |e: &dyn std::error::Error| Failure::of(ExitStatus::Unavailable, &format!("pool.socket {}", path.display()), e);
     if let Some(directory) = path.parent().filter(|directory| !directory.exists()) {
         // Who may enter it may try the socket, whose mode says who may more.
         fs::DirBuilder::new().mode(0o755).create(directory).map_err(|e| failed(&e))?;

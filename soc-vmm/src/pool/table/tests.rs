@@ -57,10 +57,7 @@ fn a_user_has_no_more_than_its_limit_of_them_also_by_complaints() {
     let now = Instant::now();
     let mut table = free(4, Some(1), now);
     assert_eq!(table.take(&tenant(1)), Taken::Function(0));
-    assert_eq!(
-        table.take(&tenant(1)),
-        Taken::Refused("user 1 has 1 functions already, which is its limit".into())
-    );
+    assert_eq!(table.take(&tenant(1)), Taken::Refused("user 1 has 1 functions already, which is its limit".into()));
     table.given_back(0, Some("holds another VM".into()), now);
     assert!(matches!(table.take(&tenant(1)), Taken::Refused(_)), "it could have them all put aside");
     assert_eq!(table.next_try(0), Some(AFTER_COMPLAINT));
