@@ -1,6 +1,6 @@
 //! The configuration file, `/etc/outboard/soc-vmm.toml` or what `$OUTBOARD_CONFIG` names (docs/operations.md).
 
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
@@ -98,11 +98,11 @@ impl Config {
     /// # Errors
     /// It can't be read, or something in it is wrong: one line, [`ExitStatus::Usage`].
     pub fn load() -> Result<Self, Failure> {
-        Self::of(std::env::var_os(VARIABLE).filter(|path| !path.is_empty()))
+        Self::of(std::env::var_os(VARIABLE).filter(|path| !path.is_empty()).as_deref())
     }
 
-    fn of(named: Option<OsString>) -> Result<Self, Failure> {
-        let path = named.as_ref().map_or(Path::new(FILE), Path::new);
+    fn of(named: Option<&OsStr>) -> Result<Self, Failure> {
+        let path = named.map_or(Path::new(FILE), Path::new);
         let wrong = |why: &str| Failure::new(ExitStatus::Usage, format!("{}: {why}", path.display()));
         let mut text = String::new();
         let read = File::open(path).and_then(|file| file.take(MOST_BYTES + 1).read_to_string(&mut text));
@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_named_must_be_there() {
-        let failure = Config::of(Some("/nonexistent/soc-vmm.toml".into())).unwrap_err();
+        let failure = Config::of(Some(OsStr::new("/nonexistent/soc-vmm.toml"))).unwrap_err();
         assert_eq!(failure.status(), ExitStatus::Usage);
         assert!(failure.to_string().starts_with("/nonexistent/soc-vmm.toml: "), "{failure}");
     }

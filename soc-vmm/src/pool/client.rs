@@ -56,7 +56,7 @@ impl Loan {
         match reply {
             Reply::Function { function, .. } => {
                 let function = PoolFunction::try_from(function).map_err(broken)?;
-                let lent = Lent::new(function, fds).ok_or_else(|| broken("it sent other descriptors than it said"))?;
+                let lent = Lent::new(&function, fds).ok_or_else(|| broken("it sent other descriptors than it said"))?;
                 Ok(Self { lent, connection: Lease(connection) })
             }
             Reply::Refused { why, .. } => Err(unavailable(why)),
@@ -79,7 +79,7 @@ impl Lease {
 }
 
 impl Lent {
-    fn new(function: PoolFunction, fds: Vec<OwnedFd>) -> Option<Self> {
+    fn new(function: &PoolFunction, fds: Vec<OwnedFd>) -> Option<Self> {
         let mut fds = fds.into_iter();
         let lent = match function {
             PoolFunction::Unix(_) => Self::Unix(fds.next()?),

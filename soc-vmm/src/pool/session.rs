@@ -103,16 +103,17 @@ async fn hand_over(stream: &UnixStream, name: String, opened: Opened) -> Option<
     let sent = timeout(CLIENT, stream.async_io(Interest::WRITABLE, send)).await;
     let sent = sent.is_ok_and(|sent| sent.is_ok_and(|sent| sent == reply.len()));
     drop(descriptors);
-    let mut complaint = None;
-    while sent {
-        let Some(said) = next_line(stream).await else { break };
-        match Complaint::parse(&said) {
-            Some(said) if complaint.is_none() => complaint = Some(said.unusable),
-            _ => break,
-        }
-    }
+    let complaint = if sent { complaint(stream).await } else { None };
     hold.revoke();
     complaint
+}
+
+/// Waits until a client that has a function gives it back; what it complained of.
+async fn complaint(stream: &UnixStream) -> Option<String> {
+    let complaint = Complaint::parse(&next_line(stream).await?)?;
+    // It hangs up, or says what it may not.
+    next_line(stream).await;
+    Some(complaint.unusable)
 }
 
 /// A client's next line; `None` once it has hung up, or where no line of legal length comes.

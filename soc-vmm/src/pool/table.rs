@@ -18,7 +18,7 @@ use super::wire::{Listed, Standing};
 /// How long a function may take to be free again; meanwhile who asks for one waits.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// The first pause between two tries to open a function, and the longest.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 /// The longest while somebody may wait for it.
 const LONGEST_CLEARING: Duration = Duration::from_secs(1);
 /// The first pause after a complaint.
