@@ -33,7 +33,7 @@ impl Command for QomListTypes {
     type Reply = Vec<ObjectTypeInfo>;
 
     async fn run(self, _: VmHandle) -> Result<Vec<ObjectTypeInfo>, QmpError> {
-        let devices = catalog::drivers().chain(catalog::objects()).map(str::to_owned);
+        let devices = catalog::drivers().chain(catalog::on_board()).chain(catalog::objects()).map(str::to_owned);
         let cpus = ["host", "max"].into_iter().chain(model_names()).map(|model| format!("{model}-x86_64-cpu"));
         let machines = [MACHINE, "none"].map(|machine| format!("{machine}-machine"));
         let mut names: Vec<String> = devices.chain(cpus).chain(machines).collect();
@@ -59,7 +59,7 @@ impl Command for DeviceListProperties {
     type Reply = Vec<ObjectProperty>;
 
     async fn run(self, _: VmHandle) -> Result<Vec<ObjectProperty>, QmpError> {
-        let is_driver = catalog::drivers().any(|driver| driver == self.typename);
+        let is_driver = catalog::drivers().chain(catalog::on_board()).any(|driver| driver == self.typename);
         let properties = is_driver.then(|| catalog::properties(&self.typename)).flatten();
         let desc = || format!("Device '{}' not found", self.typename);
         let properties = properties.ok_or_else(|| QmpError { class: ErrorClass::DeviceNotFound, desc: desc() })?;
