@@ -13,6 +13,7 @@
 //! The rules (what a command means in which state, which event goes with which change) are here once: the loop sees only
 //! actions that are to be done, and [`VmControl::finish`] changes the state, tells the monitors, then answers who asked.
 
+mod actions;
 mod cdrom;
 mod cpus;
 mod devices;
@@ -30,6 +31,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::ahci::{CdHandle, TrayListener};
+use crate::chardev::Chardevs;
 use crate::cpus::{CpuListener, CpusHandle};
 use crate::fds::Fds;
 use crate::slots::{DeviceListeners, SlotListener, SlotsHandle};
@@ -37,7 +39,8 @@ use crate::slots::{DeviceListeners, SlotListener, SlotsHandle};
 use cpus::CpusPlace;
 use slots::SlotsPlace;
 
-pub use cdrom::{BALLOON_ID, CDROM_ID, CdromSlot};
+pub use actions::{Actions, Chosen};
+pub use cdrom::{BALLOON_ID, CDROM_ID, CdromDrive, CdromSlot};
 pub use event::{CrashAction, Event, EventKind, IoAction, IoOperation, ShutdownCause};
 pub use listen::{ListenError, ListeningSocket};
 pub use run_dir::{Claim, NameError, RunDir, RunDirError, VmName};
@@ -72,6 +75,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
     let cdrom = CdromSlot::default();
     let slots = SlotsPlace::default();
     let cpus = CpusPlace::default();
+    let actions = Actions::default();
     let handle = VmHandle {
         info: info.into(),
         commands: commands_in,
@@ -81,8 +85,10 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
         slots: slots.clone(),
         cpus: cpus.clone(),
         fds: Arc::default(),
+        chardevs: Arc::default(),
+        actions: actions.clone(),
     };
-    (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom, slots, cpus })
+    (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom, slots, cpus, actions })
 }
 
 /// Why a command was not done.
@@ -111,12 +117,24 @@ pub struct VmHandle {
     slots: SlotsPlace,
     cpus: CpusPlace,
     fds: Arc<Fds>,
+    chardevs: Arc<Chardevs>,
+    actions: Actions,
 }
 
 impl VmHandle {
     /// Descriptors that others opened for it.
     pub fn fds(&self) -> &Arc<Fds> {
         &self.fds
+    }
+
+    /// Its character devices.
+    pub fn chardevs(&self) -> &Arc<Chardevs> {
+        &self.chardevs
+    }
+
+    /// What resets, powering off and panics come to.
+    pub fn actions(&self) -> &Actions {
+        &self.actions
     }
 
     /// What the VM is.
@@ -134,8 +152,13 @@ impl VmHandle {
         self.events.upgrade().map(|events| events.subscribe())
     }
 
-    /// The CD-ROM drive, if there is one.
-    pub fn cdrom(&self) -> Option<&CdHandle> {
+    /// The CD-ROM drive of that name.
+    pub fn cdrom(&self, id: &str) -> Option<&CdHandle> {
+        self.cdroms().iter().find(|drive| drive.id == id).map(|drive| &drive.handle)
+    }
+
+    /// The CD-ROM drives; none: the machine is still being built.
+    pub fn cdroms(&self) -> &[CdromDrive] {
         self.cdrom.get()
     }
 
@@ -283,9 +306,15 @@ pub struct VmControl {
     cdrom: CdromSlot,
     slots: SlotsPlace,
     cpus: CpusPlace,
+    actions: Actions,
 }
 
 impl VmControl {
+    /// What resets, powering off and panics come to.
+    pub fn actions(&self) -> Chosen {
+        self.actions.chosen()
+    }
+
     /// Whether the vCPUs run once the VM is built: yes, if nobody says otherwise.
     pub fn autostart(&self) -> bool {
         self.autostart
@@ -296,14 +325,15 @@ impl VmControl {
         self.autostart = autostart;
     }
 
-    /// Who hears of the CD-ROM drive's tray, and tells monitors.
-    pub fn tray_listener(&self) -> Arc<dyn TrayListener> {
-        Arc::new(cdrom::Tray(self.events.downgrade()))
+    /// Makes those who hear of a CD-ROM drive's tray, by its name, and tell monitors.
+    pub fn tray_listeners(&self) -> impl Fn(&str) -> Arc<dyn TrayListener> + Send + Sync + use<> {
+        let events = self.events.downgrade();
+        move |id| Arc::new(cdrom::Tray(events.clone(), id.to_owned()))
     }
 
-    /// The machine has a CD-ROM drive.
-    pub fn has_cdrom(&self, drive: CdHandle) {
-        self.cdrom.fill(drive);
+    /// The machine has these CD-ROM drives.
+    pub fn has_cdroms(&self, drives: Vec<CdromDrive>) {
+        self.cdrom.fill(drives);
     }
 
     /// Who hears of devices that were taken out, and tells monitors.
@@ -389,6 +419,12 @@ impl VmControl {
         let _ = order.reply.send(outcome.map(|()| Counters::new()).map_err(ControlError::Refused));
     }
 
+    /// Ends an order to which something else happens than what was asked for, which is told apart.
+    pub fn finish_otherwise(&self, order: Order) {
+        // Who asked may have gone.
+        let _ = order.reply.send(Ok(Counters::new()));
+    }
+
     /// Ends an order that is a question.
     pub fn answer(&self, order: Order, counters: Counters) {
         // Who asked may have gone.
@@ -410,12 +446,14 @@ impl VmControl {
         self.was_reset(ShutdownCause::GuestReset);
     }
 
-    /// The guest told of its kernel's panic.
-    pub fn crashed(&self, action: CrashAction) {
-        self.tell(match action {
-            CrashAction::Poweroff => EventKind::GuestPanicked { action },
-            CrashAction::Run => EventKind::GuestCrashloaded { action },
-        });
+    /// The guest told of its kernel's panic, and this becomes of it.
+    pub fn panicked(&self, action: CrashAction) {
+        self.tell(EventKind::GuestPanicked { action });
+    }
+
+    /// The guest's kernel panicked, and another one takes over that sees to it.
+    pub fn crash_loaded(&self) {
+        self.tell(EventKind::GuestCrashloaded { action: CrashAction::Run });
     }
 
     /// The guest was woken from its sleep, and runs.
@@ -433,6 +471,8 @@ impl VmControl {
     }
 
     /// The VM ends now: the last thing to say before this end is dropped.
+    ///
+    /// Where powering off is to be a pause it is the same, and goes on.
     pub fn ends(&mut self, cause: ShutdownCause) {
         self.tell(EventKind::Shutdown { guest: cause.by_guest(), reason: cause });
         let last = if cause == ShutdownCause::HostError { RunState::InternalError } else { RunState::Shutdown };

@@ -13,28 +13,39 @@ pub const CDROM_ID: &str = "cdrom0";
 /// What the balloon is called.
 pub const BALLOON_ID: &str = "balloon0";
 
-/// Where the drive is found once there is one.
+/// A drive.
+#[derive(Clone, Debug)]
+pub struct CdromDrive {
+    /// Its name.
+    pub id: String,
+    /// By what it is reached.
+    pub handle: CdHandle,
+    /// The block node that was in it at the start.
+    pub node: Option<String>,
+}
+
+/// Where the drives are found once there are any.
 #[derive(Clone, Debug, Default)]
-pub struct CdromSlot(Arc<OnceLock<CdHandle>>);
+pub struct CdromSlot(Arc<OnceLock<Vec<CdromDrive>>>);
 
 impl CdromSlot {
-    /// The drive; none: the machine has none, or is still being built.
-    pub fn get(&self) -> Option<&CdHandle> {
-        self.0.get()
+    /// The drives; none: the machine has none, or is still being built.
+    pub fn get(&self) -> &[CdromDrive] {
+        self.0.get().map_or(&[], Vec::as_slice)
     }
 
-    pub(super) fn fill(&self, drive: CdHandle) {
+    pub(super) fn fill(&self, drives: Vec<CdromDrive>) {
         // A machine is built once.
-        let _ = self.0.set(drive);
+        let _ = self.0.set(drives);
     }
 }
 
-/// Tells monitors of the tray.
-pub(super) struct Tray(pub(super) WeakSender<Event>);
+/// Tells monitors of the tray of the drive with that name.
+pub(super) struct Tray(pub(super) WeakSender<Event>, pub(super) String);
 
 impl TrayListener for Tray {
     fn tray_moved(&self, open: bool) {
-        let kind = EventKind::DeviceTrayMoved { device: "", id: CDROM_ID, tray_open: open };
+        let kind = EventKind::DeviceTrayMoved { device: "", id: self.1.clone(), tray_open: open };
         if let Some(events) = self.0.upgrade() {
             // An error says that no monitor listens.
             let _ = events.send(Event { kind, at: SystemTime::now() });

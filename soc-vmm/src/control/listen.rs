@@ -1,13 +1,16 @@
 //! UNIX sockets that this process listens on: private, never stolen from a living owner, removed at the end.
 
 use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockname, getsockopt, listen, socket,
+    sockopt,
+};
 use nix::sys::stat::{Mode, fchmod};
 
 /// Why a path can't be listened on.
@@ -19,6 +22,9 @@ pub enum ListenError {
     /// Something that is no socket lies there.
     #[error("{0} exists and is not a socket; choose another path, or remove it")]
     NotASocket(PathBuf),
+    /// A descriptor of something else.
+    #[error("descriptor {0} is no UNIX stream socket that listens: pass one on which listen(2) was called")]
+    NoListener(i32),
     /// The system refused.
     #[error("can't listen on {0}")]
     Io(PathBuf, #[source] io::Error),
@@ -29,8 +35,8 @@ pub enum ListenError {
 pub struct ListeningSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the path when it was bound.
-    identity: (u64, u64),
+    /// Device and inode of the path when it was bound; none: its path is another's to remove.
+    identity: Option<(u64, u64)>,
 }
 
 impl ListeningSocket {
@@ -43,7 +49,22 @@ impl ListeningSocket {
         let failed = |e: io::Error| ListenError::Io(path.to_owned(), e);
         let listener = bind_private(path).map_err(|e| failed(e.into()))?;
         let placed = std::fs::symlink_metadata(path).map_err(failed)?;
-        Ok(Self { listener, path: path.to_owned(), identity: (placed.dev(), placed.ino()) })
+        Ok(Self { listener, path: path.to_owned(), identity: Some((placed.dev(), placed.ino())) })
+    }
+
+    /// Takes over a socket that listens already, whose path stays.
+    ///
+    /// # Errors
+    /// It is no UNIX stream socket that listens.
+    pub fn inherited(fd: OwnedFd) -> Result<Self, ListenError> {
+        let listens = getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false);
+        let stream = getsockopt(&fd, sockopt::SockType).is_ok_and(|kind| kind == SockType::Stream);
+        let address = getsockname::<UnixAddr>(fd.as_raw_fd()).ok().filter(|_| listens && stream);
+        let Some(address) = address else { return Err(ListenError::NoListener(fd.as_raw_fd())) };
+        let listener = UnixListener::from(fd);
+        let path = address.path().map_or_else(|| "(unnamed)".into(), Path::to_owned);
+        listener.set_nonblocking(true).map_err(|e| ListenError::Io(path.clone(), e))?;
+        Ok(Self { listener, path, identity: None })
     }
 
     /// The socket; its accepts don't block.
@@ -60,7 +81,7 @@ impl ListeningSocket {
 impl Drop for ListeningSocket {
     fn drop(&mut self) {
         // Somebody may have removed or replaced the path: then it is not ours to remove.
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.identity) {
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|now| Some((now.dev(), now.ino())) == self.identity) {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -148,6 +169,20 @@ mod tests {
         std::fs::write(&path, "mine").unwrap();
         assert!(matches!(ListeningSocket::bind(&path), Err(ListenError::NotASocket(_))));
         assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn a_socket_that_listens_already_keeps_its_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let socket = ListeningSocket::inherited(UnixListener::bind(&path).unwrap().into()).unwrap();
+        assert_eq!(socket.path(), path);
+        drop(socket);
+        assert!(path.exists());
+        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert!(matches!(ListeningSocket::inherited(one.into()), Err(ListenError::NoListener(_))));
+        let file = tempfile::tempfile().unwrap();
+        assert!(matches!(ListeningSocket::inherited(file.into()), Err(ListenError::NoListener(_))));
     }
 
     #[test]

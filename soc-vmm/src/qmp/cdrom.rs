@@ -10,7 +10,7 @@ use super::types::Empty;
 use super::{ErrorClass, QmpError};
 use crate::ahci::{CdHandle, TrayLocked};
 use crate::block::{self, ImageFormat, ImageSpec};
-use crate::control::{CDROM_ID, VmHandle};
+use crate::control::VmHandle;
 
 /// QMP `eject`.
 #[derive(Clone, Debug, Deserialize)]
@@ -95,10 +95,11 @@ fn drive(vm: &VmHandle, id: Option<String>, device: Option<String>) -> Result<&C
         (Some(name), _) | (None, Some(name)) => name,
         (None, None) => return Err(QmpError::generic("Name the drive by 'id'")),
     };
-    let drive = vm.cdrom().filter(|_| name == CDROM_ID);
-    drive.ok_or_else(|| QmpError {
+    vm.cdrom(&name).ok_or_else(|| QmpError {
         class: ErrorClass::DeviceNotFound,
-        desc: format!("There is no removable drive '{name}': a VM has one that was started with --cdrom"),
+        desc: format!(
+            "There is no removable drive '{name}': a VM has those that it was started with (--cdrom, -device ide-cd)"
+        ),
     })
 }
 

@@ -9,15 +9,16 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::backends::{BlockdevAdd, BlockdevDel, NetdevAdd, NetdevDel};
+use super::backends::{BlockdevDel, NetdevDel, ObjectAdd, ObjectDel};
 use super::cdrom::{BlockdevChangeMedium, Eject};
 use super::cpus::{AddCpu, QueryCpusFast, QueryHotpluggableCpus};
-use super::devices::{AddDisk, AddNet, DeviceAdd, DeviceDel, QomList};
+use super::devices::{AddDisk, AddNet, DeviceDel, QomList};
 use super::tune::{Balloon, BlockResize, QomGet, QomSet, QueryBalloon, SetLink};
 use super::types::{CommandInfo, Empty, KvmInfo, NameInfo, OutboardVm, StatusInfo, VersionInfo};
 use super::{ErrorClass, QmpError};
 use crate::control::{Counters, ShutdownCause, VmHandle};
 use crate::cpus::CpusHandle;
+use crate::qemu::{BlockdevAdd, Device, NetdevAdd};
 
 /// A command that is carried out.
 pub type Execution = Pin<Box<dyn Future<Output = Result<Value, QmpError>> + Send>>;
@@ -79,7 +80,9 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<BlockdevDel>(),
     Entry::of::<NetdevAdd>(),
     Entry::of::<NetdevDel>(),
-    Entry::of::<DeviceAdd>(),
+    Entry::of::<ObjectAdd>(),
+    Entry::of::<ObjectDel>(),
+    Entry::of::<Device>(),
     Entry::of::<DeviceDel>(),
     Entry::of::<QomList>(),
     Entry::of::<QomGet>(),
