@@ -8,6 +8,7 @@ pub mod ahci;
 pub mod block;
 pub mod boot;
 pub mod bus;
+pub mod chardev;
 pub mod cli;
 pub mod config;
 pub mod console;

@@ -222,6 +222,8 @@ pub struct MachineConfig {
 pub struct ProcessConfig {
     /// It stands in for QEMU: it is not found by its name, and ends as QEMU does.
     pub emulator: bool,
+    /// Its command line names no function: the configuration does.
+    pub function_by_configuration: bool,
     /// The guest's name, which any text may be.
     pub guest: Option<String>,
     /// Where its process id goes.

@@ -157,7 +157,7 @@ struct Named {
 
 impl JsonSchema for Device {
     fn schema_name() -> Cow<'static, str> {
-        "device_add".into()
+        "DeviceOptions".into()
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {

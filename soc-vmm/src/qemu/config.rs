@@ -95,6 +95,7 @@ fn run(mut line: Line, machine: MachineOption) -> Result<RunConfig, Wrong> {
     };
     let process = ProcessConfig {
         emulator: true,
+        function_by_configuration: line.outboard.as_ref().is_none_or(|said| said.function.is_none()),
         guest: name.clone(),
         pid_file: line.pid_file.clone(),
         daemonize: line.daemonize,

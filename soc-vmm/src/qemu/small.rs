@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Properties, Uuid, Wrong, inert};
@@ -116,7 +117,7 @@ impl BootOption {
 }
 
 /// What becomes of a VM that resets, powers off or panics: `-action`, `-no-reboot`, `-no-shutdown` and QMP `set-action`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ActionOption {
     /// QMP `RebootAction`.
@@ -130,7 +131,7 @@ pub struct ActionOption {
 }
 
 /// What a reset comes to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RebootAction {
     /// A reset.
@@ -141,7 +142,7 @@ pub enum RebootAction {
 }
 
 /// What powering off comes to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ShutdownAction {
     /// The VM's end.
@@ -152,7 +153,7 @@ pub enum ShutdownAction {
 }
 
 /// What the guest's panic comes to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum PanicAction {
     /// Nothing but an event.
@@ -166,7 +167,7 @@ pub enum PanicAction {
     ExitFailure,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 enum WatchdogAction {
     Reset,

@@ -15,7 +15,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTI
 use super::handle::{DiskHandle, Shared};
 use super::policy::{DiskError, ErrorAction};
 use super::request::{Disk, Refusal, Request, Step};
-use super::{BlockConfig, SECTOR};
+use super::{BlockConfig, SECTOR, Trouble};
 use crate::block::{BlockError, BlockQueue, Buffer, Done, Job, Operation, open_queue};
 use crate::virtio::complaint::Complaints;
 use crate::virtio::limit::Limiter;
@@ -124,6 +124,7 @@ impl BlockEngine {
         self.requests.iter_mut().for_each(|request| request.buffer = Buffer::default());
         (self.held, self.all_unshown) = (None, 0);
         self.stopped.clear();
+        self.shared.set_trouble(None);
         self.unshown.clear();
         self.unshown.resize(session.queues.len(), 0);
         Ok(())
@@ -141,6 +142,7 @@ impl BlockEngine {
             self.limiter = Limiter::new(limits, (self.config.clock)());
         }
         if self.shared.retry.swap(false, Acquire) {
+            self.shared.set_trouble(None);
             while let Some(index) = self.stopped.pop() {
                 self.call(index);
             }
@@ -209,6 +211,9 @@ impl BlockEngine {
                 action,
                 reason: text,
             }),
+        }
+        if action == ErrorAction::Stop {
+            self.shared.set_trouble(Some(if error.is_no_space() { Trouble::NoSpace } else { Trouble::Failed }));
         }
         if action == ErrorAction::Ignore && !is_write {
             // Nobody else's bytes.

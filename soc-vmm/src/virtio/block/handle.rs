@@ -1,6 +1,6 @@
 //! A disk as the VM has it, while its device is the guest's.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -63,6 +63,15 @@ pub struct SortCounters {
     pub nanoseconds: AtomicU64,
 }
 
+/// Why requests wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// There is no room where the image is.
+    NoSpace = 1,
+    /// The image failed in another way.
+    Failed = 2,
+}
+
 /// Reaches a disk from any thread.
 #[derive(Clone)]
 pub struct DiskHandle {
@@ -75,6 +84,8 @@ pub struct DiskHandle {
 pub(super) struct Shared {
     pub(super) bell: EventFd,
     pub(super) retry: AtomicBool,
+    /// A [`Trouble`], or none.
+    trouble: AtomicU8,
     /// What the disk is held to.
     limits: Mutex<RateLimits>,
     /// Those are new.
@@ -90,6 +101,7 @@ impl Shared {
         Ok(Self {
             bell,
             retry: AtomicBool::new(false),
+            trouble: AtomicU8::new(0),
             limits: Mutex::new(limits),
             limited: AtomicBool::new(false),
             woken: AtomicBool::new(false),
@@ -99,6 +111,11 @@ impl Shared {
 
     fn limits(&self) -> MutexGuard<'_, RateLimits> {
         self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Requests wait for something to be mended, or no longer.
+    pub(super) fn set_trouble(&self, trouble: Option<Trouble>) {
+        self.trouble.store(trouble.map_or(0, |trouble| trouble as u8), Ordering::Relaxed);
     }
 
     /// What the disk is held to from now on, if that is new.
@@ -146,6 +163,12 @@ impl DiskHandle {
     pub fn retry(&self) {
         self.shared.retry.store(true, Ordering::Release);
         self.shared.wake();
+    }
+
+    /// Why requests wait until the VM goes on, if some do.
+    pub fn trouble(&self) -> Option<Trouble> {
+        let trouble = self.shared.trouble.load(Ordering::Relaxed);
+        [Trouble::NoSpace, Trouble::Failed].into_iter().find(|it| *it as u8 == trouble)
     }
 
     /// What it is held to.
