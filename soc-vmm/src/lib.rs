@@ -33,6 +33,7 @@ pub mod pool;
 pub mod power;
 pub mod qmp;
 mod runtime;
+pub mod sandbox;
 pub mod say;
 mod shim;
 pub mod slots;

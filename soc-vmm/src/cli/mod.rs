@@ -30,6 +30,7 @@ use crate::boot::BootSource;
 use crate::control::VmName;
 use crate::cpuid::{CpuSpec, Topology};
 use crate::numa::NodeSpec;
+use crate::sandbox::SandboxSpec;
 
 pub use balloon::BalloonSpec;
 pub use channel::ChannelSpec;
@@ -181,6 +182,8 @@ pub struct RunConfig {
     pub qmp: Vec<PathBuf>,
     /// The function.
     pub function: FunctionSpec,
+    /// What this process gives up before the guest runs.
+    pub sandbox: Option<SandboxSpec>,
     /// Don't start the vCPUs.
     pub paused: bool,
     /// What to log.
@@ -319,6 +322,7 @@ impl RunConfig {
             debug_exit: args.debug_exit,
             qmp: args.qmp.into_iter().map(|socket| socket.0).collect(),
             function: args.function,
+            sandbox: args.sandbox.0,
             paused: args.paused,
             log: args.log,
         })
