@@ -87,7 +87,8 @@ fn each_category_denies_its_own_and_no_more() {
 #[test]
 fn threads_are_started_and_processes_are_not() {
     // As the C library starts a thread, and as it forks.
-    let thread = (libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD) as u64;
+    let thread =
+        (libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD) as u64;
     let process = (libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD) as u64;
     let clone = |spec: &SandboxSpec, flags| verdict(spec, libc::SYS_clone as u32, flags);
     assert_eq!(clone(&SandboxSpec::STRICT, thread), Verdict::Allowed);

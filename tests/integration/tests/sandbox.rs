@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use integration::{Vm, kvm, test_name};
-use payloads::{EXIT_PASS, Privilege};
+use payloads::virtio_blk::{Load, WRITTEN, virtio_blk};
+use payloads::{EXIT_PASS, smp};
 
 const PASSED: i32 = (EXIT_PASS as i32) << 1 | 1;
 
@@ -64,16 +65,20 @@ fn a_confined_vm_runs_is_plugged_reset_and_ends() {
     assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""));
 }
 
-/// A guest that drives a disk, with several queues and through `io_uring`.
+/// A guest that drives a disk through io_uring, and one with vCPUs that talk to each other.
 #[test]
 fn a_confined_vms_guest_has_its_disk_and_its_vcpus() {
     if !kvm(&test_name()) {
         return;
     }
-    let payload = payloads::smp::smp(4).unwrap();
-    let ended = Vm::payload(&payload, &["--sandbox", "on"]).wait();
-    assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(PASSED), ""), "{}", ended.debugcon);
-    let payload = payloads::pio::pio(Privilege::Cpl0).unwrap();
-    let ended = Vm::payload(&payload, &["--sandbox", "off"]).wait();
-    assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(PASSED), ""));
+    let directory = tempfile::tempdir().unwrap();
+    let disk = image(directory.path(), "disk.img");
+    let load = Load { write: true, depth: 8, count: 64, rounds: 1, sleeps: true };
+    for (payload, more) in [(virtio_blk(load).unwrap(), &["--disk", &disk][..]), (smp::ipi(4).unwrap(), &[])] {
+        let ended = Vm::payload(&payload, &[&["--sandbox", "on"], more].concat()).wait();
+        let passed = (ended.status.code(), ended.stderr.as_str()) == (Some(PASSED), "");
+        assert!(passed, "{}: {:?} {} {}", payload.name, ended.status, ended.stderr, ended.debugcon);
+    }
+    let written = std::fs::read(directory.path().join("disk.img")).unwrap();
+    assert!(written.contains(&WRITTEN), "nothing was written");
 }
