@@ -23,7 +23,7 @@ fn linux_lives_where_soc_vmm_runs_on_this_machine() {
     linux_lives(&BedConfig::new("machine-linux", 1), &["--cpu", "host,hv-passthrough"]);
 }
 
-/// There the function comes by a pool.
+/// There the function comes by a pool, and soc-vmm is confined.
 #[test]
 fn linux_lives_where_soc_vmm_runs_on_an_arm_soc() {
     let mut config = BedConfig::new("machine-linux-arm", 1).with_arm_soc();
@@ -31,7 +31,7 @@ fn linux_lives_where_soc_vmm_runs_on_an_arm_soc() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let files = config.soc.as_mut().map(|soc| &mut soc.basics.files).expect("a SoC");
     files.push((CONFIGURATION.to_owned(), file.path().to_owned()));
-    linux_lives(&config, &[]);
+    linux_lives(&config, &["--sandbox", "on"]);
 }
 
 fn linux_lives(config: &BedConfig, args: &[&str]) {
