@@ -39,6 +39,7 @@ pub mod qemu;
 pub mod qmp;
 mod rights;
 mod runtime;
+pub mod sandbox;
 pub mod say;
 mod shim;
 pub mod slots;

@@ -192,6 +192,10 @@ impl Use for Setup<'_> {
     }
 
     async fn on<F: SocFunction>(mut self, function: F) -> Result<ExitStatus, Failure> {
+        // By now what had to be started is, a shim of its own say; nothing of the guest, or of the host, was looked at yet.
+        if let Some(sandbox) = &self.blueprint.config.sandbox {
+            sandbox.apply().map_err(|e| Failure::of(ExitStatus::Unavailable, "--sandbox", &e))?;
+        }
         let crossings = Arc::<Crossings>::default();
         let function = Arc::new(ModelledSoc::new(function, crossings.clone()));
         let opened = tokio::select! {
