@@ -298,6 +298,9 @@ fn hardware(line: Line, machine: &MachineOption) -> Result<Hardware, Wrong> {
     place(&mut devices)?;
     for device in devices {
         let at = |wrong: Wrong| wrong.at(device.driver.as_str()).at("-device");
+        if let Some(id) = device.id.as_ref().filter(|_| device.is_on_board()) {
+            hardware.on_board.push((id.clone(), device.driver.clone()));
+        }
         match &device.kind {
             DeviceKind::RootPort(port) => {
                 if device.bus.as_deref() != Some(ROOT_BUS) {
@@ -373,7 +376,9 @@ fn check(hardware: &Hardware) -> Result<(), Wrong> {
     distinct("-blockdev", hardware.blockdevs.iter().map(|it| it.node_name.as_str()))?;
     distinct("-netdev", hardware.netdevs.iter().map(|it| it.id.as_str()))?;
     let ports = hardware.ports.iter().map(|port| port.name.as_str());
-    distinct("-device", ports.chain(hardware.devices.iter().filter_map(|it| it.id.as_deref())))?;
+    let isa = hardware.on_board.iter().filter(|(id, _)| !hardware.devices.iter().any(|it| it.id.as_ref() == Some(id)));
+    let others = isa.map(|(id, _)| id.as_str()).chain(hardware.devices.iter().filter_map(|it| it.id.as_deref()));
+    distinct("-device", ports.chain(others))?;
     let slots: Vec<u16> = hardware.ports.iter().map(|port| port.slot).collect();
     if let Some(n) = (0..slots.len()).find(|n| slots[..*n].contains(&slots[*n])) {
         let why = format!("chassis {} is there twice: give each port its own", slots[n]);
