@@ -132,6 +132,7 @@ impl Monitor {
         serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line:?}: {e}"))
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "they are written where they are passed")]
     fn execute(&mut self, command: &str, arguments: Value) -> Value {
         let text = json!({"execute": command, "arguments": arguments}).to_string();
         self.lines.get_mut().write_all(text.as_bytes()).unwrap();
