@@ -220,6 +220,21 @@ pub struct MachineConfig {
     pub fw_cfg: Vec<FwCfgFile>,
 }
 
+/// A machine of whose start nothing special is said.
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            uuid: [0; 16],
+            system: SystemNames::default(),
+            rtc: RtcBase::Utc,
+            acpi: true,
+            boot: BootOption::default(),
+            actions: ActionOption::default(),
+            fw_cfg: Vec::new(),
+        }
+    }
+}
+
 /// What a process is told of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProcessConfig {

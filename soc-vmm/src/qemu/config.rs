@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::hardware::ahci_port;
 use super::machine::MachineKind;
-use super::small::{BootOption, RtcBase};
+use super::small::RtcBase;
 use super::{
     Blockdev, ChardevKind, Device, DeviceKind, FileRef, Hardware, Line, MachineOption, MemoryBackend, Object,
     ObjectKind, PciAddress, PortPlace, Probe, Wrong,
@@ -39,7 +39,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Wro
     if machine.kind == MachineKind::None {
         return Ok(Invocation::Probe(probe(line)?));
     }
-    run(line, machine).map(|config| Invocation::Run(Box::new(config)))
+    run(line, &machine).map(|config| Invocation::Run(Box::new(config)))
 }
 
 fn probe(line: Line) -> Result<Probe, Wrong> {
@@ -56,15 +56,15 @@ fn missing(what: &str, id: &str) -> Wrong {
     Wrong::new(format!("there is no {what} '{}'", id.escape_default()))
 }
 
-fn run(mut line: Line, machine: MachineOption) -> Result<RunConfig, Wrong> {
+fn run(mut line: Line, machine: &MachineOption) -> Result<RunConfig, Wrong> {
     if let Some(uri) = &line.incoming {
         let uri = uri.escape_default();
         return Err(Wrong::new(format!("'{uri:.60}': a VM can't be taken over yet; start one anew")).at("-incoming"));
     }
     let topology = line.processors.take().unwrap_or_else(|| "1".to_owned());
     let (cpus, topology) = crate::cli::processors(&topology).map_err(|e| Wrong::new(e.to_string()).at("-smp"))?;
-    let (memory, numa) = memory(&line, &machine, topology.cpus() as u16)?;
-    let boot = boot_source(&line, &machine)?;
+    let (memory, numa) = memory(&line, machine, topology.cpus() as u16)?;
+    let boot = boot_source(&line, machine)?;
     let (function, log) = outboard(&line)?;
     let name = line.name.clone();
     let smbios = line.smbios.take().unwrap_or_default();
@@ -109,7 +109,7 @@ fn run(mut line: Line, machine: MachineOption) -> Result<RunConfig, Wrong> {
     let debug_exit = line.devices.iter().any(|device| device.kind == DeviceKind::DebugExit);
     let (paused, cpu) = (line.paused, line.cpu.take().unwrap_or(crate::cpuid::CpuSpec::HOST));
     let sandbox = line.sandbox.flatten();
-    let hardware = hardware(line, &machine)?;
+    let hardware = hardware(line, machine)?;
     Ok(RunConfig {
         name: name.as_deref().and_then(|name| name.parse().ok()).unwrap_or_else(VmName::of_process),
         cpus,
@@ -300,6 +300,9 @@ fn hardware(line: Line, machine: &MachineOption) -> Result<Hardware, Wrong> {
     place(&mut devices)?;
     for device in devices {
         let at = |wrong: Wrong| wrong.at(device.driver.as_str()).at("-device");
+        if let Some(id) = device.id.as_ref().filter(|_| device.is_on_board()) {
+            hardware.on_board.push((id.clone(), device.driver.clone()));
+        }
         match &device.kind {
             DeviceKind::RootPort(port) => {
                 if device.bus.as_deref() != Some(ROOT_BUS) {
@@ -375,7 +378,9 @@ fn check(hardware: &Hardware) -> Result<(), Wrong> {
     distinct("-blockdev", hardware.blockdevs.iter().map(|it| it.node_name.as_str()))?;
     distinct("-netdev", hardware.netdevs.iter().map(|it| it.id.as_str()))?;
     let ports = hardware.ports.iter().map(|port| port.name.as_str());
-    distinct("-device", ports.chain(hardware.devices.iter().filter_map(|it| it.id.as_deref())))?;
+    let isa = hardware.on_board.iter().filter(|(id, _)| !hardware.devices.iter().any(|it| it.id.as_ref() == Some(id)));
+    let others = isa.map(|(id, _)| id.as_str()).chain(hardware.devices.iter().filter_map(|it| it.id.as_deref()));
+    distinct("-device", ports.chain(others))?;
     let slots: Vec<u16> = hardware.ports.iter().map(|port| port.slot).collect();
     if let Some(n) = (0..slots.len()).find(|n| slots[..*n].contains(&slots[*n])) {
         let why = format!("chassis {} is there twice: give each port its own", slots[n]);
@@ -492,19 +497,4 @@ fn distinct<'a>(option: &str, ids: impl Iterator<Item = &'a str>) -> Result<(), 
         }
     }
     Ok(())
-}
-
-/// A machine of whose start nothing special is said.
-impl Default for MachineConfig {
-    fn default() -> Self {
-        Self {
-            uuid: [0; 16],
-            system: SystemNames::default(),
-            rtc: RtcBase::Utc,
-            acpi: true,
-            boot: BootOption::default(),
-            actions: Default::default(),
-            fw_cfg: Vec::new(),
-        }
-    }
 }

@@ -343,6 +343,12 @@ impl Device {
         Self { driver: driver.to_owned(), id: None, bus: None, address: None, boot_index: None, kind }
     }
 
+    /// Whether it has its place on the board: on the chipset's buses.
+    pub fn is_on_board(&self) -> bool {
+        use DeviceKind::{Cd, DebugConsole, DebugExit, Pvpanic, Serial};
+        matches!(self.kind, Serial(_) | DebugConsole(_) | DebugExit | Pvpanic | Cd(_))
+    }
+
     /// Whether it is a PCI function.
     pub fn is_pci(&self) -> bool {
         use DeviceKind::{Balloon, Disk, Entropy, FileSystem, Net, Ports, RootPort, VhostDisk};

@@ -23,6 +23,8 @@ pub struct Hardware {
     pub serial: Option<String>,
     /// The debug console's.
     pub debugcon: Option<String>,
+    /// Devices that have their place on the board: name, driver.
+    pub on_board: Vec<(String, String)>,
     /// Block nodes.
     pub blockdevs: Vec<Blockdev>,
     /// Those that are flash.

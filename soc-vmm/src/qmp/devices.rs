@@ -120,9 +120,12 @@ impl Command for QomList {
             };
             child(device.id, driver)
         });
+        let streams = slots.serial_ports().into_iter().map(|port| child(port.id, "virtserialport"));
+        let board = slots.on_board();
+        let board = board.iter().map(|(id, driver)| child(id.clone(), driver));
         let own = ObjectProperty { name: "type".into(), kind: "string".into() };
         let processors = cpus::added(&vm).map(|(name, driver)| child(name, driver));
-        Ok(std::iter::once(own).chain(ports).chain(devices).chain(processors).collect())
+        Ok(std::iter::once(own).chain(ports).chain(devices).chain(streams).chain(board).chain(processors).collect())
     }
 }
 

@@ -17,6 +17,8 @@ pub struct Named {
     /// None: a device has it.
     nets: BTreeMap<String, Option<NetNode>>,
     objects: BTreeMap<String, ObjectKind>,
+    /// Devices on the board: name, driver.
+    on_board: Vec<(String, String)>,
 }
 
 /// A block node.
@@ -130,6 +132,12 @@ impl Named {
         Ok(())
     }
 
+    /// Says which devices with names have their place on the board: name, driver.
+    #[must_use]
+    pub fn with_board(self, on_board: Vec<(String, String)>) -> Self {
+        Self { on_board, ..self }
+    }
+
     /// Gives an object its name.
     ///
     /// # Errors
@@ -235,6 +243,11 @@ impl SlotsHandle {
     /// The name is taken, or the VM has ended.
     pub fn name_object(&self, name: &str, object: ObjectKind) -> Result<(), NodeError> {
         lock(&self.shared()?.named).name_object(name, object)
+    }
+
+    /// Devices that have their place on the board: name, driver.
+    pub fn on_board(&self) -> Vec<(String, String)> {
+        self.shared().map_or_else(|_| Vec::new(), |shared| lock(&shared.named).on_board.clone())
     }
 
     /// The objects.

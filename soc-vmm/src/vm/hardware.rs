@@ -34,7 +34,8 @@ pub(super) fn open(hardware: &Hardware, vm: &VmHandle, reserved: &Reserved) -> R
     for chardev in &hardware.chardevs {
         chardevs.add(chardev, fds).map_err(|e| wrong("-chardev", &e))?;
     }
-    let mut opened = Opened { named: Named::default(), devices: Vec::new(), cdroms: Vec::new(), cpus: Vec::new() };
+    let named = Named::default().with_board(hardware.on_board.clone());
+    let mut opened = Opened { named, devices: Vec::new(), cdroms: Vec::new(), cpus: Vec::new() };
     let named = &mut opened.named;
     for object in &hardware.objects {
         named.name_object(&object.id, object.kind.clone()).map_err(|e| wrong("-object", &e))?;

@@ -229,7 +229,7 @@ fn libvirt_s_calls_put_a_disk_and_an_interface_in_and_take_them_out() {
         ("blockdev-del", json!({"node-name": "libvirt-2-format"}), "in use by 'virtio-disk1'"),
         ("blockdev-del", json!({"node-name": "libvirt-2-storage"}), "in use by 'libvirt-2-format'"),
         ("device_del", json!({"id": "x"}), "'x'"),
-        ("netdev_add", json!({"type": "user", "id": "hostnet1"}), "'user'"),
+        ("netdev_add", json!({"type": "socket", "id": "hostnet1"}), "'socket'"),
         ("blockdev-add", json!({"driver": "raw", "node-name": "x", "file": 5}), "'file' is a node's name, or"),
     ] {
         let why = monitor.refuses(command, arguments);
