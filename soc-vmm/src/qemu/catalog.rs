@@ -6,7 +6,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, js
 use serde_json::{Map, Value, json};
 
 use super::device::{self, Common, DebugExitProperties, NoProperties};
-use super::inert::INERT;
+use super::inert::{INERT, INERT_GLOBALS};
 use super::object::{MemoryProperties, RandomProperties, SecretProperties, ThrottleProperties};
 use super::{Blockdev, BlockdevAdd, Device, Netdev, NetdevAdd, Object};
 
@@ -39,6 +39,15 @@ pub fn properties(of: &str) -> Option<Vec<Property>> {
         found.extend(members(&Common::json_schema(&mut generator)).0);
     }
     Some(found.into_iter().map(|(name, schema)| Property { name, kind: kind(&schema) }).collect())
+}
+
+/// What can be said, by `-global`, of a device that is there once and that nobody adds: the chipset. libvirt doesn't take a domain with
+/// `<pm><suspend-to-mem enabled='no'/></pm>`, which virt-install writes, unless the chipset has `disable_s3`.
+pub fn globals(of: &str) -> Option<Vec<Property>> {
+    let said = INERT_GLOBALS.iter().filter_map(|(said, _)| said.strip_prefix(of)?.strip_prefix('.')?.split('=').next());
+    let mut found: Vec<Property> = said.map(|name| Property { name: name.to_owned(), kind: "str" }).collect();
+    found.dedup();
+    (!found.is_empty()).then_some(found)
 }
 
 /// Something that can be had.
@@ -210,5 +219,8 @@ mod tests {
         assert!(names("memory-backend-memfd").contains(&"hugetlb".to_owned()));
         assert!(!names("memory-backend-memfd").contains(&"addr".to_owned()));
         assert_eq!(properties("usb-host"), None);
+        let chipset: Vec<_> = globals("ICH9-LPC").unwrap().into_iter().map(|it| it.name).collect();
+        assert_eq!(chipset, ["disable_s3", "disable_s4", "noreboot"]);
+        assert_eq!(globals("usb-host"), None);
     }
 }

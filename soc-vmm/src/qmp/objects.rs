@@ -60,7 +60,7 @@ impl Command for DeviceListProperties {
 
     async fn run(self, _: VmHandle) -> Result<Vec<ObjectProperty>, QmpError> {
         let is_driver = catalog::drivers().any(|driver| driver == self.typename);
-        let properties = is_driver.then(|| catalog::properties(&self.typename)).flatten();
+        let properties = if is_driver { catalog::properties(&self.typename) } else { catalog::globals(&self.typename) };
         let desc = || format!("Device '{}' not found", self.typename);
         let properties = properties.ok_or_else(|| QmpError { class: ErrorClass::DeviceNotFound, desc: desc() })?;
         Ok(properties.into_iter().map(property).collect())
