@@ -11,6 +11,9 @@ use crate::control::VmHandle;
 use crate::cpuid::model_names;
 use crate::qemu::catalog::{self, Property};
 
+/// Devices that the machine has by itself and that nobody adds. libvirt takes the first for SATA.
+const BUILT_IN: [&str; 2] = ["ich9-ahci", "ICH9-LPC"];
+
 /// QMP `qom-list-types`.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -33,7 +36,7 @@ impl Command for QomListTypes {
     type Reply = Vec<ObjectTypeInfo>;
 
     async fn run(self, _: VmHandle) -> Result<Vec<ObjectTypeInfo>, QmpError> {
-        let devices = catalog::drivers().chain(catalog::objects()).map(str::to_owned);
+        let devices = catalog::drivers().chain(catalog::objects()).chain(BUILT_IN).map(str::to_owned);
         let cpus = ["host", "max"].into_iter().chain(model_names()).map(|model| format!("{model}-x86_64-cpu"));
         let machines = [MACHINE, "none"].map(|machine| format!("{machine}-machine"));
         let mut names: Vec<String> = devices.chain(cpus).chain(machines).collect();
