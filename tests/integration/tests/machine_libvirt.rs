@@ -71,24 +71,14 @@ impl Place {
         fs::write(content.join("text"), TEXT).unwrap();
         tools.iso("OUTBOARD", &content, &at("cd")).unwrap();
 
-        let pool = format!(
-            "[pool]\nfunctions = [\"card:{}/card/{name}\"]\nusers = [\"libvirt-qemu\"]\ngroup = \"libvirt-qemu\"\n",
-            Libvirt::SHARED
-        );
-        for dir in ["/etc/outboard", "/run/outboard-pool"] {
-            fs::create_dir(host.libvirt.path(dir)).unwrap();
-        }
-        host.libvirt.write("/etc/outboard/soc-vmm.toml", pool).unwrap();
-        let log = |name: &str| Stdio::from(fs::File::create(host.libvirt.path(name)).unwrap());
-        let pool = host.libvirt.spawn(Libvirt::EMULATOR, &["pool", "serve"], log("/var/log/pool")).unwrap();
-        host.waits("the pool answers", || host.libvirt.path("/run/outboard-pool/socket").exists());
+        let pool = host.serve_pool(&[format!("card:{}/card/{name}", Libvirt::SHARED)]);
 
         host.libvirt.make_tap(TAP).unwrap();
         let address = ["addr", "add", &format!("{TAP_HOST}/24"), "dev", TAP];
         assert_eq!(host.libvirt.output("/bin/ip", &address).unwrap().status, 0);
         host.libvirt.write("/tmp/page", TEXT).unwrap();
         let serve = ["httpd", "-f", "-p", "80", "-h", "/tmp"];
-        let pages = host.libvirt.spawn("busybox", &serve, log("/var/log/httpd")).unwrap();
+        let pages = host.libvirt.spawn("busybox", &serve, Stdio::null()).unwrap();
         Some(Self { host, _pool: pool, _pages: pages, _bed: bed, _images: images })
     }
 
