@@ -5,10 +5,13 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
 use integration::libvirt::{Boot, Domain, Host, cdrom, disk, tap, user};
 use integration::{kvm, test_name};
 use nix::sys::signal::Signal;
 use payloads::operated::{self, keys};
+use testbed::debian;
 use testbed::libvirt::{Config, Console, Libvirt, Process};
 
 /// The domain of most tests.
@@ -175,6 +178,59 @@ fn capabilities_are_those_of_this_host() {
     // Asking needs no function and leaves no process.
     assert!(host.libvirt.running("soc-vmm").is_empty() && host.libvirt.running("host-kvm-shim").is_empty());
     host.check_messages();
+}
+
+#[test]
+fn a_domain_boots_through_seabios_from_an_overlay() {
+    let Some(host) = start(true) else { return };
+    host.libvirt.write(&image("base"), boot_sector().unwrap()).unwrap();
+    debian::instruments().unwrap().make_overlay("base", &host.libvirt.path(&image("overlay"))).unwrap();
+    let devices = vec![disk(&image("disk"), "raw", "vdb"), disk(&image("overlay"), "qcow2", "vda")];
+    host.define(&Domain { devices, ..Domain::new("bios", Boot::Disk) });
+    host.virsh(&["start", "bios", "--paused"]);
+    let mut console = host.libvirt.console("bios").unwrap();
+    host.virsh(&["resume", "bios"]);
+    console.expect(BOOTED, LIMIT).unwrap();
+    host.virsh(&["reset", "bios"]);
+    console.expect(BOOTED, LIMIT).unwrap();
+    host.virsh(&["destroy", "bios"]);
+    host.check_messages();
+}
+
+/// What [`boot_sector`] says.
+const BOOTED: &str = "booted from a disk";
+
+/// A disk whose first sector says so on the serial port.
+fn boot_sector() -> Result<Vec<u8>, IcedError> {
+    const ORIGIN: u64 = 0x7c00;
+    const TEXT: u32 = 0x7d00;
+    let mut a = CodeAssembler::new(16)?;
+    let [mut next, mut full, mut over] = [0; 3].map(|_| a.create_label());
+    a.cli()?;
+    a.xor(ax, ax)?;
+    a.mov(ds, ax)?;
+    a.mov(si, TEXT)?;
+    a.set_label(&mut next)?;
+    a.mov(dx, 0x3fd)?;
+    a.set_label(&mut full)?;
+    a.in_(al, dx)?;
+    a.test(al, 0x20)?;
+    a.je(full)?;
+    a.lodsb()?;
+    a.test(al, al)?;
+    a.je(over)?;
+    a.mov(dx, 0x3f8)?;
+    a.out(dx, al)?;
+    a.jmp(next)?;
+    a.set_label(&mut over)?;
+    a.hlt()?;
+    a.jmp(over)?;
+    let mut disk = a.assemble(ORIGIN)?;
+    disk.resize(TEXT as usize - ORIGIN as usize, 0);
+    disk.extend(format!("{BOOTED}\r\n\0").bytes());
+    disk.resize(MIB as usize, 0);
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    Ok(disk)
 }
 
 /// The daemons with the domain defined, where VMs can run.
