@@ -51,6 +51,7 @@ user = \"root\"
 group = \"root\"
 namespaces = []
 cgroup_controllers = []
+seccomp_sandbox = 0
 ";
 
 /// Why libvirt doesn't run, or not as told.
