@@ -141,6 +141,9 @@ impl Libvirt {
         if !geteuid().is_root() {
             return Ok(Some("libvirtd takes root".to_owned()));
         }
+        if let Err(error) = run(&mut namespace::probe()) {
+            return Ok(Some(format!("libvirtd takes mounts and a network of its own: {error}")));
+        }
         match tree() {
             Ok(_) => Ok(None),
             Err(error @ fetch::Error::Unreachable(_)) => Ok(Some(error.to_string())),

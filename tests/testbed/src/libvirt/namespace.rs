@@ -114,7 +114,7 @@ impl Namespace {
     pub(super) fn make(tree: &Path, dir: &Path, config: &Config, cgroups: Option<&Cgroups>) -> Result<Self, Error> {
         // It goes to its cgroups first: they are the roots of those that it sees.
         let mut command = entering(&cgroups.map(Cgroups::doors).unwrap_or_default());
-        command.args(["unshare", "--mount", "--pid", "--net", "--uts", "--ipc"]);
+        command.arg("unshare").args(KINDS);
         command.args(cgroups.map(|_| "--cgroup"));
         command.args(["--fork", "--kill-child", "sh", "-e", "-c", SCRIPT, "sh"]);
         command.arg(tree).arg(dir).arg(KVM_GROUP.to_string()).arg(Libvirt::ADDRESS);
@@ -152,7 +152,7 @@ impl Namespace {
 
     pub(super) fn command(&self, program: &str) -> Command {
         let mut command = entering(&self.doors);
-        command.args(["nsenter", "--target", &self.init.to_string(), "--mount", "--pid", "--net", "--uts", "--ipc"]);
+        command.args(["nsenter", "--target", &self.init.to_string()]).args(KINDS);
         if !self.doors.is_empty() {
             command.arg("--cgroup");
         }
@@ -162,6 +162,19 @@ impl Namespace {
     }
 }
 
+/// A command that succeeds where such a place can be made.
+pub(super) fn probe() -> Command {
+    let mut command = Command::new("unshare");
+    command.args(KINDS).args([
+        "--fork",
+        "sh",
+        "-e",
+        "-c",
+        "mount -t tmpfs tmpfs /mnt; mknod /mnt/null c 1 3; : >/mnt/null",
+    ]);
+    command
+}
+
 /// What is added to it is a command that is run in these cgroups.
 fn entering(doors: &[PathBuf]) -> Command {
     let mut command = Command::new("sh");
@@ -169,4 +182,6 @@ fn entering(doors: &[PathBuf]) -> Command {
     command
 }
 
+/// The namespaces, as unshare and nsenter name them; that of cgroups is another matter.
+const KINDS: [&str; 5] = ["--mount", "--pid", "--net", "--uts", "--ipc"];
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
