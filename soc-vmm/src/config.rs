@@ -11,7 +11,7 @@ use serde::Deserialize;
 use crate::cli::{Bdf, ExitStatus, Failure, FunctionSpec, ValueError};
 
 /// Where it is unless the environment says else.
-const FILE: &str = "/etc/outboard/soc-vmm.toml";
+pub(crate) const FILE: &str = "/etc/outboard/soc-vmm.toml";
 /// What names another one.
 const VARIABLE: &str = "OUTBOARD_CONFIG";
 /// Longest file that is read.

@@ -13,6 +13,7 @@
 //! The rules (what a command means in which state, which event goes with which change) are here once: the loop sees only
 //! actions that are to be done, and [`VmControl::finish`] changes the state, tells the monitors, then answers who asked.
 
+mod actions;
 mod cdrom;
 mod cpus;
 mod devices;
@@ -30,7 +31,8 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
-use crate::ahci::{CdHandle, TrayListener};
+use crate::ahci::TrayListener;
+use crate::chardev::Chardevs;
 use crate::cpuid::HostCpu;
 use crate::cpus::{CpuListener, CpusHandle};
 use crate::fds::Fds;
@@ -40,7 +42,8 @@ use cpus::CpusPlace;
 use host::HostPlace;
 use slots::SlotsPlace;
 
-pub use cdrom::{BALLOON_ID, CDROM_ID, CdromSlot};
+pub use actions::{Actions, Chosen};
+pub use cdrom::{BALLOON_ID, CDROM_ID, CdromDrive, CdromSlot};
 pub use event::{CrashAction, Event, EventKind, IoAction, IoOperation, ShutdownCause};
 pub use listen::{ListenError, ListeningSocket};
 pub use run_dir::{Claim, NameError, RunDir, RunDirError, VmName};
@@ -72,10 +75,12 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
     let (commands_in, commands) = mpsc::channel(QUEUED_COMMANDS);
     let (state_in, state) = watch::channel(RunState::Prelaunch);
     let (events, _) = broadcast::channel(QUEUED_EVENTS);
+    let (built_in, built) = watch::channel(false);
     let cdrom = CdromSlot::default();
     let slots = SlotsPlace::default();
     let cpus = CpusPlace::default();
     let host = HostPlace::default();
+    let actions = Actions::default();
     let handle = VmHandle {
         info: info.into(),
         commands: commands_in,
@@ -85,9 +90,26 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
         slots: slots.clone(),
         cpus: cpus.clone(),
         host: host.clone(),
+        built,
         fds: Arc::default(),
+        chardevs: Arc::default(),
+        actions: actions.clone(),
     };
-    (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom, slots, cpus, host })
+    (
+        handle,
+        VmControl {
+            commands,
+            state: state_in,
+            events,
+            autostart: true,
+            cdrom,
+            slots,
+            cpus,
+            host,
+            actions,
+            built: built_in,
+        },
+    )
 }
 
 /// Why a command was not done.
@@ -116,13 +138,26 @@ pub struct VmHandle {
     slots: SlotsPlace,
     cpus: CpusPlace,
     host: HostPlace,
+    built: watch::Receiver<bool>,
     fds: Arc<Fds>,
+    chardevs: Arc<Chardevs>,
+    actions: Actions,
 }
 
 impl VmHandle {
     /// Descriptors that others opened for it.
     pub fn fds(&self) -> &Arc<Fds> {
         &self.fds
+    }
+
+    /// Its character devices.
+    pub fn chardevs(&self) -> &Arc<Chardevs> {
+        &self.chardevs
+    }
+
+    /// What resets, powering off and panics come to.
+    pub fn actions(&self) -> &Actions {
+        &self.actions
     }
 
     /// What the VM is.
@@ -140,8 +175,13 @@ impl VmHandle {
         self.events.upgrade().map(|events| events.subscribe())
     }
 
-    /// The CD-ROM drive, if there is one.
-    pub fn cdrom(&self) -> Option<&CdHandle> {
+    /// The CD-ROM drive of that name.
+    pub fn cdrom(&self, id: &str) -> Option<&CdromDrive> {
+        self.cdroms().iter().find(|drive| drive.id == id)
+    }
+
+    /// The CD-ROM drives; none: the machine is still being built.
+    pub fn cdroms(&self) -> &[CdromDrive] {
         self.cdrom.get()
     }
 
@@ -158,6 +198,11 @@ impl VmHandle {
     /// The host's processor; none: there is no host, or it was not asked yet.
     pub fn host(&self) -> Option<&HostCpu> {
         self.host.get()
+    }
+
+    /// Waits until the machine is built: everything can be asked of it from then on. False: the VM has ended before.
+    pub async fn built(&self) -> bool {
+        self.built.clone().wait_for(|built| *built).await.is_ok()
     }
 
     /// Whether the host was asked, and there is none.
@@ -300,9 +345,16 @@ pub struct VmControl {
     slots: SlotsPlace,
     cpus: CpusPlace,
     host: HostPlace,
+    actions: Actions,
+    built: watch::Sender<bool>,
 }
 
 impl VmControl {
+    /// What resets, powering off and panics come to.
+    pub fn actions(&self) -> Chosen {
+        self.actions.chosen()
+    }
+
     /// Whether the vCPUs run once the VM is built: yes, if nobody says otherwise.
     pub fn autostart(&self) -> bool {
         self.autostart
@@ -313,14 +365,15 @@ impl VmControl {
         self.autostart = autostart;
     }
 
-    /// Who hears of the CD-ROM drive's tray, and tells monitors.
-    pub fn tray_listener(&self) -> Arc<dyn TrayListener> {
-        Arc::new(cdrom::Tray(self.events.downgrade()))
+    /// Makes those who hear of a CD-ROM drive's tray, by its name, and tell monitors.
+    pub fn tray_listeners(&self) -> impl Fn(&str) -> Arc<dyn TrayListener> + Send + Sync + use<> {
+        let events = self.events.downgrade();
+        move |id| Arc::new(cdrom::Tray(events.clone(), id.to_owned()))
     }
 
-    /// The machine has a CD-ROM drive.
-    pub fn has_cdrom(&self, drive: CdHandle) {
-        self.cdrom.fill(drive);
+    /// The machine has these CD-ROM drives.
+    pub fn has_cdroms(&self, drives: Vec<CdromDrive>) {
+        self.cdrom.fill(drives);
     }
 
     /// Who hears of devices that were taken out, and tells monitors.
@@ -340,6 +393,11 @@ impl VmControl {
     /// The machine is built, with these slots.
     pub fn has_slots(&self, slots: SlotsHandle) {
         self.slots.fill(slots);
+    }
+
+    /// The machine is built, and all that belongs to it was told.
+    pub fn is_built(&self) {
+        self.built.send_replace(true);
     }
 
     /// Who hears of processors, and tells monitors.
@@ -411,6 +469,12 @@ impl VmControl {
         let _ = order.reply.send(outcome.map(|()| Counters::new()).map_err(ControlError::Refused));
     }
 
+    /// Ends an order to which something else happens than what was asked for, which is told apart.
+    pub fn finish_otherwise(&self, order: Order) {
+        // Who asked may have gone.
+        let _ = order.reply.send(Ok(Counters::new()));
+    }
+
     /// Ends an order that is a question.
     pub fn answer(&self, order: Order, counters: Counters) {
         // Who asked may have gone.
@@ -432,12 +496,14 @@ impl VmControl {
         self.was_reset(ShutdownCause::GuestReset);
     }
 
-    /// The guest told of its kernel's panic.
-    pub fn crashed(&self, action: CrashAction) {
-        self.tell(match action {
-            CrashAction::Poweroff => EventKind::GuestPanicked { action },
-            CrashAction::Run => EventKind::GuestCrashloaded { action },
-        });
+    /// The guest told of its kernel's panic, and this becomes of it.
+    pub fn panicked(&self, action: CrashAction) {
+        self.tell(EventKind::GuestPanicked { action });
+    }
+
+    /// The guest's kernel panicked, and another one takes over that sees to it.
+    pub fn crash_loaded(&self) {
+        self.tell(EventKind::GuestCrashloaded { action: CrashAction::Run });
     }
 
     /// The guest was woken from its sleep, and runs.
@@ -455,6 +521,8 @@ impl VmControl {
     }
 
     /// The VM ends now: the last thing to say before this end is dropped.
+    ///
+    /// Where powering off is to be a pause it is the same, and goes on.
     pub fn ends(&mut self, cause: ShutdownCause) {
         self.tell(EventKind::Shutdown { guest: cause.by_guest(), reason: cause });
         let last = if cause == ShutdownCause::HostError { RunState::InternalError } else { RunState::Shutdown };

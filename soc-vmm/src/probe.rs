@@ -46,7 +46,8 @@ async fn serve_in_background(probe: &Probe, ready: Option<Ready>) -> Result<(), 
         say(format_args!("soc-vmm: {e}"));
     }
     control.has_host(host.ok());
-    let monitors = qmp::Server::start(&handle, sockets).map_err(|e| unavailable("can't serve QMP", &e))?;
+    let monitors =
+        qmp::Server::start(&handle, sockets, qmp::Greet::AtOnce).map_err(|e| unavailable("can't serve QMP", &e))?;
     let pid_file = probe.pid_file.as_deref().map(PidFile::write).transpose()?;
     if let Some(ready) = ready {
         ready.say().map_err(|e| unavailable("-daemonize", &e))?;
@@ -64,7 +65,7 @@ fn socket(vm: &VmHandle, chardev: &Chardev) -> Result<ListeningSocket, Failure> 
         ChardevKind::Listen(Socket::Path(path)) => ListeningSocket::bind(path).map_err(|e| wrong(&e)),
         ChardevKind::Listen(Socket::Descriptor(name)) => {
             let fd: OwnedFd = vm.fds().take(name).map_err(|e| wrong(&e))?;
-            ListeningSocket::adopt(fd).map_err(|e| wrong(&e))
+            ListeningSocket::inherited(fd).map_err(|e| wrong(&e))
         }
         _ => Err(Failure::new(
             ExitStatus::Usage,

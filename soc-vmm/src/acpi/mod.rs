@@ -98,9 +98,19 @@ impl AcpiTables {
         Ok(Self { rsdp, nvs, facs, start: nvs + FACS_PAGE, tables })
     }
 
-    /// Address of the RSDP.
+    /// No tables, in a machine whose low RAM ends at `end`.
+    pub fn none(end: u64) -> Self {
+        Self { rsdp: Vec::new(), nvs: end, facs: Vec::new(), start: end, tables: Vec::new() }
+    }
+
+    /// Whether there are none.
+    pub fn is_none(&self) -> bool {
+        self.rsdp.is_empty()
+    }
+
+    /// Address of the RSDP; 0: there is none.
     pub fn rsdp(&self) -> u64 {
-        BIOS_WINDOW
+        if self.is_none() { 0 } else { BIOS_WINDOW }
     }
 
     /// Where the page of the FACS begins (AddressRangeNVS).
@@ -115,7 +125,8 @@ impl AcpiTables {
 
     /// Everything, with its address.
     pub fn pieces(&self) -> impl Iterator<Item = (u64, &[u8])> {
-        [(self.rsdp(), &self.rsdp[..]), (self.nvs, &self.facs), (self.start, &self.tables)].into_iter()
+        let all = [(self.rsdp(), &self.rsdp[..]), (self.nvs, &self.facs), (self.start, &self.tables)];
+        all.into_iter().filter(|(_, bytes)| !bytes.is_empty())
     }
 }
 

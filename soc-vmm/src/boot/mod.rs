@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
-use crate::acpi::{AcpiConfig, AcpiTables};
+use crate::acpi::{AcpiConfig, AcpiError, AcpiTables};
 use crate::flash;
 use crate::layout::{FIRMWARE_MAX, FOUR_GIB, MemoryLayout, PAGE_SIZE};
 use crate::memory::GuestMemory;
@@ -83,9 +83,25 @@ impl BootPlan {
     /// # Errors
     /// A file is missing, unreadable, wrong, damaged or too large for the guest.
     pub fn new(source: &BootSource, layout: &MemoryLayout, acpi: &AcpiConfig) -> Result<Self, BootError> {
+        Self::open(source, layout, || AcpiTables::new(acpi, layout.low_end()))
+    }
+
+    /// The same without ACPI tables.
+    ///
+    /// # Errors
+    /// As [`BootPlan::new`].
+    pub fn without_acpi(source: &BootSource, layout: &MemoryLayout) -> Result<Self, BootError> {
+        Self::open(source, layout, || Ok(AcpiTables::none(layout.low_end())))
+    }
+
+    fn open(
+        source: &BootSource,
+        layout: &MemoryLayout,
+        tables: impl FnOnce() -> Result<AcpiTables, AcpiError>,
+    ) -> Result<Self, BootError> {
         match source {
             BootSource::Kernel { kernel, initrd, cmdline } => {
-                let tables = AcpiTables::new(acpi, layout.low_end())?;
+                let tables = tables()?;
                 let kernel = ImageFile::open(Role::Kernel, kernel)?;
                 let initrd = initrd.as_ref().map(|path| ImageFile::open(Role::Initrd, path)).transpose()?;
                 let initrd_len = initrd.as_ref().map(ReadAt::size);

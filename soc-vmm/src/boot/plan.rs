@@ -93,7 +93,9 @@ impl Plan {
         let map = memory_map(layout, acpi.nvs(), acpi.start());
         let handover = Handover { cmdline, initrd, map: &map, rsdp: acpi.rsdp() };
         let mut space = Space::new(*layout);
-        space.claim(acpi.nvs(), layout.low_end() - acpi.nvs(), "ACPI tables")?;
+        if !acpi.is_none() {
+            space.claim(acpi.nvs(), layout.low_end() - acpi.nvs(), "ACPI tables")?;
+        }
 
         let mut plan = if let Some(image) = BzImage::parse(kernel)? {
             image.plan(&handover, space)?
@@ -107,7 +109,7 @@ impl Plan {
                 (None, None) => return Err(ImageError::UnknownFormat.into()),
             }
         };
-        plan.facs = Some(acpi.nvs());
+        plan.facs = Some(acpi.nvs()).filter(|_| !acpi.is_none());
         plan.blobs.extend(acpi.pieces().map(|(to, bytes)| (to, bytes.to_vec())));
         Ok(plan)
     }

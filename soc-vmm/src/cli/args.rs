@@ -22,6 +22,7 @@ use super::vhost::{AnyDisk, AnyNet, FsSpec};
 use super::vsock::VsockSpec;
 use crate::control::VmName;
 use crate::cpuid::CpuSpec;
+use crate::sandbox::SandboxSwitch;
 
 /// Runs VMs whose vCPUs are on the host and whose devices are here, on the SoC.
 #[derive(Debug, Parser)]
@@ -233,6 +234,9 @@ pub(super) struct RunArgs {
     /// PCIe function: local, unix:SOCKET, card:SOCKET, pci:BDF, pool
     #[arg(long, value_name = "SPEC", default_value = "local")]
     pub(super) function: FunctionSpec,
+    /// Whether soc-vmm gives up, before the guest runs, calls that it has no need of: on, off
+    #[arg(long, value_name = "on|off", default_value = "off")]
+    pub(super) sandbox: SandboxSwitch,
     /// Don't start the vCPUs
     #[arg(long)]
     pub(super) paused: bool,

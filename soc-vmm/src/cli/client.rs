@@ -315,13 +315,13 @@ fn shown_size(bytes: u64) -> String {
 mod tests {
     use super::*;
     use crate::control::{ListeningSocket, VmControl, VmInfo, channel};
-    use crate::qmp::Server;
+    use crate::qmp::{Greet, Server};
 
     async fn served(dir: &RunDir, name: &str) -> (VmControl, Server) {
         let (vm, control) =
             channel(VmInfo { name: name.into(), cpus: 2, memory: 512 << 20, function: "pci:0000:01:00.1".into() });
         let socket = ListeningSocket::bind(&dir.socket(&name.parse().unwrap())).unwrap();
-        (control, Server::start(&vm, vec![socket]).unwrap())
+        (control, Server::start(&vm, vec![socket], Greet::AtOnce).unwrap())
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -30,8 +30,9 @@ use crate::boot::BootSource;
 use crate::control::VmName;
 use crate::cpuid::{CpuSpec, Topology};
 use crate::numa::NodeSpec;
-use crate::qemu::small::{ActionOption, BootOption, FwCfgFile, RtcBase, Sandbox};
+use crate::qemu::small::{ActionOption, BootOption, FwCfgFile, RtcBase};
 use crate::qemu::{self, Hardware, Probe};
+use crate::sandbox::SandboxSpec;
 use crate::smbios::SystemNames;
 
 pub use balloon::BalloonSpec;
@@ -186,6 +187,8 @@ pub struct RunConfig {
     pub qmp: Vec<PathBuf>,
     /// The function.
     pub function: FunctionSpec,
+    /// What this process gives up before the guest runs.
+    pub sandbox: Option<SandboxSpec>,
     /// Don't start the vCPUs.
     pub paused: bool,
     /// What to log.
@@ -222,14 +225,14 @@ pub struct MachineConfig {
 pub struct ProcessConfig {
     /// It stands in for QEMU: it is not found by its name, and ends as QEMU does.
     pub emulator: bool,
+    /// Its command line names no function: the configuration does.
+    pub function_by_configuration: bool,
     /// The guest's name, which any text may be.
     pub guest: Option<String>,
     /// Where its process id goes.
     pub pid_file: Option<PathBuf>,
     /// Whether it goes on in the background.
     pub daemonize: bool,
-    /// What it is to do without.
-    pub sandbox: Option<Sandbox>,
 }
 
 /// The kernel command line where none is given.
@@ -364,6 +367,7 @@ impl RunConfig {
             debug_exit: args.debug_exit,
             qmp: args.qmp.into_iter().map(|socket| socket.0).collect(),
             function: args.function,
+            sandbox: args.sandbox.0,
             paused: args.paused,
             log: args.log,
             machine: MachineConfig::default(),

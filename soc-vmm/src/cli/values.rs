@@ -8,6 +8,12 @@ use std::str::FromStr;
 #[error("{0}")]
 pub struct ValueError(String);
 
+impl ValueError {
+    pub(crate) fn new(why: String) -> Self {
+        Self(why)
+    }
+}
+
 pub(super) fn wrong<T>(why: impl Into<String>) -> Result<T, ValueError> {
     Err(ValueError(why.into()))
 }

@@ -14,6 +14,8 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -54,6 +56,9 @@ pub enum ConsoleError {
     /// No pseudo-terminal.
     #[error("can't make a pseudo-terminal")]
     Pty(#[source] io::Error),
+    /// A debug console only writes.
+    #[error("a debug console writes to a file or to standard output: give one of these")]
+    NoDebugcon,
     /// Standard input or output can't be used.
     #[error("can't use the terminal")]
     Stdio(#[source] io::Error),
@@ -61,7 +66,13 @@ pub enum ConsoleError {
 
 /// An opened far end of a serial port.
 #[derive(Debug)]
-pub struct SerialBackend(Kind);
+pub struct SerialBackend {
+    kind: Kind,
+    /// Where a copy of the output goes.
+    log: Option<File>,
+    /// Whether somebody is connected to its socket.
+    connected: Arc<AtomicBool>,
+}
 
 #[derive(Debug)]
 enum Kind {
@@ -78,7 +89,7 @@ impl SerialBackend {
     /// # Errors
     /// See [`ConsoleError`].
     pub fn open(spec: &SerialSpec) -> Result<Self, ConsoleError> {
-        Ok(Self(match spec {
+        Ok(Self::of(match spec {
             SerialSpec::Stdio => Kind::Stdio,
             SerialSpec::Null => Kind::Null,
             SerialSpec::Pty => Kind::Pty(Pty::open().map_err(ConsoleError::Pty)?),
@@ -87,9 +98,34 @@ impl SerialBackend {
         }))
     }
 
+    /// A socket that listens already.
+    pub fn listening(socket: ListeningSocket) -> Self {
+        Self::of(Kind::Unix(socket))
+    }
+
+    /// An open file, whose content stays.
+    pub fn opened(file: File, path: PathBuf) -> Self {
+        Self::of(Kind::File(Sink { file, path, keeps: true }))
+    }
+
+    /// The same, of whose output a copy goes to `log`.
+    #[must_use]
+    pub fn logged(self, log: File) -> Self {
+        Self { log: Some(log), ..self }
+    }
+
+    /// Whether somebody is connected to its socket, if it is one: now and later.
+    pub fn connected(&self) -> Arc<AtomicBool> {
+        self.connected.clone()
+    }
+
+    fn of(kind: Kind) -> Self {
+        Self { kind, log: None, connected: Arc::default() }
+    }
+
     /// Where to connect, if it is a pseudo-terminal.
     pub fn pty_path(&self) -> Option<&Path> {
-        match &self.0 {
+        match &self.kind {
             Kind::Pty(pty) => Some(pty.path()),
             _ => None,
         }
@@ -97,7 +133,7 @@ impl SerialBackend {
 
     /// The file that it writes to, if it is one.
     pub fn file(&self) -> Option<&File> {
-        match &self.0 {
+        match &self.kind {
             Kind::File(sink) => Some(&sink.file),
             _ => None,
         }
@@ -109,9 +145,19 @@ impl SerialBackend {
     /// # Errors
     /// See [`ConsoleError`].
     pub fn attach(self, output: OutputReader, input: InputWriter, vm: &VmHandle) -> Result<Attached, ConsoleError> {
-        let mut attached = Attached { sink: None, written: None, task: None, terminal: None };
-        match self.0 {
-            Kind::Null => {}
+        let mut attached = Attached { sink: None, written: None, logged: None, task: None, terminal: None };
+        let output = match self.log {
+            None => output,
+            Some(log) => {
+                let (copies, written) = thread::copy(log).map_err(ConsoleError::Stdio)?;
+                attached.logged = Some(written);
+                output.copying(copies)
+            }
+        };
+        match self.kind {
+            // Its output vanishes by itself, unless it is logged.
+            Kind::Null if attached.logged.is_none() => {}
+            Kind::Null => attached.task = Some(tokio::spawn(peer::discard(output))),
             Kind::File(sink) => {
                 attached.written = Some(thread::write(output, sink.file_again()?).map_err(ConsoleError::Stdio)?);
                 attached.sink = Some(sink);
@@ -128,7 +174,10 @@ impl SerialBackend {
             Kind::Unix(socket) => {
                 let failed = |e| ListenError::Io(socket.path().to_owned(), e);
                 let listener = socket.listener().try_clone().and_then(UnixListener::from_std).map_err(failed)?;
-                attached.task = Some(tokio::spawn(peer::serve_unix(listener, socket, output, input)));
+                let connected = self.connected;
+                attached.task = Some(tokio::spawn(async move {
+                    peer::serve_unix(listener, socket, output, input, &connected).await;
+                }));
             }
         }
         Ok(attached)
@@ -146,6 +195,18 @@ enum Debugcon {
 }
 
 impl DebugconBackend {
+    /// Makes one of a serial port's: standard output or a file.
+    ///
+    /// # Errors
+    /// It is neither.
+    pub fn of(serial: SerialBackend) -> Result<Self, ConsoleError> {
+        match serial.kind {
+            Kind::Stdio => Ok(Self(Debugcon::Stdio(standard_output()?))),
+            Kind::File(sink) => Ok(Self(Debugcon::File(sink))),
+            Kind::Null | Kind::Pty(_) | Kind::Unix(_) => Err(ConsoleError::NoDebugcon),
+        }
+    }
+
     /// Opens what `spec` names.
     ///
     /// # Errors
@@ -175,7 +236,7 @@ impl DebugconBackend {
             Debugcon::File(sink) => (sink.file_again()?, Some(sink)),
         };
         let written = thread::write(output, file).map_err(ConsoleError::Stdio)?;
-        Ok(Attached { sink, written: Some(written), task: None, terminal: None })
+        Ok(Attached { sink, written: Some(written), logged: None, task: None, terminal: None })
     }
 }
 
@@ -186,6 +247,8 @@ pub struct Attached {
     sink: Option<Sink>,
     /// Closes when the last byte is written.
     written: Option<oneshot::Receiver<()>>,
+    /// Likewise of the log.
+    logged: Option<oneshot::Receiver<()>>,
     task: Option<JoinHandle<()>>,
     terminal: Option<RawTerminal>,
 }
@@ -212,6 +275,9 @@ impl Attached {
                 task.abort();
                 let _ = task.await;
             }
+            if let Some(logged) = self.logged {
+                let _ = logged.await;
+            }
         };
         let _ = tokio::time::timeout(FINISH_TIMEOUT + Duration::from_millis(100), rest).await;
         drop(self.terminal);
@@ -224,6 +290,8 @@ impl Attached {
 struct Sink {
     file: File,
     path: PathBuf,
+    /// Its content stays.
+    keeps: bool,
 }
 
 impl Sink {
@@ -244,7 +312,7 @@ impl Sink {
         }
         // From now on writes wait, on a thread of their own.
         fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|e| failed(e.into()))?;
-        Ok(Self { file, path: path.to_owned() })
+        Ok(Self { file, path: path.to_owned(), keeps: false })
     }
 
     fn file_again(&self) -> Result<File, ConsoleError> {
@@ -252,6 +320,9 @@ impl Sink {
     }
 
     fn empty(&self) -> Result<(), ConsoleError> {
+        if self.keeps {
+            return Ok(());
+        }
         let emptied = self.file.metadata().and_then(|m| if m.is_file() { self.file.set_len(0) } else { Ok(()) });
         emptied.map_err(|e| ConsoleError::Empty(self.path.clone(), e))
     }

@@ -1,6 +1,7 @@
 //! Consoles that somebody may connect to and leave: a UNIX socket, a pseudo-terminal. One peer at a time; while there is none,
 //! the output vanishes.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -21,16 +22,22 @@ pub(super) async fn serve_unix(
     socket: ListeningSocket,
     mut output: OutputReader,
     mut input: InputWriter,
+    connected: &AtomicBool,
 ) {
     // Of those in a row the first failure is told: a log must not grow with them.
     let mut failing = false;
     loop {
         match discard_until(listener.accept(), &mut output).await {
             None => break,
-            Some(Ok((stream, _))) => match exchange(stream, &mut output, &mut input).await {
-                Ended::Peer => failing = false,
-                Ended::Vm => break,
-            },
+            Some(Ok((stream, _))) => {
+                connected.store(true, Ordering::Relaxed);
+                let ended = exchange(stream, &mut output, &mut input).await;
+                connected.store(false, Ordering::Relaxed);
+                match ended {
+                    Ended::Peer => failing = false,
+                    Ended::Vm => break,
+                }
+            }
             Some(Err(e)) => {
                 if !std::mem::replace(&mut failing, true) {
                     tracing::warn!("serial: can't accept on {}: {e}; tries on", socket.path().display());
@@ -39,6 +46,12 @@ pub(super) async fn serve_unix(
             }
         }
     }
+}
+
+/// Lets the output vanish until the VM has ended.
+pub(super) async fn discard(mut output: OutputReader) {
+    // Nothing else is waited for.
+    discard_until(std::future::pending::<()>(), &mut output).await;
 }
 
 /// Serves whoever has the pseudo-terminal open, until the VM has ended.

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, Builder};
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ use crate::say::say;
 const READ: usize = 4 << 10;
 /// Reads that may wait for the guest.
 const QUEUED_READS: usize = 64;
+/// Copies of output that may wait for a slow log; more are lost.
+const QUEUED_COPIES: usize = 256;
 /// Pause where somebody else made our descriptor non-blocking.
 const RETRY: Duration = Duration::from_millis(10);
 
@@ -38,6 +41,22 @@ pub(super) fn write(mut output: OutputReader, mut sink: File) -> io::Result<ones
         }
     })?;
     Ok(written)
+}
+
+/// Writes copies of an output to `sink`; where they go, and what closes when the last one is written.
+pub(super) fn copy(mut sink: File) -> io::Result<(SyncSender<Vec<u8>>, oneshot::Receiver<()>)> {
+    let (sender, receiver) = sync_channel::<Vec<u8>>(QUEUED_COPIES);
+    let (running, written) = oneshot::channel();
+    Builder::new().name("console-log".into()).spawn(move || {
+        let _running: oneshot::Sender<()> = running;
+        while let Ok(bytes) = receiver.recv() {
+            if let Err(e) = write_all(&mut sink, &bytes) {
+                tracing::warn!("the console's log has a gap from here on: {e}");
+                return;
+            }
+        }
+    })?;
+    Ok((sender, written))
 }
 
 fn write_all(sink: &mut File, mut bytes: &[u8]) -> io::Result<()> {

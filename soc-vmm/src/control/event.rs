@@ -53,7 +53,7 @@ pub enum EventKind {
         /// The drive's old name: it has none.
         device: &'static str,
         /// The drive.
-        id: &'static str,
+        id: String,
         /// Whether it is open now.
         tray_open: bool,
     },
@@ -151,6 +151,8 @@ pub struct AcpiOstInfo {
 pub enum CrashAction {
     /// It ends.
     Poweroff,
+    /// It stops.
+    Pause,
     /// It runs on.
     Run,
 }

@@ -22,9 +22,9 @@ pub enum ListenError {
     /// Something that is no socket lies there.
     #[error("{0} exists and is not a socket; choose another path, or remove it")]
     NotASocket(PathBuf),
-    /// A descriptor that was passed is something else.
-    #[error("what was passed is no UNIX stream socket that listens; pass one on which listen(2) was called")]
-    NotListening,
+    /// A descriptor of something else.
+    #[error("descriptor {0} is no UNIX stream socket that listens: pass one on which listen(2) was called")]
+    NoListener(i32),
     /// The system refused.
     #[error("can't listen on {0}")]
     Io(PathBuf, #[source] io::Error),
@@ -35,7 +35,7 @@ pub enum ListenError {
 pub struct ListeningSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the path when it was bound; none: another process bound it, and removes it.
+    /// Device and inode of the path when it was bound; none: its path is another's to remove.
     identity: Option<(u64, u64)>,
 }
 
@@ -52,20 +52,17 @@ impl ListeningSocket {
         Ok(Self { listener, path: path.to_owned(), identity: Some((placed.dev(), placed.ino())) })
     }
 
-    /// Takes over a socket that listens already. Its path, if it has one, stays when this is dropped.
+    /// Takes over a socket that listens already, whose path stays.
     ///
     /// # Errors
-    /// [`ListenError::NotListening`].
-    pub fn adopt(fd: OwnedFd) -> Result<Self, ListenError> {
-        let no = |_| ListenError::NotListening;
-        let is_listening = getsockopt(&fd, sockopt::AcceptConn).map_err(no)?;
-        let is_stream = getsockopt(&fd, sockopt::SockType).map_err(no)? == SockType::Stream;
-        let address = getsockname::<UnixAddr>(fd.as_raw_fd()).map_err(no)?;
-        if !is_listening || !is_stream {
-            return Err(ListenError::NotListening);
-        }
-        let path = address.path().map(Path::to_owned).unwrap_or_default();
+    /// It is no UNIX stream socket that listens.
+    pub fn inherited(fd: OwnedFd) -> Result<Self, ListenError> {
+        let listens = getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false);
+        let stream = getsockopt(&fd, sockopt::SockType).is_ok_and(|kind| kind == SockType::Stream);
+        let address = getsockname::<UnixAddr>(fd.as_raw_fd()).ok().filter(|_| listens && stream);
+        let Some(address) = address else { return Err(ListenError::NoListener(fd.as_raw_fd())) };
         let listener = UnixListener::from(fd);
+        let path = address.path().map_or_else(|| "(unnamed)".into(), Path::to_owned);
         listener.set_nonblocking(true).map_err(|e| ListenError::Io(path.clone(), e))?;
         Ok(Self { listener, path, identity: None })
     }
@@ -175,20 +172,17 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_was_passed_is_served_and_left_in_its_place() {
+    fn a_socket_that_listens_already_keeps_its_path() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let socket = ListeningSocket::adopt(UnixListener::bind(&path).unwrap().into()).unwrap();
+        let socket = ListeningSocket::inherited(UnixListener::bind(&path).unwrap().into()).unwrap();
         assert_eq!(socket.path(), path);
-        knock(&path).unwrap();
-        socket.listener().accept().unwrap();
-        assert_eq!(socket.listener().accept().unwrap_err().kind(), ErrorKind::WouldBlock);
         drop(socket);
         assert!(path.exists());
         let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert!(matches!(ListeningSocket::adopt(one.into()), Err(ListenError::NotListening)));
-        let file = std::fs::File::open(dir.path()).unwrap();
-        assert!(matches!(ListeningSocket::adopt(file.into()), Err(ListenError::NotListening)));
+        assert!(matches!(ListeningSocket::inherited(one.into()), Err(ListenError::NoListener(_))));
+        let file = tempfile::tempfile().unwrap();
+        assert!(matches!(ListeningSocket::inherited(file.into()), Err(ListenError::NoListener(_))));
     }
 
     #[test]

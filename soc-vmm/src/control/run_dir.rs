@@ -59,6 +59,21 @@ impl RunDir {
         }
     }
 
+    /// The directory of a process that stands in for QEMU, whose user may have no run directory: libvirt gives it caches of its own.
+    ///
+    /// # Errors
+    /// As [`RunDir::of_user`].
+    pub fn of_emulator() -> Result<Self, RunDirError> {
+        let cache = || std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+        Self::of_user().or_else(|e| {
+            let path = cache().ok_or(e)?;
+            let failed = |e| RunDirError::Io(path.clone(), e);
+            // It is this VM's alone, and not there yet.
+            DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(failed)?;
+            Ok(Self::at(path.join("outboard")))
+        })
+    }
+
     /// A directory of the caller's choice.
     pub fn at(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }

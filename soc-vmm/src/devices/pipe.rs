@@ -5,6 +5,7 @@
 //! queue lets its writer wait. A queue whose far end is gone takes and drops everything, as a serial port with no cable does.
 
 use std::collections::VecDeque;
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
@@ -14,7 +15,7 @@ use crate::bus::Wake;
 /// A queue for what a device sends, at most `capacity` bytes (at least 1); `wake` is called when a refused device has room again.
 pub fn output_pipe(capacity: usize, wake: Arc<dyn Wake>) -> (OutputQueue, OutputReader) {
     let pipe = Pipe::new(capacity, wake);
-    (OutputQueue(pipe.clone()), OutputReader(pipe))
+    (OutputQueue(pipe.clone()), OutputReader { pipe, copy: None })
 }
 
 /// A queue for what a device shall receive, at most `capacity` bytes (at least 1); `wake` is called when some has come.
@@ -58,30 +59,44 @@ impl Drop for OutputQueue {
 
 /// The task's end of an output queue. Dropped, the device's bytes vanish.
 #[derive(Debug)]
-pub struct OutputReader(Arc<Pipe>);
+pub struct OutputReader {
+    pipe: Arc<Pipe>,
+    copy: Option<SyncSender<Vec<u8>>>,
+}
 
 impl OutputReader {
+    /// The same, which hands a copy of all that it reads to `copy`, as far as there is room.
+    #[must_use]
+    pub fn copying(mut self, copy: SyncSender<Vec<u8>>) -> Self {
+        self.copy = Some(copy);
+        self
+    }
+
     /// Appends what there is to `into`, waiting for at least one byte; returns the count, 0 once the device is gone and all was
     /// read. Cancel safe.
     pub async fn read(&mut self, into: &mut Vec<u8>) -> usize {
         loop {
             let count = self.try_read(into);
-            if count > 0 || self.0.lock().finished() {
+            if count > 0 || self.pipe.lock().finished() {
                 return count;
             }
-            self.0.task.notified().await;
+            self.pipe.task.notified().await;
         }
     }
 
     /// Appends what there is to `into` without waiting; returns the count.
     pub fn try_read(&mut self, into: &mut Vec<u8>) -> usize {
-        let mut state = self.0.lock();
+        let mut state = self.pipe.lock();
         let count = state.bytes.len();
         into.extend(state.bytes.drain(..));
         let wake = count > 0 && std::mem::take(&mut state.device_waits);
         drop(state);
         if wake {
-            self.0.wake.wake();
+            self.pipe.wake.wake();
+        }
+        if let Some(copy) = self.copy.as_ref().filter(|_| count > 0) {
+            // A reader of copies that is slow, or gone, has gaps.
+            let _ = copy.try_send(into[into.len() - count..].to_vec());
         }
         count
     }
@@ -89,7 +104,7 @@ impl OutputReader {
 
 impl Drop for OutputReader {
     fn drop(&mut self) {
-        self.0.close();
+        self.pipe.close();
     }
 }
 

@@ -143,6 +143,14 @@ impl Rtc {
         Self { cpus: Some(cpus), ..self }
     }
 
+    /// The same, where guest time is so many seconds ahead of UTC, or behind.
+    #[must_use]
+    pub fn ahead(mut self, seconds: i64) -> Self {
+        self.offset = i128::from(seconds.clamp(-OFFSET_LIMIT, OFFSET_LIMIT)) * SECOND;
+        self.seen = self.now();
+        self
+    }
+
     /// Guest time in ns since 1970.
     fn now(&self) -> i128 {
         // It fits: a Duration is below 2⁹⁵ ns.

@@ -1,6 +1,7 @@
 //! Where a guest's network frames go.
 
 mod open;
+mod passt;
 mod stream;
 mod tap;
 
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 use nix::sys::epoll::EpollFlags;
 
-pub use open::{MAX_QUEUES, NetSource, OpenError, TapSource, open};
+pub use open::{MAX_QUEUES, NetSource, OpenError, TapSource, open, passed, user};
 pub use stream::StreamBackend;
 pub use tap::TapBackend;
 

@@ -1,11 +1,11 @@
 //! Where an interface's frames go, as a command line says it.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{NetBackend, StreamBackend, TapBackend};
+use super::{NetBackend, StreamBackend, TapBackend, passt};
 
 /// Pairs of queues that an interface has at most.
 pub const MAX_QUEUES: u16 = 16;
@@ -54,6 +54,23 @@ pub fn open(source: &NetSource) -> Result<Vec<Box<dyn NetBackend>>, OpenError> {
     }
 }
 
+/// A TAP interface by descriptors that are open: one back end each.
+///
+/// # Errors
+/// One is of something else.
+pub fn passed(queues: Vec<OwnedFd>) -> Result<Vec<Box<dyn NetBackend>>, OpenError> {
+    let queue = |fd| TapBackend::passed(fd).map(|queue| Box::new(queue) as Box<dyn NetBackend>);
+    queues.into_iter().map(queue).collect()
+}
+
+/// A user's own network, by a passt that ends with it.
+///
+/// # Errors
+/// It can't be started.
+pub fn user() -> Result<Vec<Box<dyn NetBackend>>, OpenError> {
+    Ok(vec![Box::new(passt::start()?)])
+}
+
 /// Why a network can't be used, in one line: what, why, what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -68,6 +85,14 @@ pub enum OpenError {
     Stream {
         /// The socket's path.
         path: PathBuf,
+        /// What the system says.
+        why: io::Error,
+    },
+    /// No passt.
+    #[error(
+        "can't start passt: {why}; install it (package passt), and give user networks at the VM's start if it may start no processes"
+    )]
+    Passt {
         /// What the system says.
         why: io::Error,
     },

@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
+use super::passt::Passt;
 use super::{MAX_FRAME, NetBackend, NetError};
 use crate::dial::dial;
 
@@ -34,6 +35,8 @@ pub struct StreamBackend {
     sent: usize,
     /// Where its peer is found again, and how often it is looked for.
     again: Option<(PathBuf, Duration)>,
+    /// Its peer, if that is to end with it.
+    _peer: Option<Passt>,
 }
 
 impl StreamBackend {
@@ -52,7 +55,17 @@ impl StreamBackend {
     pub fn new(name: String, socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let unsent = Vec::with_capacity(LENGTH + MAX_FRAME);
-        Ok(Self { name, socket, received: vec![0; RECEIVED].into(), from: 0, to: 0, unsent, sent: 0, again: None })
+        Ok(Self {
+            name,
+            socket,
+            received: vec![0; RECEIVED].into(),
+            from: 0,
+            to: 0,
+            unsent,
+            sent: 0,
+            again: None,
+            _peer: None,
+        })
     }
 
     /// The same, whose peer is looked for at `path` so long after it left, and again so long after each time in vain.
@@ -60,6 +73,12 @@ impl StreamBackend {
     pub fn with_reconnect(mut self, path: PathBuf, after: Option<Duration>) -> Self {
         self.again = after.map(|after| (path, after));
         self
+    }
+
+    /// The same, whose peer ends with it.
+    #[must_use]
+    pub(super) fn with_peer(self, peer: Passt) -> Self {
+        Self { _peer: Some(peer), ..self }
     }
 
     /// The length of the frame at the front, once its first bytes are there.

@@ -7,7 +7,7 @@
 mod sys;
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use nix::errno::Errno;
@@ -89,7 +89,15 @@ impl TapBackend {
     }
 
     fn inherit(number: RawFd) -> Result<Self, OpenError> {
-        let queue = crate::fds::inherit(number).map_err(|_| OpenError::NotPassed { number })?;
+        Self::passed(crate::fds::inherit(number).map_err(|_| OpenError::NotPassed { number })?)
+    }
+
+    /// A queue that is open.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn passed(queue: OwnedFd) -> Result<Self, OpenError> {
+        let number = queue.as_raw_fd();
         let (name, flags) = sys::describe(queue.as_fd()).map_err(|_| OpenError::PassedNoTap { number })?;
         if flags & libc::IFF_TAP == 0 || flags & libc::IFF_NO_PI == 0 {
             return Err(OpenError::PassedNoTap { number });

@@ -12,7 +12,7 @@ use pcie_function::vfio::VfioDescriptors;
 
 use super::wire::{Complaint, Listed, MOST_REPLY, Reply, Request, Standing, VERSION, line};
 use crate::cli::{self, ExitStatus, Failure};
-use crate::config::{Config, PoolFunction};
+use crate::config::{Config, FILE, PoolFunction};
 use crate::dial::dial;
 use crate::rights;
 
@@ -169,7 +169,7 @@ fn row(listed: &Listed, now: SystemTime) -> String {
 fn socket() -> Result<PathBuf, Failure> {
     match Config::load()?.pool {
         Some(pool) => Ok(pool.socket),
-        None => Err(Failure::new(ExitStatus::Usage, "--function pool: the configuration has no [pool]")),
+        None => Err(unavailable(format!("the configuration has no [pool]: write one to {FILE}"))),
     }
 }
 

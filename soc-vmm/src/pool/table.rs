@@ -21,8 +21,8 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 /// The longest while somebody may wait for it.
 const LONGEST_CLEARING: Duration = Duration::from_secs(1);
-/// The first pause after a complaint.
-const AFTER_COMPLAINT: Duration = Duration::from_secs(1);
+/// The first pause after a complaint, and the longest: that it can be opened again doesn't say that what the client met is over.
+const AFTER_COMPLAINT: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(300));
 /// How many functions a refusal names.
 const MOST_NAMED: usize = 8;
 
@@ -140,7 +140,7 @@ impl Table {
             State::Free | State::Lent(_) => return None,
             State::Broken { blamed_by: Some(_), .. } if function.tries == 0 => {
                 let doubled = 1 << (function.complaints - 1).min(16);
-                return Some((AFTER_COMPLAINT * doubled).min(PAUSES.1));
+                return Some((AFTER_COMPLAINT.0 * doubled).min(AFTER_COMPLAINT.1));
             }
             State::Clearing { .. } => (PAUSES.0, LONGEST_CLEARING),
             State::Broken { .. } => PAUSES,

@@ -6,7 +6,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, js
 use serde_json::{Map, Value, json};
 
 use super::device::{self, Common, DebugExitProperties, NoProperties};
-use super::inert::{INERT, INERT_GLOBALS};
+use super::inert::INERT;
 use super::object::{MemoryProperties, RandomProperties, SecretProperties, ThrottleProperties};
 use super::{Blockdev, BlockdevAdd, Device, Netdev, NetdevAdd, Object};
 
@@ -24,6 +24,11 @@ pub fn drivers() -> impl Iterator<Item = &'static str> {
     DRIVERS.iter().map(|entry| entry.name)
 }
 
+/// Devices that are on the board always.
+pub fn on_board() -> impl Iterator<Item = &'static str> {
+    ON_BOARD.iter().map(|(name, _)| *name)
+}
+
 /// Types of objects, as `-object` names them.
 pub fn objects() -> impl Iterator<Item = &'static str> {
     OBJECTS.iter().map(|entry| entry.name)
@@ -31,6 +36,9 @@ pub fn objects() -> impl Iterator<Item = &'static str> {
 
 /// The properties of a driver or a type of objects.
 pub fn properties(of: &str) -> Option<Vec<Property>> {
+    if let Some((_, names)) = ON_BOARD.iter().find(|(name, _)| *name == of) {
+        return Some(names.iter().map(|name| Property { name: (*name).to_owned(), kind: "str" }).collect());
+    }
     let all = || DRIVERS.iter().map(|entry| (entry, true)).chain(OBJECTS.iter().map(|entry| (entry, false)));
     let (entry, is_device) = all().find(|(entry, _)| entry.name == of)?;
     let mut generator = SchemaSettings::draft2020_12().for_deserialize().into_generator();
@@ -39,15 +47,6 @@ pub fn properties(of: &str) -> Option<Vec<Property>> {
         found.extend(members(&Common::json_schema(&mut generator)).0);
     }
     Some(found.into_iter().map(|(name, schema)| Property { name, kind: kind(&schema) }).collect())
-}
-
-/// What can be said, by `-global`, of a device that is there once and that nobody adds: the chipset. libvirt doesn't take a domain with
-/// `<pm><suspend-to-mem enabled='no'/></pm>`, which virt-install writes, unless the chipset has `disable_s3`.
-pub fn globals(of: &str) -> Option<Vec<Property>> {
-    let said = INERT_GLOBALS.iter().filter_map(|(said, _)| said.strip_prefix(of)?.strip_prefix('.')?.split('=').next());
-    let mut found: Vec<Property> = said.map(|name| Property { name: name.to_owned(), kind: "str" }).collect();
-    found.dedup();
-    (!found.is_empty()).then_some(found)
 }
 
 /// Something that can be had.
@@ -100,6 +99,10 @@ const DRIVERS: &[Entry] = &[
     Entry::of::<device::Cpu>("host-x86_64-cpu"),
 ];
 
+/// What is on the board always, and what `-global` may say of it.
+const ON_BOARD: &[(&str, &[&str])] =
+    &[("ICH9-LPC", &["disable_s3", "disable_s4", "noreboot"]), ("kvm-pit", &["lost_tick_policy"]), ("ich9-ahci", &[])];
+
 /// Every type of objects.
 const OBJECTS: &[Entry] = &[
     Entry::of::<SecretProperties>("secret"),
@@ -108,7 +111,6 @@ const OBJECTS: &[Entry] = &[
     Entry::of::<MemoryProperties>("memory-backend-file"),
     Entry::of::<NoProperties>("rng-builtin"),
     Entry::of::<RandomProperties>("rng-random"),
-    Entry::of::<NoProperties>("iothread"),
     Entry::of::<ThrottleProperties>("throttle-group"),
 ];
 
@@ -155,7 +157,7 @@ struct Named {
 
 impl JsonSchema for Device {
     fn schema_name() -> Cow<'static, str> {
-        "device_add".into()
+        "DeviceOptions".into()
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
@@ -218,9 +220,17 @@ mod tests {
         assert_eq!(disk, names("virtio-blk-pci-non-transitional"));
         assert!(names("memory-backend-memfd").contains(&"hugetlb".to_owned()));
         assert!(!names("memory-backend-memfd").contains(&"addr".to_owned()));
+        assert_eq!(names("kvm-pit"), ["lost_tick_policy"]);
         assert_eq!(properties("usb-host"), None);
-        let chipset: Vec<_> = globals("ICH9-LPC").unwrap().into_iter().map(|it| it.name).collect();
-        assert_eq!(chipset, ["disable_s3", "disable_s4", "noreboot"]);
-        assert_eq!(globals("usb-host"), None);
+    }
+
+    #[test]
+    fn what_is_told_of_the_board_can_be_said() {
+        for (device, names) in ON_BOARD {
+            for name in *names {
+                let said = |(global, _): &(&str, &str)| global.starts_with(&format!("{device}.{name}="));
+                assert!(super::super::inert::INERT_GLOBALS.iter().any(said), "{device}.{name}");
+            }
+        }
     }
 }

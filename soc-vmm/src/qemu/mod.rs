@@ -17,6 +17,7 @@ mod machine;
 mod netdev;
 mod object;
 mod options;
+mod plan;
 mod read;
 mod scalar;
 pub mod small;
@@ -31,12 +32,14 @@ pub use device::{
     Balloon, Cd, Cpu, DebugConsole, Device, DeviceKind, Disk, Entropy, FileSystem, Net, Policy, Port, RootPort, Serial,
     VhostDisk,
 };
+pub(crate) use hardware::ahci_port;
 pub use hardware::{BootPlace, Hardware, PortPlace, Probe};
 pub use keyval::Properties;
 pub use line::Line;
 pub use machine::{MachineKind, MachineOption, NumaOption};
 pub use netdev::{Netdev, NetdevKind, SocketAddress, SocketKind};
 pub use object::{Limits, MemoryBackend, Object, ObjectKind};
+pub use plan::{Names, PlanError, World, image};
 pub use scalar::{PciAddress, Size, Switch, Uuid};
 pub use wrong::Wrong;
 

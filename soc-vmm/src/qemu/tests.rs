@@ -3,10 +3,11 @@
 mod notation;
 
 use super::chardev::LogFile;
-use super::small::{Deny, RebootAction, Sandbox, ShutdownAction};
+use super::small::{RebootAction, ShutdownAction};
 use super::*;
 use crate::boot::BootSource;
 use crate::cli::{Invocation, RunConfig};
+use crate::sandbox::SandboxSpec;
 
 /// The recorded command lines: name, arguments.
 fn recorded() -> Vec<(&'static str, Vec<&'static str>)> {
@@ -75,9 +76,7 @@ fn what_libvirt_starts_is_understood_or_refused_by_name() {
                 assert_eq!(config.machine.actions.shutdown, Some(ShutdownAction::Pause), "{name}");
                 assert_ne!(config.machine.uuid, [0; 16], "{name}");
                 assert!(config.machine.boot.strict, "{name}");
-                let sandbox =
-                    Sandbox { obsolete: true, elevate_privileges: Deny::Deny, spawn: true, resource_control: true };
-                assert_eq!(config.process.sandbox, Some(sandbox), "{name}");
+                assert_eq!(config.sandbox, Some(SandboxSpec::STRICT), "{name}");
                 let hardware = config.hardware.unwrap();
                 assert_eq!(hardware.monitors, ["charmonitor"], "{name}");
                 understood += 1;

@@ -1,19 +1,24 @@
 //! All commands.
 
 use super::about::{QueryCommands, QueryKvm, QueryName, QueryQmpSchema, QueryStatus, QueryTarget, QueryVersion};
-use super::backends::{BlockdevAdd, BlockdevDel, NetdevAdd, NetdevDel};
-use super::cdrom::{BlockdevChangeMedium, Eject};
+use super::backends::{BlockdevDel, NetdevDel, ObjectAdd, ObjectDel};
+use super::block::{BlockSetIoThrottle, QueryBlock, QueryBlockstats, QueryNamedBlockNodes};
+use super::cdrom::{
+    BlockdevChangeMedium, BlockdevCloseTray, BlockdevInsertMedium, BlockdevOpenTray, BlockdevRemoveMedium, Eject,
+};
 use super::command::Entry;
 use super::cpus::{AddCpu, QueryCpusFast, QueryHotpluggableCpus};
-use super::devices::{AddDisk, AddNet, DeviceAdd, DeviceDel, QomList};
-use super::life::{Cont, Quit, Stop, SystemPowerdown, SystemReset};
+use super::devices::{AddDisk, AddNet, DeviceDel, QomList};
+use super::life::{Cont, QueryJobs, Quit, SetAction, Stop, SystemPowerdown, SystemReset};
 use super::machines::{QueryCpuDefinitions, QueryCpuModelExpansion, QueryMachines, QueryTpmModels, QueryTpmTypes};
 use super::migration::{MigrateSetCapabilities, QueryMigrateCapabilities};
 use super::objects::{DeviceListProperties, QomListProperties, QomListTypes};
 use super::options::QueryCommandLineOptions;
 use super::ours::{QueryOutboardCounters, QueryOutboardVm};
 use super::passed::{AddFd, CloseFd, GetFd, QueryFdsets, RemoveFd};
+use super::streams::QueryChardev;
 use super::tune::{Balloon, BlockResize, QomGet, QomSet, QueryBalloon, SetLink};
+use crate::qemu::{BlockdevAdd, Device, NetdevAdd};
 
 /// Every command but `qmp_capabilities`, which is the session's own.
 pub const COMMANDS: &[Entry] = &[
@@ -25,11 +30,24 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<Quit>(),
     Entry::of::<Eject>(),
     Entry::of::<BlockdevChangeMedium>(),
+    Entry::of::<BlockdevOpenTray>(),
+    Entry::of::<BlockdevCloseTray>(),
+    Entry::of::<BlockdevRemoveMedium>(),
+    Entry::of::<BlockdevInsertMedium>(),
+    Entry::of::<QueryBlock>(),
+    Entry::of::<QueryBlockstats>(),
+    Entry::of::<QueryNamedBlockNodes>(),
+    Entry::of::<BlockSetIoThrottle>(),
+    Entry::of::<QueryChardev>(),
+    Entry::of::<SetAction>(),
+    Entry::of::<QueryJobs>(),
     Entry::of::<BlockdevAdd>(),
     Entry::of::<BlockdevDel>(),
     Entry::of::<NetdevAdd>(),
     Entry::of::<NetdevDel>(),
-    Entry::of::<DeviceAdd>(),
+    Entry::of::<ObjectAdd>(),
+    Entry::of::<ObjectDel>(),
+    Entry::of::<Device>(),
     Entry::of::<DeviceDel>(),
     Entry::of::<QomList>(),
     Entry::of::<QomGet>(),

@@ -13,13 +13,6 @@ use crate::slots::SlotError;
 
 /// What every processor is called: a guest has one kind.
 const TYPE: &str = "host-x86_64-cpu";
-/// How each processor's type ends in QEMU.
-const SUFFIX: &str = "-x86_64-cpu";
-
-/// Whether `device_add` of this driver is one of a processor.
-pub(super) fn is_cpu(driver: &str) -> bool {
-    driver.ends_with(SUFFIX)
-}
 
 /// Puts a processor in as `device_add` says: into this socket, core and thread, or, with none of them, the first place that is free.
 pub(super) async fn add(vm: &VmHandle, id: Option<String>, at: [Option<u32>; 3]) -> Result<String, QmpError> {

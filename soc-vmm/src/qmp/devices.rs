@@ -13,99 +13,45 @@ use super::cpus;
 use super::types::{Empty, NewDeviceId, ObjectProperty};
 use super::{ErrorClass, QmpError};
 use crate::block::{BlockBackend, ImageSpec};
-use crate::cli::{AnyDisk, AnyNet, DiskSpec, DiskTuning, Mac, VhostSpec, with_causes};
+use crate::cli::{AnyDisk, AnyNet, DiskSpec, VhostSpec, with_causes};
 use crate::control::VmHandle;
 use crate::net::{NetSource, TapSource};
-use crate::slots::{self, DeviceKind, DiskNode, NewDevice, NewKind, NodeError, SlotError, SlotsHandle};
+use crate::qemu::{Cpu, Device, DeviceKind, PlanError, World};
+use crate::slots::{self, NewDevice, NewDisk, NewKind, NodeError, Place, SlotError, SlotsHandle};
 
 const DISK: &str = "virtio-blk-pci";
 const NET: &str = "virtio-net-pci";
 
-/// QMP `device_add`, of disks, network interfaces and processors.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub(super) struct DeviceAdd {
-    /// `virtio-blk-pci`, `virtio-net-pci`, or a processor's type.
-    driver: String,
-    /// Its name; none: one is made.
-    id: Option<String>,
-    /// The port; none: the first that is free.
-    bus: Option<String>,
-    /// Its place behind the port: 0 is the only one.
-    addr: Option<String>,
-    /// A disk's block node.
-    drive: Option<String>,
-    /// An interface's network.
-    netdev: Option<String>,
-    /// An interface's address; none: one is made.
-    mac: Option<String>,
-    /// A processor's socket.
-    socket_id: Option<u32>,
-    /// Its core in that.
-    core_id: Option<u32>,
-    /// Its thread of that.
-    thread_id: Option<u32>,
-}
-
-impl Command for DeviceAdd {
+/// QMP `device_add`, of what [`Device`] can be while the guest runs.
+impl Command for Device {
     const NAME: &'static str = "device_add";
+    // Numbers and truths are written as such, on the command line too.
+    const FEATURES: &'static [&'static str] = &["json-cli", "json-cli-hotplug"];
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        if cpus::is_cpu(&self.driver) {
-            let Self { driver, id, bus, addr, drive, netdev, mac, socket_id, core_id, thread_id } = self;
-            if [bus, addr, drive, netdev, mac].iter().any(Option::is_some) {
-                return Err(QmpError::generic(format!("{driver} takes 'id', 'socket-id', 'core-id' and 'thread-id'")));
-            }
-            cpus::add(&vm, id, [socket_id, core_id, thread_id]).await?;
+        if let DeviceKind::Cpu(Cpu { socket_id, core_id, thread_id, .. }) = self.kind {
+            cpus::add(&vm, self.id, [socket_id, core_id, thread_id]).await?;
             return Ok(Empty {});
         }
         let slots = slots_of(&vm)?;
         cpus::is_none(&vm, self.id.as_deref())?;
-        aside(move || self.add(&slots)).await?;
+        aside(move || {
+            let planned = self.plan(&World {
+                fds: vm.fds(),
+                chardevs: vm.chardevs(),
+                reserved: &*slots.reserved()?,
+                names: &slots,
+            })?;
+            Ok(slots.put(planned)?)
+        })
+        .await?;
         Ok(Empty {})
     }
 }
 
-impl DeviceAdd {
-    fn add(self, slots: &SlotsHandle) -> Result<String, QmpError> {
-        let Self { driver, id, bus, addr, drive, netdev, mac, socket_id, core_id, thread_id } = self;
-        if [socket_id, core_id, thread_id].iter().any(Option::is_some) {
-            return Err(QmpError::generic(format!(
-                "{driver} is in no socket, core or thread: those are of processors"
-            )));
-        }
-        if let Some(addr) = addr.filter(|addr| !matches!(&**addr, "0x0" | "0" | "00" | "00.0" | "0x0.0" | "0x0.0x0")) {
-            return Err(QmpError::generic(format!("A port has slot 0 alone, not addr={addr}")));
-        }
-        let (kind, node) = match (&*driver, drive, netdev, mac) {
-            (DISK, Some(drive), None, None) => (NewKind::Disk(image_of(slots, &drive)?, DiskTuning::default()), drive),
-            (NET, None, Some(netdev), mac) => {
-                let mac = mac.map(|mac| mac.parse::<Mac>()).transpose();
-                let mac = mac.map_err(|e| QmpError::generic(e.to_string()))?;
-                return Ok(slots.add_named_net(&netdev, mac, id, bus.as_deref())?);
-            }
-            (DISK, ..) => return Err(QmpError::generic(format!("{DISK} needs 'drive', and no 'netdev' or 'mac'"))),
-            (NET, ..) => return Err(QmpError::generic(format!("{NET} needs 'netdev', and no 'drive'"))),
-            _ => {
-                let why = format!("'{driver}' can't be added to a VM: {DISK} and {NET} can");
-                return Err(QmpError::generic(why));
-            }
-        };
-        Ok(slots.add(NewDevice { id, kind, node: Some(node) }, bus.as_deref())?)
-    }
-}
-
-/// The image of a block node.
-fn image_of(slots: &SlotsHandle, node: &str) -> Result<Arc<dyn BlockBackend>, QmpError> {
-    match slots.disk_node(node)? {
-        DiskNode::Image(image, _) => Ok(image),
-        DiskNode::File(image) => open(slots, &image),
-    }
-}
-
 /// Opens an image for the VM.
-pub(super) fn open(slots: &SlotsHandle, image: &ImageSpec) -> Result<Arc<dyn BlockBackend>, QmpError> {
+fn open(slots: &SlotsHandle, image: &ImageSpec) -> Result<Arc<dyn BlockBackend>, QmpError> {
     slots::open_disk(image, &*slots.reserved()?).map_err(|e| QmpError::generic(with_causes(&e)))
 }
 
@@ -123,9 +69,11 @@ impl Command for DeviceDel {
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
         let id = self.id.strip_prefix(PERIPHERAL).and_then(|rest| rest.strip_prefix('/')).unwrap_or(&self.id);
+        let slots = slots_of(&vm)?;
         match cpus::remove(&vm, id) {
             Some(outcome) => outcome?,
-            None => slots_of(&vm)?.remove(id)?,
+            None if slots.remove_port(id) => vm.chardevs().release(id),
+            None => slots.remove(id)?,
         }
         Ok(Empty {})
     }
@@ -160,15 +108,15 @@ impl Command for QomList {
         let ports = slots.ports().into_iter().map(|name| child(name, ROOT_PORT));
         let devices = slots.devices().into_iter().map(|device| {
             let driver = match device.kind {
-                DeviceKind::Disk => DISK,
-                DeviceKind::Net(_) => NET,
-                DeviceKind::Entropy => "virtio-rng-pci",
-                DeviceKind::Ports => "virtio-serial-pci",
-                DeviceKind::Vsock => "vhost-vsock-pci",
-                DeviceKind::Balloon => "virtio-balloon-pci",
-                DeviceKind::VhostDisk => "vhost-user-blk-pci",
-                DeviceKind::VhostNet(_) => NET,
-                DeviceKind::VhostFs => "vhost-user-fs-pci",
+                slots::DeviceKind::Disk => DISK,
+                slots::DeviceKind::Net(_) => NET,
+                slots::DeviceKind::Entropy => "virtio-rng-pci",
+                slots::DeviceKind::Ports => "virtio-serial-pci",
+                slots::DeviceKind::Vsock => "vhost-vsock-pci",
+                slots::DeviceKind::Balloon => "virtio-balloon-pci",
+                slots::DeviceKind::VhostDisk => "vhost-user-blk-pci",
+                slots::DeviceKind::VhostNet(_) => NET,
+                slots::DeviceKind::VhostFs => "vhost-user-fs-pci",
             };
             child(device.id, driver)
         });
@@ -213,7 +161,7 @@ impl Add {
         spec.socket = self.absolute(&spec.socket);
         let id = aside(move || {
             let opened = slots::open_vhost(&spec).map_err(|e| QmpError::generic(with_causes(&e)))?;
-            Ok(slots.add(NewDevice { id: spec.id, kind: NewKind::Vhost(opened), node: None }, None)?)
+            Ok(slots.add(NewDevice { id: spec.id, kind: NewKind::Vhost(opened), node: None, place: Place::Free })?)
         });
         Ok(NewDeviceId { id: id.await? })
     }
@@ -232,8 +180,8 @@ impl Command for AddDisk {
         cpus::is_none(&vm, id.as_deref())?;
         image.path = self.0.absolute(&image.path);
         let id = aside(move || {
-            let kind = NewKind::Disk(open(&slots, &image)?, tuning);
-            Ok(slots.add(NewDevice { id, kind, node: None }, None)?)
+            let kind = NewKind::Disk(NewDisk::new(open(&slots, &image)?, tuning));
+            Ok(slots.add(NewDevice { id, kind, node: None, place: Place::Free })?)
         });
         Ok(NewDeviceId { id: id.await? })
     }
@@ -260,7 +208,7 @@ impl Command for AddNet {
         }
         let id = aside(move || {
             let opened = slots::open_net(&net).map_err(|e| QmpError::generic(with_causes(&e)))?;
-            Ok(slots.add(NewDevice { id: net.id, kind: NewKind::Net(opened), node: None }, None)?)
+            Ok(slots.add(NewDevice { id: net.id, kind: NewKind::Net(opened), node: None, place: Place::Free })?)
         });
         Ok(NewDeviceId { id: id.await? })
     }
@@ -278,6 +226,12 @@ impl From<SlotError> for QmpError {
             _ => ErrorClass::GenericError,
         };
         Self { class, desc: with_causes(&e) }
+    }
+}
+
+impl From<PlanError> for QmpError {
+    fn from(e: PlanError) -> Self {
+        Self::generic(with_causes(&e))
     }
 }
 

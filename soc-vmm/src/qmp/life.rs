@@ -1,12 +1,13 @@
 //! Commands to the life of a VM.
 
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::QmpError;
 use super::command::Command;
 use super::types::Empty;
 use crate::control::{ShutdownCause, VmHandle};
+use crate::qemu::small::ActionOption;
 
 /// QMP `stop`.
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
@@ -80,5 +81,38 @@ impl Command for Quit {
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
         vm.quit(ShutdownCause::HostQmpQuit).await?;
         Ok(Empty {})
+    }
+}
+
+/// QMP `set-action`: what resets, powering off and panics come to from now on.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct SetAction(ActionOption);
+
+impl Command for SetAction {
+    const NAME: &'static str = "set-action";
+    type Reply = Empty;
+
+    async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
+        vm.actions().set(self.0);
+        Ok(Empty {})
+    }
+}
+
+/// QMP `query-jobs`.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QueryJobs {}
+
+/// QMP `JobInfo`, of which there is none: images have no jobs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub enum JobInfo {}
+
+impl Command for QueryJobs {
+    const NAME: &'static str = "query-jobs";
+    type Reply = Vec<JobInfo>;
+
+    async fn run(self, _: VmHandle) -> Result<Vec<JobInfo>, QmpError> {
+        Ok(Vec::new())
     }
 }

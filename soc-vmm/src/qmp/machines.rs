@@ -146,8 +146,8 @@ pub(super) struct CpuModelExpansionInfo {
     model: CpuModelInfo,
 }
 
-/// What a client may set that changes nothing of what is told.
-const EXPANSION_ONLY: [&str; 2] = ["migratable", "hv-passthrough"];
+/// What a client may set that changes nothing of what is told: an expansion's own members come back in the next one's question.
+const EXPANSION_ONLY: [&str; 6] = ["migratable", "hv-passthrough", "family", "model", "stepping", "vendor"];
 
 impl Command for QueryCpuModelExpansion {
     const NAME: &'static str = "query-cpu-model-expansion";

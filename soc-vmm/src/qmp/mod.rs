@@ -7,6 +7,7 @@
 pub mod about;
 mod aside;
 mod backends;
+mod block;
 mod cdrom;
 mod client;
 pub mod command;
@@ -26,6 +27,7 @@ mod passed;
 pub mod schema;
 mod server;
 mod session;
+mod streams;
 mod tune;
 pub mod types;
 
@@ -34,5 +36,5 @@ pub use devices::{Add, PERIPHERAL, ROOT_PORT};
 pub use error::{ErrorClass, QmpError};
 pub use framing::{FrameError, Framer, MAX_COMMAND};
 pub use passed::Passed;
-pub use server::{MAX_MONITORS, Server};
+pub use server::{Greet, MAX_MONITORS, Server};
 pub use session::{Call, Session, Step};

@@ -11,9 +11,6 @@ use crate::control::VmHandle;
 use crate::cpuid::model_names;
 use crate::qemu::catalog::{self, Property};
 
-/// Devices that the machine has by itself and that nobody adds. libvirt takes the first for SATA.
-const BUILT_IN: [&str; 2] = ["ich9-ahci", "ICH9-LPC"];
-
 /// QMP `qom-list-types`.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -36,7 +33,7 @@ impl Command for QomListTypes {
     type Reply = Vec<ObjectTypeInfo>;
 
     async fn run(self, _: VmHandle) -> Result<Vec<ObjectTypeInfo>, QmpError> {
-        let devices = catalog::drivers().chain(catalog::objects()).chain(BUILT_IN).map(str::to_owned);
+        let devices = catalog::drivers().chain(catalog::on_board()).chain(catalog::objects()).map(str::to_owned);
         let cpus = ["host", "max"].into_iter().chain(model_names()).map(|model| format!("{model}-x86_64-cpu"));
         let machines = [MACHINE, "none"].map(|machine| format!("{machine}-machine"));
         let mut names: Vec<String> = devices.chain(cpus).chain(machines).collect();
@@ -62,8 +59,8 @@ impl Command for DeviceListProperties {
     type Reply = Vec<ObjectProperty>;
 
     async fn run(self, _: VmHandle) -> Result<Vec<ObjectProperty>, QmpError> {
-        let is_driver = catalog::drivers().any(|driver| driver == self.typename);
-        let properties = if is_driver { catalog::properties(&self.typename) } else { catalog::globals(&self.typename) };
+        let is_driver = catalog::drivers().chain(catalog::on_board()).any(|driver| driver == self.typename);
+        let properties = is_driver.then(|| catalog::properties(&self.typename)).flatten();
         let desc = || format!("Device '{}' not found", self.typename);
         let properties = properties.ok_or_else(|| QmpError { class: ErrorClass::DeviceNotFound, desc: desc() })?;
         Ok(properties.into_iter().map(property).collect())

@@ -40,17 +40,26 @@ pub struct Server {
     sockets: Vec<(oneshot::Sender<()>, JoinHandle<()>)>,
 }
 
+/// When a monitor is greeted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Greet {
+    /// At once: a VM that is being built can be ended by it.
+    AtOnce,
+    /// When the machine is built: clients of QEMU's count on that.
+    WhenBuilt,
+}
+
 impl Server {
     /// Serves `vm` on each of `sockets`. Must be called inside a tokio runtime.
     ///
     /// # Errors
     /// A socket can't be watched.
-    pub fn start(vm: &VmHandle, sockets: Vec<ListeningSocket>) -> io::Result<Self> {
+    pub fn start(vm: &VmHandle, sockets: Vec<ListeningSocket>, greet: Greet) -> io::Result<Self> {
         let mut started = Vec::with_capacity(sockets.len());
         for socket in sockets {
             let listener = UnixListener::from_std(socket.listener().try_clone()?)?;
             let (close, closing) = oneshot::channel();
-            let task = tokio::spawn(listen(listener, socket, vm.clone(), closing));
+            let task = tokio::spawn(listen(listener, socket, vm.clone(), greet, closing));
             started.push((close, task));
         }
         Ok(Self { sockets: started })
@@ -70,7 +79,13 @@ impl Server {
     }
 }
 
-async fn listen(listener: UnixListener, socket: ListeningSocket, vm: VmHandle, mut closing: oneshot::Receiver<()>) {
+async fn listen(
+    listener: UnixListener,
+    socket: ListeningSocket,
+    vm: VmHandle,
+    greet: Greet,
+    mut closing: oneshot::Receiver<()>,
+) {
     let room = Arc::new(Semaphore::new(MAX_MONITORS));
     let mut monitors = JoinSet::new();
     let mut told_full = false;
@@ -95,7 +110,7 @@ async fn listen(listener: UnixListener, socket: ListeningSocket, vm: VmHandle, m
                         told_full = false;
                         let vm = vm.clone();
                         monitors.spawn(async move {
-                            if let Err(why) = monitor(stream, vm).await {
+                            if let Err(why) = monitor(stream, vm, greet).await {
                                 tracing::debug!("QMP: a monitor was dropped: {why}");
                             }
                             drop(place);
@@ -130,7 +145,10 @@ fn turn_away(stream: UnixStream) {
 }
 
 /// Serves one client until it goes, misbehaves, or the VM has ended.
-async fn monitor(mut stream: UnixStream, vm: VmHandle) -> io::Result<()> {
+async fn monitor(mut stream: UnixStream, vm: VmHandle, greet: Greet) -> io::Result<()> {
+    if greet == Greet::WhenBuilt && !vm.built().await {
+        return Ok(());
+    }
     let (reader, mut writer) = stream.split();
     let Some(mut events) = vm.events() else { return Ok(()) };
     send(&mut writer, &Greeting::ours()).await?;

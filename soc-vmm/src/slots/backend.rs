@@ -1,6 +1,7 @@
 //! Opening what devices stand on: images and networks.
 
 use std::fs::Metadata;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use super::{NewNet, NewVhost};
 use crate::block::{self, BlockBackend, BlockError, FileId, ImageSpec};
 use crate::cli::{NetSpec, VhostRole, VhostSpec};
 use crate::net;
+use crate::virtio::RateLimits;
 use crate::virtio::vhost::{VhostConfig, VhostDevice, VhostKind, VhostOpenError};
 
 /// Why a device has nothing to stand on.
@@ -72,6 +74,22 @@ pub fn open_disk(image: &ImageSpec, reserved: &Reserved) -> Result<Arc<dyn Block
 pub fn open_net(net: &NetSpec) -> Result<NewNet, OpenError> {
     let backends = net::open(&net.source)?;
     Ok(NewNet { backends, mac: net.mac, mtu: net.mtu, limits: net.limits })
+}
+
+/// An interface by descriptors that are open, one a pair of queues.
+///
+/// # Errors
+/// One is of something else.
+pub fn passed_net(queues: Vec<OwnedFd>) -> Result<NewNet, OpenError> {
+    Ok(NewNet { backends: net::passed(queues)?, mac: None, mtu: None, limits: RateLimits::default() })
+}
+
+/// A user's own network.
+///
+/// # Errors
+/// It can't be started.
+pub fn user_net() -> Result<NewNet, OpenError> {
+    Ok(NewNet { backends: net::user()?, mac: None, mtu: None, limits: RateLimits::default() })
 }
 
 /// Connects a device of another process's. May take long: that may be slow.

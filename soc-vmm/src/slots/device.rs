@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
+
 use super::SlotError;
 use crate::block::BlockBackend;
 use crate::cli::{BalloonSpec, DiskTuning, Mac};
@@ -17,7 +19,7 @@ use crate::virtio::vhost::{VhostDevice, VhostKind};
 use crate::virtio::vsock::VsockConfig;
 use crate::virtio::{self, Plumbing, RateLimits};
 
-/// A device to put into a slot.
+/// A device to put into its place.
 pub struct NewDevice {
     /// The name that it is known by; none: one is made.
     pub id: Option<String>,
@@ -25,12 +27,92 @@ pub struct NewDevice {
     pub kind: NewKind,
     /// The named back end that it uses, which can't be deleted as long as the device is there.
     pub node: Option<String>,
+    /// Where it goes.
+    pub place: Place,
+}
+
+/// Where a device goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The first slot that is free.
+    Free,
+    /// The slot of the port whose bus has that name.
+    Bus(String),
+    /// Slot × 8 + function on the root bus itself, before the machine is built.
+    Root(u8),
+}
+
+/// Something to put into a machine that is being built, in order.
+pub enum Planned {
+    /// A device.
+    Device(NewDevice),
+    /// An interface of a network that has a name.
+    Named {
+        /// The network.
+        network: String,
+        /// Its address, if one is given.
+        mac: Option<Mac>,
+        /// The largest packet that the guest shall send.
+        mtu: Option<u16>,
+        /// Its name.
+        id: Option<String>,
+        /// Where it goes.
+        place: Place,
+    },
+    /// The balloon, which needs the VM's memory.
+    Balloon {
+        /// Its name.
+        id: Option<String>,
+        /// Where it goes.
+        place: Place,
+    },
+    /// A port of a device for ports.
+    Port(NewPort),
+}
+
+impl Planned {
+    /// Where it goes, if it is a device.
+    pub fn place(&self) -> Option<&Place> {
+        match self {
+            Self::Device(NewDevice { place, .. }) | Self::Named { place, .. } | Self::Balloon { place, .. } => {
+                Some(place)
+            }
+            Self::Port(_) => None,
+        }
+    }
+}
+
+/// A port to be.
+pub struct NewPort {
+    /// The device that it is one of; none: the first.
+    pub device: Option<String>,
+    /// Its number; none: the first that is free.
+    pub number: Option<usize>,
+    /// The port.
+    pub port: PortConfig,
+}
+
+/// A disk to be.
+pub struct NewDisk {
+    /// Its image.
+    pub image: Arc<dyn BlockBackend>,
+    /// How it works.
+    pub tuning: DiskTuning,
+    /// Its serial number; none: its name.
+    pub serial: Option<String>,
+}
+
+impl NewDisk {
+    /// One whose serial number is its name.
+    pub fn new(image: Arc<dyn BlockBackend>, tuning: DiskTuning) -> Self {
+        Self { image, tuning, serial: None }
+    }
 }
 
 /// What a new device is.
 pub enum NewKind {
     /// A disk.
-    Disk(Arc<dyn BlockBackend>, DiskTuning),
+    Disk(NewDisk),
     /// A network interface.
     Net(NewNet),
     /// A source of entropy, with or without a limit.
@@ -155,7 +237,7 @@ impl NewKind {
     /// What names of such devices begin with.
     pub(super) fn prefix(&self) -> &'static str {
         match self {
-            Self::Disk(..) => "disk",
+            Self::Disk(_) => "disk",
             Self::Net(_) => "net",
             Self::Entropy(_) => "rng",
             Self::Ports(_) => "serial",
@@ -169,10 +251,16 @@ impl NewKind {
         }
     }
 
+    /// A disk's serial number, as the guest will see it, if it is one of ours that is known by `id`.
+    pub(super) fn serial(&self, id: &str) -> Option<String> {
+        let Self::Disk(NewDisk { serial, .. }) = self else { return None };
+        Some(serial.as_deref().unwrap_or(id).chars().take(VIRTIO_BLK_ID_BYTES as usize).collect())
+    }
+
     /// What it will be; `address` gives an address to an interface that has none.
     pub(super) fn kind(&self, address: impl FnOnce() -> Mac) -> DeviceKind {
         match self {
-            Self::Disk(..) => DeviceKind::Disk,
+            Self::Disk(_) => DeviceKind::Disk,
             Self::Net(net) => DeviceKind::Net(net.mac.unwrap_or_else(address)),
             Self::Entropy(_) => DeviceKind::Entropy,
             Self::Ports(_) => DeviceKind::Ports,
@@ -195,7 +283,7 @@ impl NewKind {
         plumbing: Plumbing<'_>,
     ) -> Result<(Box<dyn PciFunction>, DeviceHandle), SlotError> {
         match (self, kind) {
-            (Self::Disk(backend, tuning), _) => {
+            (Self::Disk(NewDisk { image, tuning, serial }), _) => {
                 let DiskTuning { queues, write_cache, aio, limits, on_error } = tuning;
                 let config = BlockConfig {
                     queues,
@@ -204,7 +292,7 @@ impl NewKind {
                     limits,
                     on_error,
                     listener: Some(listeners.disks.clone()),
-                    ..BlockConfig::new(id, backend, id)
+                    ..BlockConfig::new(id, image, serial.as_deref().unwrap_or(id))
                 };
                 let (function, handle) = virtio::block::new_with_handle(config, plumbing).map_err(SlotError::Thread)?;
                 Ok((function, DeviceHandle::Disk(handle)))

@@ -11,28 +11,40 @@
 mod backend;
 mod device;
 mod named;
+mod port;
 #[cfg(test)]
 mod tests;
 mod ways;
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{Builder, JoinHandle};
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 
-pub use backend::{OpenError, Reserved, open_disk, open_net, open_vhost};
-pub use device::{DeviceHandle, DeviceKind, DeviceListeners, NewBalloon, NewDevice, NewKind, NewNet, NewVhost};
-pub use named::{DiskNode, NodeError};
+pub use backend::{OpenError, Reserved, open_disk, open_net, open_vhost, passed_net, user_net};
+pub use device::{
+    DeviceHandle, DeviceKind, DeviceListeners, NewBalloon, NewDevice, NewDisk, NewKind, NewNet, NewPort, NewVhost,
+    Place, Planned,
+};
+pub use named::{DiskNode, Named, NetNode, NodeError, NodeInfo, NodeKind};
+pub use port::DiskInfo;
 pub use ways::{Way, Ways};
 
-use self::named::Named;
+use self::port::{Port, Seat};
 use crate::block::BlockError;
 use crate::cli::Mac;
-use crate::pci::{Fabric, NodeId, PciFunction, Pirqs, PlugError, RootPort, SlotSink};
+use crate::pci::{Fabric, NodeId, PciFunction, Pirqs, PlugError, Requester, RootPort, SlotSink};
 use crate::virtio::balloon::BalloonError;
+use crate::virtio::console::{PortError, PortStatus};
 use crate::virtio::{NotifyPages, Plumbing};
+
+/// The bus that root ports are on.
+pub const ROOT_BUS: &str = "pcie.0";
+/// Most buses that a message names.
+const MOST_BUSES: usize = 8;
 
 /// Most characters of a device's or a back end's name.
 pub(crate) const ID_MAX: usize = 64;
@@ -44,7 +56,12 @@ pub struct Occupant {
     pub id: String,
     /// What it is.
     pub kind: DeviceKind,
-    node: Option<String>,
+    /// The bus that it is on.
+    pub bus: String,
+    /// The named back end that it stands on.
+    pub node: Option<String>,
+    /// A disk's serial number.
+    serial: Option<String>,
 }
 
 impl Occupant {
@@ -78,11 +95,23 @@ pub enum SlotError {
     #[error("all {0} slots have a device: remove one first")]
     Full(usize),
     /// That port has one.
-    #[error("the slot of pci.{0} has a device: remove it first, or leave the bus out")]
-    Occupied(u16),
+    #[error("the slot of {0} has a device: remove it first, or leave the bus out")]
+    Occupied(String),
     /// There is no such port.
-    #[error("there is no bus '{0}': buses are pci.1 to pci.{1}")]
-    NoBus(String, usize),
+    #[error("there is no bus '{0}': buses are {1}")]
+    NoBus(String, String),
+    /// It is there from the start or not at all.
+    #[error("{0} can't be added to a VM: give it at its start")]
+    Late(&'static str),
+    /// It stands on the root bus itself.
+    #[error("'{0}' is on the root bus: what can be put in and taken out is behind root ports")]
+    OnBoard(String),
+    /// There is no such device for ports.
+    #[error("there is no device for ports '{0}': give the VM a virtio-serial-pci first")]
+    NoPorts(String),
+    /// A port can't be added.
+    #[error(transparent)]
+    Port(#[from] PortError),
     /// There is no such device.
     #[error("there is no device '{0}' in a slot")]
     NotFound(String),
@@ -140,6 +169,8 @@ pub struct SlotParts {
     pub names: Vec<String>,
     /// Files that no disk may write.
     pub reserved: Arc<Reserved>,
+    /// Back ends that have names from the start.
+    pub named: Named,
 }
 
 /// A machine's slots; keeps them until [`Slots::end`].
@@ -162,20 +193,10 @@ struct Shared {
     reserved: Arc<Reserved>,
     ports: Arc<Mutex<Vec<Port>>>,
     named: Mutex<Named>,
+    /// Nothing can be put on the root bus itself any more.
+    closed: AtomicBool,
     /// The last of these to be dropped: [`Slots::end`] waits for its end, and by then images with names are closed.
     fabric: Arc<Mutex<Fabric>>,
-}
-
-/// A port, and what is in its slot.
-struct Port {
-    node: NodeId,
-    /// Slot × 8 + function on the root bus.
-    devfn: u8,
-    /// The number of its slot, which is in its name.
-    number: u16,
-    occupant: Option<Occupant>,
-    /// By what it is reached from outside.
-    handle: Option<DeviceHandle>,
 }
 
 impl Slots {
@@ -184,7 +205,8 @@ impl Slots {
     /// # Errors
     /// No thread is left for them.
     pub fn new(parts: SlotParts) -> io::Result<Self> {
-        let SlotParts { fabric, ways, notify, pirqs, listener, device_listeners, machine, names, reserved } = parts;
+        let SlotParts { fabric, ways, notify, pirqs, listener, device_listeners, machine, names, reserved, named } =
+            parts;
         let ports = Arc::<Mutex<Vec<Port>>>::default();
         let (emptied, receiver) = channel();
         let reaper = {
@@ -193,16 +215,28 @@ impl Slots {
         };
         // It ends with the fabric.
         lock(&fabric).give_to(Box::new(Emptied(emptied)));
-        let (listeners, named) = (device_listeners, Mutex::default());
-        let shared = Shared { fabric, ways, notify, pirqs, listeners, machine, names, reserved, ports, named };
+        let (listeners, named) = (device_listeners, Mutex::new(named));
+        let shared = Shared {
+            fabric,
+            ways,
+            notify,
+            pirqs,
+            listeners,
+            machine,
+            names,
+            reserved,
+            ports,
+            named,
+            closed: AtomicBool::new(false),
+        };
         Ok(Self { shared: Arc::new(shared), reaper })
     }
 
-    /// Adds an empty port at `devfn` on the root bus, whose slot has that number.
+    /// Adds an empty port at `devfn` on the root bus, whose bus has that name and whose slot has that number.
     ///
     /// # Errors
     /// The place is taken.
-    pub fn add_port(&self, devfn: u8, number: u16) -> Result<(), PlugError> {
+    pub fn add_port(&self, name: &str, devfn: u8, number: u16) -> Result<(), PlugError> {
         let Shared { fabric, ways, pirqs, ports, .. } = &*self.shared;
         let way = ways.of_function();
         let mut port = RootPort::new(number, pirqs.wire(devfn >> 3), &*way.messages);
@@ -211,8 +245,13 @@ impl Slots {
         let node = fabric.plug(None, devfn, Box::new(port))?;
         fabric.identify(node, way.requester);
         drop(fabric);
-        lock(ports).push(Port { node, devfn, number, occupant: None, handle: None });
+        lock(ports).push(Port { node, devfn, seat: Seat::Behind(name.to_owned()), occupant: None, handle: None });
         Ok(())
+    }
+
+    /// The machine is built: from now on devices come behind ports alone.
+    pub fn close(&self) {
+        self.shared.closed.store(true, Ordering::Release);
     }
 
     /// What functions are connected by.
@@ -234,12 +273,78 @@ impl Slots {
 }
 
 impl SlotsHandle {
-    /// Puts a device into the first free slot, or into that of the port with the given name; the device's name.
+    /// Puts a device into its place; the device's name.
     ///
     /// # Errors
     /// Nothing has changed.
-    pub fn add(&self, device: NewDevice, bus: Option<&str>) -> Result<String, SlotError> {
-        self.shared()?.add(device, bus)
+    pub fn add(&self, device: NewDevice) -> Result<String, SlotError> {
+        self.shared()?.add(device)
+    }
+
+    /// Puts in what was planned; its name, if it has one.
+    ///
+    /// # Errors
+    /// Nothing has changed.
+    pub fn put(&self, planned: Planned) -> Result<String, NodeError> {
+        match planned {
+            Planned::Device(device) => Ok(self.add(device)?),
+            Planned::Named { network, mac, mtu, id, place } => self.add_named_net(&network, mac, mtu, id, place),
+            Planned::Port(port) => {
+                let id = port.port.id.clone();
+                self.add_serial_port(port)?;
+                Ok(id)
+            }
+            Planned::Balloon { .. } => Err(SlotError::Late("virtio-balloon-pci").into()),
+        }
+    }
+
+    /// Gives a device for ports one more; none named: the first that there is.
+    ///
+    /// # Errors
+    /// There is none, or it has no room.
+    pub fn add_serial_port(&self, new: NewPort) -> Result<(), SlotError> {
+        let shared = self.shared()?;
+        let NewPort { device, number, port } = new;
+        let ports = lock(&shared.ports);
+        let found = ports.iter().find_map(|place| match (&place.occupant, &place.handle) {
+            (Some(occupant), Some(DeviceHandle::Ports(handle)))
+                if device.as_ref().is_none_or(|id| *id == occupant.id) =>
+            {
+                Some(handle.clone())
+            }
+            _ => None,
+        });
+        drop(ports);
+        let console = found.ok_or_else(|| SlotError::NoPorts(device.unwrap_or_default()))?;
+        Ok(console.add_at(port, number)?)
+    }
+
+    /// Removes a port of a device for ports, if it is one.
+    pub fn remove_port(&self, id: &str) -> bool {
+        let Some(shared) = self.0.upgrade() else { return false };
+        let ports = lock(&shared.ports);
+        let consoles = ports.iter().filter_map(|place| match &place.handle {
+            Some(DeviceHandle::Ports(handle)) => Some(handle),
+            _ => None,
+        });
+        let mut removed = consoles.map(|console| console.remove(id).is_ok());
+        removed.any(|removed| removed)
+    }
+
+    /// The ports of all devices for ports.
+    pub fn serial_ports(&self) -> Vec<PortStatus> {
+        let Some(shared) = self.0.upgrade() else { return Vec::new() };
+        let of = |place: &Port| match &place.handle {
+            Some(DeviceHandle::Ports(handle)) => handle.ports(),
+            _ => Vec::new(),
+        };
+        lock(&shared.ports).iter().flat_map(of).collect()
+    }
+
+    /// The disks that are there, each with what it stands on.
+    pub fn disks(&self) -> Vec<DiskInfo> {
+        let Some(shared) = self.0.upgrade() else { return Vec::new() };
+        lock(&shared.ports).iter().filter_map(Port::disk).collect()
     }
 
     /// Asks for a device to be taken out: when the guest lets it go, or is reset. For a guest that hasn't looked yet it is just gone.
@@ -296,7 +401,7 @@ impl SlotsHandle {
     /// The names of the ports.
     pub fn ports(&self) -> Vec<String> {
         let Some(shared) = self.0.upgrade() else { return Vec::new() };
-        lock(&shared.ports).iter().map(Port::name).collect()
+        lock(&shared.ports).iter().filter_map(|port| port.bus().map(str::to_owned)).collect()
     }
 
     /// Files that no disk may write.
@@ -313,42 +418,40 @@ impl SlotsHandle {
 }
 
 impl Shared {
-    fn add(&self, new: NewDevice, bus: Option<&str>) -> Result<String, SlotError> {
-        self.add_or_return(new, bus).map_err(|(why, _)| why)
+    fn add(&self, new: NewDevice) -> Result<String, SlotError> {
+        self.add_or_return(new).map_err(|(why, _)| why)
     }
 
     /// Adds it, or gives it back where it is refused; what can't be made is lost.
-    fn add_or_return(&self, new: NewDevice, bus: Option<&str>) -> Result<String, (SlotError, Option<Box<NewDevice>>)> {
+    fn add_or_return(&self, new: NewDevice) -> Result<String, (SlotError, Option<Box<NewDevice>>)> {
         let mut ports = lock(&self.ports);
-        let (id, kind, at) = match self.admit(&new, &ports, bus) {
+        let (id, kind, seat) = match self.admit(&new, &ports) {
             Ok(admitted) => admitted,
             Err(why) => return Err((why, Some(Box::new(new)))),
         };
-        match self.insert(new, &id, kind, &mut ports[at]) {
+        let inserted = match seat {
+            Found::Port(at) => self.insert(new, &id, kind, &mut ports[at]),
+            Found::Board(devfn) => self.plug(new, &id, kind, devfn).map(|port| ports.push(port)),
+        };
+        match inserted {
             Ok(()) => Ok(id),
             Err(why) => Err((why, None)),
         }
     }
 
-    /// Under which name and as what a device can be added, and the index of its port.
-    fn admit(
-        &self,
-        new: &NewDevice,
-        ports: &[Port],
-        bus: Option<&str>,
-    ) -> Result<(String, DeviceKind, usize), SlotError> {
+    /// Under which name and as what a device can be added, and where.
+    fn admit(&self, new: &NewDevice, ports: &[Port]) -> Result<(String, DeviceKind, Found), SlotError> {
         let others: Vec<&Occupant> = ports.iter().filter_map(|port| port.occupant.as_ref()).collect();
         let kind = new.kind.kind(|| self.address(&others));
         let id = new.id.clone().unwrap_or_else(|| self.name(new.kind.prefix(), &others));
         if !is_name(&id) {
             return Err(SlotError::Malformed(id));
         }
-        if self.is_taken(&id, &others) || ports.iter().any(|port| port.name() == id) {
+        if self.is_taken(&id, &others) || ports.iter().any(|port| port.bus() == Some(&id)) {
             return Err(SlotError::Taken(id));
         }
-        let serial = |id: &str| id.bytes().take(VIRTIO_BLK_ID_BYTES as usize).collect::<Vec<_>>();
-        let same = |other: &&Occupant| other.kind == DeviceKind::Disk && serial(&other.id) == serial(&id);
-        if kind == DeviceKind::Disk && others.iter().any(same) {
+        let serial = new.kind.serial(&id);
+        if serial.is_some() && others.iter().any(|other| other.serial == serial) {
             return Err(SlotError::Serial(id));
         }
         // Disks and networks have names of their own.
@@ -361,33 +464,73 @@ impl Shared {
         if let Some(other) = others.iter().find(has_address) {
             return Err(SlotError::Address(other.id.clone()));
         }
-        Ok((id, kind, Self::free_port(ports, bus)?))
+        let found = match &new.place {
+            Place::Free => Found::Port(Self::free_port(ports, None)?),
+            Place::Bus(name) => Found::Port(Self::free_port(ports, Some(name))?),
+            Place::Root(_) if self.closed.load(Ordering::Acquire) => return Err(SlotError::OnBoard(id)),
+            Place::Root(devfn) => Found::Board(*devfn),
+        };
+        Ok((id, kind, found))
     }
 
     fn insert(&self, new: NewDevice, id: &str, kind: DeviceKind, port: &mut Port) -> Result<(), SlotError> {
-        let way = self.ways.of_function();
-        // Virtio's DMA goes past an IOMMU unless the driver agrees to VIRTIO_F_ACCESS_PLATFORM (virtio 1.2 §6.1), which isn't offered.
-        let memory = self.ways.memory();
-        let notify = if kind.is_kicked_often() { self.notify.clone() } else { Arc::default() };
-        let line = self.pirqs.wire(port.devfn >> 3);
-        let plumbing = Plumbing { memory, messages: &*way.messages, line, notify };
-        let (mut function, handle) = new.kind.make(id, kind, &self.listeners, plumbing)?;
-        self.ways.show_line(function.config_mut(), port.devfn >> 3);
-        lock(&self.fabric).insert(port.node, function, way.requester)?;
-        port.occupant = Some(Occupant { id: id.to_owned(), kind, node: new.node });
+        let (occupant, made) = self.make(new, id, kind, port.devfn, port.bus().unwrap_or_default())?;
+        let Made { function, handle, requester } = made;
+        lock(&self.fabric).insert(port.node, function, requester)?;
+        port.occupant = Some(occupant);
         port.handle = Some(handle);
         Ok(())
     }
 
+    /// Plugs it into the root bus itself.
+    fn plug(&self, new: NewDevice, id: &str, kind: DeviceKind, devfn: u8) -> Result<Port, SlotError> {
+        let (occupant, made) = self.make(new, id, kind, devfn, ROOT_BUS)?;
+        let Made { function, handle, requester } = made;
+        let mut fabric = lock(&self.fabric);
+        let node = fabric.plug(None, devfn, function)?;
+        fabric.identify(node, requester);
+        Ok(Port { node, devfn, seat: Seat::OnBoard, occupant: Some(occupant), handle: Some(handle) })
+    }
+
+    /// Makes the function of a device that is reached by the pins of `devfn`.
+    fn make(
+        &self,
+        new: NewDevice,
+        id: &str,
+        kind: DeviceKind,
+        devfn: u8,
+        bus: &str,
+    ) -> Result<(Occupant, Made), SlotError> {
+        let way = self.ways.of_function();
+        // Virtio's DMA goes past an IOMMU unless the driver agrees to VIRTIO_F_ACCESS_PLATFORM (virtio 1.2 §6.1), which isn't offered.
+        let memory = self.ways.memory();
+        let notify = if kind.is_kicked_often() { self.notify.clone() } else { Arc::default() };
+        let line = self.pirqs.wire(devfn >> 3);
+        let plumbing = Plumbing { memory, messages: &*way.messages, line, notify };
+        let (bus, serial) = (bus.to_owned(), new.kind.serial(id));
+        let (mut function, handle) = new.kind.make(id, kind, &self.listeners, plumbing)?;
+        self.ways.show_line(function.config_mut(), devfn >> 3);
+        let occupant = Occupant { id: id.to_owned(), kind, bus, node: new.node, serial };
+        Ok((occupant, Made { function, handle, requester: way.requester }))
+    }
+
     fn free_port(ports: &[Port], bus: Option<&str>) -> Result<usize, SlotError> {
+        let buses = || ports.iter().filter_map(Port::bus);
         let Some(name) = bus else {
-            return ports.iter().position(|port| port.occupant.is_none()).ok_or(SlotError::Full(ports.len()));
+            return ports
+                .iter()
+                .position(|port| port.occupant.is_none())
+                .ok_or_else(|| SlotError::Full(buses().count()));
         };
-        let at = ports.iter().position(|port| port.name() == name);
-        let at = at.ok_or_else(|| SlotError::NoBus(name.into(), ports.len()))?;
-        match &ports[at] {
-            Port { occupant: Some(_), number, .. } => Err(SlotError::Occupied(*number)),
-            _ => Ok(at),
+        let at = ports.iter().position(|port| port.bus() == Some(name));
+        let at = at.ok_or_else(|| {
+            let some: Vec<&str> = buses().take(MOST_BUSES).collect();
+            let more = if buses().count() > MOST_BUSES { ", …" } else { "" };
+            SlotError::NoBus(name.into(), format!("{}{more}", some.join(", ")))
+        })?;
+        match &ports[at].occupant {
+            Some(_) => Err(SlotError::Occupied(name.into())),
+            None => Ok(at),
         }
     }
 
@@ -395,6 +538,9 @@ impl Shared {
         let ports = lock(&self.ports);
         let has_it = |port: &&Port| port.occupant.as_ref().is_some_and(|occupant| occupant.id == id);
         let port = ports.iter().find(has_it).ok_or_else(|| SlotError::NotFound(id.into()))?;
+        if port.bus().is_none() {
+            return Err(SlotError::OnBoard(id.into()));
+        }
         match lock(&self.fabric).ask_out(port.node) {
             // Out of the slot, and about to be out of the list.
             Ok(()) | Err(PlugError::Empty) => Ok(()),
@@ -430,10 +576,19 @@ impl Shared {
     }
 }
 
-impl Port {
-    fn name(&self) -> String {
-        format!("pci.{}", self.number)
-    }
+/// Where a device goes.
+enum Found {
+    /// The port of that index.
+    Port(usize),
+    /// Slot × 8 + function on the root bus itself.
+    Board(u8),
+}
+
+/// A device that is not plugged in yet.
+struct Made {
+    function: Box<dyn PciFunction>,
+    handle: DeviceHandle,
+    requester: Requester,
 }
 
 /// What was taken out of a port's slot.

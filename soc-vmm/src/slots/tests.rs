@@ -59,6 +59,14 @@ impl SlotListener for Heard {
     }
 }
 
+fn disk_on(path: std::path::PathBuf) -> NewKind {
+    NewKind::Disk(NewDisk::new(block::open(&ImageSpec::read_only(path)).unwrap(), DiskTuning::default()))
+}
+
+fn place_of(bus: Option<&str>) -> Place {
+    bus.map_or(Place::Free, |bus| Place::Bus(bus.into()))
+}
+
 struct Rig {
     slots: Slots,
     deleted: mpsc::Receiver<String>,
@@ -82,9 +90,10 @@ impl Rig {
             machine: "vm".into(),
             names: vec!["cdrom0".into()],
             reserved: Arc::default(),
+            named: Named::default(),
         });
         let slots = slots.unwrap();
-        (1..=ports).for_each(|number| slots.add_port(8 + number as u8 - 1, number).unwrap());
+        (1..=ports).for_each(|number| slots.add_port(&format!("pci.{number}"), 8 + number as u8 - 1, number).unwrap());
         Self { slots, deleted, place: tempfile::tempdir().unwrap() }
     }
 
@@ -92,8 +101,8 @@ impl Rig {
     fn disk(&self, id: Option<&str>, bus: Option<&str>) -> Result<String, SlotError> {
         let path = self.place.path().join(id.unwrap_or("unnamed"));
         fs::write(&path, [0; 4096]).unwrap();
-        let kind = NewKind::Disk(block::open(&ImageSpec::read_only(path)).unwrap(), DiskTuning::default());
-        self.slots.handle().add(NewDevice { id: id.map(Into::into), kind, node: None }, bus)
+        let kind = disk_on(path);
+        self.slots.handle().add(NewDevice { id: id.map(Into::into), kind, node: None, place: place_of(bus) })
     }
 
     fn new_net(mac: Option<Mac>) -> NewNet {
@@ -103,8 +112,8 @@ impl Rig {
     }
 
     fn try_net(&self, mac: Option<Mac>) -> Result<String, SlotError> {
-        let new = NewDevice { id: None, kind: NewKind::Net(Self::new_net(mac)), node: None };
-        self.slots.handle().add(new, None)
+        let new = NewDevice { id: None, kind: NewKind::Net(Self::new_net(mac)), node: None, place: Place::Free };
+        self.slots.handle().add(new)
     }
 
     fn net(&self, mac: Option<Mac>) -> Mac {
@@ -160,6 +169,42 @@ fn disks_that_a_guest_could_not_tell_apart_are_refused() {
 }
 
 #[test]
+fn on_the_root_bus_devices_are_there_from_the_start_and_stay() {
+    let rig = Rig::new(1);
+    let handle = rig.slots.handle();
+    let add = |id: &str, devfn| {
+        let path = rig.place.path().join(id);
+        fs::write(&path, [0; 4096]).unwrap();
+        let place = Place::Root(devfn);
+        handle.add(NewDevice { id: Some(id.into()), kind: disk_on(path), node: None, place })
+    };
+    add("a", 0x18).unwrap();
+    assert!(matches!(add("b", 0x18), Err(SlotError::Plug(PlugError::Taken { .. }))));
+    assert_eq!(handle.devices()[0].bus, ROOT_BUS);
+    assert_eq!(handle.ports(), ["pci.1"]);
+    assert_eq!(handle.disks()[0].path, "/machine/peripheral/a/virtio-backend");
+    rig.slots.close();
+    assert!(matches!(add("b", 0x20), Err(SlotError::OnBoard(_))));
+    assert!(matches!(handle.remove("a"), Err(SlotError::OnBoard(_))));
+    assert_eq!(rig.disk(Some("c"), None).unwrap(), "c");
+}
+
+#[test]
+fn a_serial_number_of_its_own_is_one_that_no_other_disk_has() {
+    let rig = Rig::new(2);
+    rig.disk(Some("a"), None).unwrap();
+    let path = rig.place.path().join("b");
+    fs::write(&path, [0; 4096]).unwrap();
+    let add = |serial: &str| {
+        let NewKind::Disk(disk) = disk_on(path.clone()) else { unreachable!() };
+        let kind = NewKind::Disk(NewDisk { serial: Some(serial.into()), ..disk });
+        rig.slots.handle().add(NewDevice { id: Some("b".into()), kind, node: None, place: Place::Free })
+    };
+    assert!(matches!(add("a"), Err(SlotError::Serial(_))));
+    add("s").unwrap();
+}
+
+#[test]
 fn two_interfaces_of_one_address_are_refused() {
     let rig = Rig::new(3);
     let mac = rig.net(None);
@@ -175,16 +220,16 @@ fn a_network_with_a_name_survives_a_device_that_is_refused() {
     let rig = Rig::new(3);
     let handle = rig.slots.handle();
     rig.disk(Some("d"), None).unwrap();
-    handle.name_net("n", Rig::new_net(None)).unwrap();
-    let add = |id: &str, bus| handle.add_named_net("n", None, Some(id.into()), bus);
+    handle.name_net("n", NetNode::Own(Rig::new_net(None))).unwrap();
+    let add = |id: &str, bus| handle.add_named_net("n", None, None, Some(id.into()), place_of(bus));
     for (id, bus, words) in [("d", None, "already"), ("0", None, "a letter"), ("x", Some("pci.9"), "no bus")] {
         let why = add(id, bus).unwrap_err().to_string();
         assert!(why.contains(words), "{why}");
     }
     // A disk's back end has names of its own.
     let path = rig.place.path().join("d");
-    let kind = NewKind::Disk(block::open(&ImageSpec::read_only(path)).unwrap(), DiskTuning::default());
-    handle.add(NewDevice { id: Some("e".into()), kind, node: Some("n".into()) }, None).unwrap();
+    let kind = disk_on(path);
+    handle.add(NewDevice { id: Some("e".into()), kind, node: Some("n".into()), place: Place::Free }).unwrap();
     assert_eq!(add("x", None).unwrap(), "x");
     assert!(matches!(add("y", None), Err(NodeError::Spent(_))));
     rig.remove("x");

@@ -3,12 +3,12 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::machine::BuildError;
+use super::media::{Cdrom, Media};
 use crate::acpi::{Hotplug, PciConfig, PortConfig};
-use crate::ahci::{self, Ahci, CdDrive, CdHandle, TrayListener};
-use crate::block::BlockBackend;
+use crate::ahci::{self, Ahci, CdDrive, TrayListener};
 use crate::bus::Wake;
-use crate::cli::TestDevice;
-use crate::control::{BALLOON_ID, CDROM_ID};
+use crate::cli::{RunConfig, TestDevice};
+use crate::control::CdromDrive;
 use crate::cpus::own_name;
 use crate::devices::{AcpiPm, Edu};
 use crate::interrupt::{LineSink, MessageSink};
@@ -16,8 +16,10 @@ use crate::iommu::Iommu;
 use crate::layout::{ECAM, ECAM_SIZE, MemoryLayout};
 use crate::memory::GuestMemory;
 use crate::pci::{Apertures, Fabric, LPC, LpcBridge, PciFunction, Pirqs, Platform};
+use crate::qemu::PortPlace;
 use crate::slots::{
-    DeviceListeners, NewBalloon, NewDevice, NewKind, Reserved, SlotListener, SlotParts, Slots, Way, Ways,
+    DeviceListeners, Named, NewBalloon, NewDevice, NewKind, Place, Planned, Reserved, SlotListener, SlotParts, Slots,
+    Way, Ways,
 };
 use crate::virtio::NotifyPages;
 
@@ -29,10 +31,11 @@ const LAST_PORT_SLOT: u8 = 24;
 const FIRST_TEST_SLOT: u8 = LAST_PORT_SLOT + 1;
 /// Where the AHCI controller sits: slot × 8 + function.
 const AHCI: u8 = 0x1f << 3 | 2;
-/// The controller's port with the CD-ROM drive, as QEMU's `-cdrom` has it.
-const CDROM_PORT: usize = 2;
 /// Ports without a device, for what is plugged in later.
 const SPARE_PORTS: usize = 4;
+
+/// Makes who hears of the tray of the drive of a name.
+pub(super) type Trays = Arc<dyn Fn(&str) -> Arc<dyn TrayListener> + Send + Sync>;
 
 /// What the PCI side is made of.
 pub(super) struct PciParts<'a> {
@@ -51,8 +54,12 @@ pub(super) struct PciParts<'a> {
     pub(super) acpi: AcpiPm,
     /// Processors that there can be.
     pub(super) cpus: usize,
-    /// What stands in slots from the start, each with its name.
-    pub(super) devices: Vec<(String, NewKind)>,
+    /// Root ports.
+    pub(super) ports: Vec<PortPlace>,
+    /// Back ends that have names.
+    pub(super) named: Named,
+    /// What is there from the start, in order.
+    pub(super) devices: Vec<Planned>,
     /// The balloon, if there is one.
     pub(super) balloon: Option<NewBalloon>,
     /// The files that disks may not write.
@@ -61,10 +68,10 @@ pub(super) struct PciParts<'a> {
     pub(super) listener: Arc<dyn SlotListener>,
     /// Who hears of what devices meet.
     pub(super) device_listeners: DeviceListeners,
-    /// What is in the CD-ROM drive; there is none without it.
-    pub(super) cdrom: Option<Arc<dyn BlockBackend>>,
-    /// Hears of its tray.
-    pub(super) tray: Arc<dyn TrayListener>,
+    /// CD-ROM drives.
+    pub(super) cdroms: Vec<Cdrom>,
+    /// Makes those who hear of their trays.
+    pub(super) trays: Trays,
     pub(super) wake: Arc<dyn Wake>,
     pub(super) test_devices: &'a [TestDevice],
 }
@@ -73,26 +80,15 @@ pub(super) struct PciParts<'a> {
 pub(super) struct PciSide {
     pub(super) fabric: Arc<Mutex<Fabric>>,
     pub(super) slots: Slots,
-    /// The CD-ROM drive.
-    pub(super) drive: Option<CdHandle>,
+    /// The CD-ROM drives.
+    pub(super) drives: Vec<CdromDrive>,
 }
 
 /// Puts it together.
 pub(super) fn build(parts: PciParts<'_>) -> Result<PciSide, BuildError> {
     let PciParts { name, prepared, layout, platform, messages, iommu, lines, memory, notify, acpi, .. } = parts;
-    let PciParts {
-        cpus,
-        mut devices,
-        balloon,
-        reserved,
-        listener,
-        device_listeners,
-        cdrom,
-        tray,
-        wake,
-        test_devices,
-        ..
-    } = parts;
+    let PciParts { cpus, ports, named, devices, mut balloon, reserved, .. } = parts;
+    let PciParts { listener, device_listeners, cdroms, trays, wake, test_devices, .. } = parts;
     let fabric = Fabric::new(prepared.then(|| Apertures::above(layout.high_end())), platform);
     let fabric = Arc::new(Mutex::new(fabric));
     let locked = || fabric.lock().unwrap_or_else(PoisonError::into_inner);
@@ -106,27 +102,41 @@ pub(super) fn build(parts: PciParts<'_>) -> Result<PciSide, BuildError> {
         listener,
         device_listeners,
         machine: name.to_owned(),
-        names: cdrom.iter().map(|_| CDROM_ID.to_owned()).chain((0..cpus).map(own_name)).collect(),
+        names: cdroms.iter().map(|drive| drive.id.clone()).chain((0..cpus).map(own_name)).collect(),
         reserved,
+        named,
     });
     let slots = slots.map_err(BuildError::Thread)?;
-    devices.extend(balloon.map(|balloon| (BALLOON_ID.to_owned(), NewKind::Balloon(balloon))));
-    let ports = ports(devices.len());
-    if devices.len() > ports.len() {
-        return Err(BuildError::TooMany { devices: devices.len(), ports: ports.len() });
+    let behind = |planned: &&Planned| planned.place().is_some_and(|place| *place == Place::Free);
+    let free = devices.iter().filter(behind).count();
+    if free > ports.len() {
+        return Err(BuildError::TooMany { devices: free, ports: ports.len() });
     }
-    for PortConfig { devfn, slot } in ports {
-        slots.add_port(devfn, slot)?;
+    for PortPlace { name, devfn, slot } in &ports {
+        slots.add_port(name, *devfn, *slot)?;
     }
-    for (id, kind) in devices {
-        slots.handle().add(NewDevice { id: Some(id), kind, node: None }, None)?;
+    for planned in devices {
+        let planned = match (planned, balloon.take()) {
+            (Planned::Balloon { id, place }, Some(new)) => {
+                Planned::Device(NewDevice { id, kind: NewKind::Balloon(new), node: None, place })
+            }
+            (planned, kept) => {
+                balloon = kept;
+                planned
+            }
+        };
+        slots.handle().put(planned)?;
     }
     let ways = slots.ways();
     let mut drives: [Option<CdDrive>; ahci::PORTS] = Default::default();
-    drives[CDROM_PORT] = cdrom.map(|medium| CdDrive { medium: Some(medium), listener: Some(tray) });
+    let mut named = Vec::new();
+    for Cdrom { id, port, medium, node } in cdroms {
+        drives[port] = Some(CdDrive { medium, listener: Some(trays(&id)) });
+        named.push((id, port, node));
+    }
     let Way { requester, messages, memory } = ways.of_function();
     let plumbing = ahci::Plumbing { memory, messages: &*messages, line: pirqs.wire(AHCI >> 3), wake };
-    let (mut controller, [_, _, drive, ..]) = Ahci::new(drives, plumbing).map_err(BuildError::Thread)?;
+    let (mut controller, mut handles) = Ahci::new(drives, plumbing).map_err(BuildError::Thread)?;
     ways.show_line(controller.config_mut(), AHCI >> 3);
     let controller = locked().plug(None, AHCI, Box::new(controller))?;
     locked().identify(controller, requester);
@@ -139,25 +149,40 @@ pub(super) fn build(parts: PciParts<'_>) -> Result<PciSide, BuildError> {
         locked().identify(function, way.requester);
     }
     locked().prepare()?;
-    Ok(PciSide { fabric, slots, drive })
+    slots.close();
+    let drive = |(id, port, node): (String, usize, _)| {
+        let handle = handles[port].take()?;
+        Some(CdromDrive::new(id, handle, node))
+    };
+    let drives = named.into_iter().filter_map(drive).collect();
+    Ok(PciSide { fabric, slots, drives })
+}
+
+/// The root ports of the machine that `config` asks for.
+pub(super) fn ports(config: &RunConfig) -> Vec<PortPlace> {
+    match &config.hardware {
+        Some(hardware) => hardware.ports.clone(),
+        None => ports_for(Media::devices(config)),
+    }
 }
 
 /// The root ports of a machine with so many devices.
-fn ports(devices: usize) -> Vec<PortConfig> {
+fn ports_for(devices: usize) -> Vec<PortPlace> {
     let slots = FIRST_PORT_SLOT..=LAST_PORT_SLOT;
     let places = slots.flat_map(|slot| (0..8).map(move |function| slot << 3 | function));
-    places.zip(1..).map(|(devfn, slot)| PortConfig { devfn, slot }).take(devices + SPARE_PORTS).collect()
+    let port = |(devfn, slot)| PortPlace { name: format!("pci.{slot}"), devfn, slot };
+    places.zip(1..).map(port).take(devices + SPARE_PORTS).collect()
 }
 
 /// What ACPI tells of it. Without firmware (`physical_bits` unknown) the window above 4 GiB is where the loader placed windows.
-pub(super) fn acpi(layout: &MemoryLayout, devices: usize, physical_bits: Option<u8>) -> PciConfig {
+pub(super) fn acpi(layout: &MemoryLayout, ports: &[PortPlace], physical_bits: Option<u8>) -> PciConfig {
     let placed = Apertures::above(layout.high_end()).high.1;
     PciConfig {
         low_end: layout.low_end(),
         high_end: layout.high_end(),
         ecam: physical_bits.is_none().then_some((ECAM, ECAM_SIZE)),
         physical_bits: physical_bits.unwrap_or(placed.next_power_of_two().trailing_zeros() as u8),
-        ports: ports(devices),
+        ports: ports.iter().map(|PortPlace { devfn, slot, .. }| PortConfig { devfn: *devfn, slot: *slot }).collect(),
         hotplug: Hotplug::Native,
     }
 }

@@ -1,5 +1,6 @@
 //! A VM's life on its function: built, started, kept, ended.
 
+mod ends;
 mod processors;
 
 use std::path::Path;
@@ -13,6 +14,7 @@ use pcie_function::modelled::Crossings;
 use tokio::sync::mpsc::Receiver;
 
 use super::arranger::Arranger;
+use super::chipset::Trays;
 use super::counters::Counters;
 use super::guest::{DiskErrors, GuestEvent, Relay};
 use super::host::{self, HostError, HostVm};
@@ -26,13 +28,12 @@ use super::split::{self, Split};
 use super::state;
 use super::worker::{Command, Serving, Waker, Worker};
 use crate::acpi::AcpiConfig;
-use crate::ahci::{CdHandle, TrayListener};
 use crate::boot::{BootError, BootPlan, Entry};
 use crate::cli::{ExitStatus, Failure, RunConfig, with_causes};
 use crate::console::Attached;
-use crate::control::{self, Action, CrashAction, Order, RunState, ShutdownCause, VmControl};
+use crate::control::{self, Action, CdromDrive, Order, RunState, ShutdownCause, VmControl};
 use crate::cpuid::{CpuidConfig, CpuidError, HostCpu, Processor};
-use crate::cpus::{CpuListener, Cpus};
+use crate::cpus::{CpuListener, Cpus, NewCpu};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::hyperv::Hyperv;
 use crate::layout::{LayoutError, MemoryLayout};
@@ -40,6 +41,7 @@ use crate::link::{CallError, Channel, Link, LinkError, Notice};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::pci::MemoryView;
 use crate::power::{CrashEvent, PowerEvent};
+use crate::qemu::small::RebootAction;
 use crate::slots::{DeviceListeners, NewBalloon, SlotListener, Slots};
 use crate::smbios::{SMBIOS_START, Smbios};
 use crate::virtio::NotifyPages;
@@ -61,8 +63,8 @@ pub(super) struct Blueprint<'a> {
     pub(super) layout: MemoryLayout,
     pub(super) plan: BootPlan,
     pub(super) media: Media,
-    /// Hears of the CD-ROM drive's tray.
-    pub(super) tray: Arc<dyn TrayListener>,
+    /// Makes those who hear of CD-ROM drives' trays.
+    pub(super) trays: Trays,
     /// Hears of devices that were taken out.
     pub(super) listener: Arc<dyn SlotListener>,
     /// Who hear of what devices meet.
@@ -89,7 +91,9 @@ pub(super) struct Vm<F: SocFunction> {
     /// What control planes ask of the host.
     host_cpu: HostCpu,
     acpi: AcpiHandle,
-    cdrom: Option<CdHandle>,
+    cdroms: Vec<CdromDrive>,
+    /// Processors that are put in before the machine runs.
+    added: Vec<NewCpu>,
     slots: Slots,
     worker: Serving,
     relay: Arc<Relay>,
@@ -166,7 +170,7 @@ impl<F: SocFunction> Vm<F> {
         crossings: Arc<Crossings>,
         blueprint: Blueprint<'_>,
     ) -> Result<Self, LifeError> {
-        let Blueprint { config, layout, mut plan, media, tray, listener, device_listeners, .. } = blueprint;
+        let Blueprint { config, layout, mut plan, mut media, trays, listener, device_listeners, .. } = blueprint;
         let Blueprint { cpu_listener, streams, waker, state_dir, .. } = blueprint;
         let vcpus = config.topology.cpus();
         // Without firmware the chipset is as firmware would leave it.
@@ -215,6 +219,7 @@ impl<F: SocFunction> Vm<F> {
         if prepared {
             plan.place(SMBIOS_START, Smbios::for_kernel(&shape.smbios(&cpuid)).map_err(BuildError::from)?.placed());
         }
+        let added = std::mem::take(&mut media.cpus);
         let parts = Parts {
             name: config.name.as_str(),
             prepared,
@@ -247,7 +252,7 @@ impl<F: SocFunction> Vm<F> {
                 memory: config.memory.size,
             }),
             flash: arranger.clone(),
-            tray,
+            trays,
             listener,
             device_listeners: DeviceListeners {
                 disks: Arc::new(DiskErrors { monitors: device_listeners.disks, relay: relay.clone() }),
@@ -292,7 +297,8 @@ impl<F: SocFunction> Vm<F> {
             cpus: machine.cpus,
             host_cpu,
             acpi: machine.acpi,
-            cdrom: machine.cdrom,
+            cdroms: machine.cdroms,
+            added,
             slots: machine.slots,
             worker,
             relay,
@@ -360,12 +366,14 @@ impl<F: SocFunction> Vm<F> {
         for console in consoles {
             console.begin().map_err(|e| Failure::of(ExitStatus::Usage, "", &e))?;
         }
-        if let Some(drive) = self.cdrom.take() {
-            control.has_cdrom(drive);
-        }
+        control.has_cdroms(std::mem::take(&mut self.cdroms));
         control.has_slots(self.slots.handle());
         control.has_cpus(self.cpus.handle());
         control.has_host(Some(self.host_cpu.clone()));
+        for cpu in std::mem::take(&mut self.added) {
+            self.add_processor(cpu, control).await?;
+        }
+        control.is_built();
         if control.autostart() {
             self.run().await.map_err(|e| LifeError::Call(e).failure())?;
             control.started();
@@ -405,6 +413,10 @@ impl<F: SocFunction> Vm<F> {
                 // What fails again stops the VM again: this loop hears of it afterwards.
                 self.slots.handle().retry();
                 self.run().await.map_err(LifeError::from)
+            }
+            Action::Reset if control.actions().reboot == RebootAction::Shutdown => {
+                control.finish_otherwise(order);
+                return self.powered_off(ShutdownCause::HostQmpSystemReset, ExitStatus::Done, control).await;
             }
             Action::Reset => self.reset_and_run(control).await,
             Action::PowerButton => {
@@ -480,15 +492,9 @@ impl<F: SocFunction> Vm<F> {
             GuestEvent::TripleFault(vcpu) => {
                 let stood = self.standing(vcpu).await.unwrap_or_else(|e| format!("its registers can't be read: {e}"));
                 tracing::info!(vcpu, "a triple fault resets the machine: {stood}");
-                self.reset_and_run(control).await.map_err(|e| e.of_a_vm())?;
-                control.guest_reset();
-                Ok(None)
+                self.guest_reset(control).await
             }
-            GuestEvent::Power(PowerEvent::Reset) => {
-                self.reset_and_run(control).await.map_err(|e| e.of_a_vm())?;
-                control.guest_reset();
-                Ok(None)
-            }
+            GuestEvent::Power(PowerEvent::Reset) => self.guest_reset(control).await,
             GuestEvent::Power(PowerEvent::Suspend) => {
                 // Ordered to stop while it fell asleep, it sleeps stopped.
                 if control.state().is_running() {
@@ -505,8 +511,7 @@ impl<F: SocFunction> Vm<F> {
                 Ok(None)
             }
             GuestEvent::Power(PowerEvent::PowerOff) => {
-                control.ends(ShutdownCause::GuestShutdown);
-                Ok(Some(ExitStatus::Done))
+                Ok(self.powered_off(ShutdownCause::GuestShutdown, ExitStatus::Done, control).await)
             }
             GuestEvent::Power(PowerEvent::DebugExit(value)) => {
                 control.ends(ShutdownCause::GuestShutdown);
@@ -521,15 +526,10 @@ impl<F: SocFunction> Vm<F> {
                 Ok(None)
             }
             GuestEvent::Crashed(CrashEvent::CrashLoaded) => {
-                control.crashed(CrashAction::Run);
+                control.crash_loaded();
                 Ok(None)
             }
-            GuestEvent::Crashed(CrashEvent::Panicked) => {
-                // As QEMU does unless it is told otherwise.
-                control.crashed(CrashAction::Poweroff);
-                control.ends(ShutdownCause::GuestPanic);
-                Err(Failure::new(ExitStatus::Failed, "the guest's kernel panicked; see its console"))
-            }
+            GuestEvent::Crashed(CrashEvent::Panicked) => self.guest_panicked(control).await,
             GuestEvent::Failed(why) => Err(Failure::new(ExitStatus::Failed, format!("the guest failed: {why}"))),
             GuestEvent::Lost(why) => Err(lost(&why)),
         }

@@ -4,15 +4,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use api_channel::call::{CpuidEntry, PostedRange};
 
-use super::chipset::{self, PciParts, PciSide};
+use super::chipset::{self, PciParts, PciSide, Trays};
 use super::media::Media;
 use super::shape::Shape;
 use super::split::{Remapped, Split};
 use super::worker::Buses;
+use super::zone;
 use crate::acpi::{self, AcpiConfig, AcpiError};
-use crate::ahci::{CdHandle, TrayListener};
 use crate::bus::{Bus, Claim, Device, MapError, Wake};
 use crate::cli::TestDevice;
+use crate::control::CdromDrive;
 use crate::cpus::{CpuListener, Cpus};
 use crate::devices::fw_cfg::FwCfgError;
 use crate::devices::{
@@ -27,7 +28,7 @@ use crate::iommu::VtdRegisters;
 use crate::memory::GuestMemory;
 use crate::pci::{Fabric, FabricSide, NoRoom, Platform, PlugError};
 use crate::power::{CrashSink, PowerSink};
-use crate::slots::{DeviceListeners, NewBalloon, SlotError, SlotListener, Slots};
+use crate::slots::{DeviceListeners, NewBalloon, NodeError, SlotError, SlotListener, Slots};
 use crate::smbios::{Smbios, SmbiosError};
 use crate::virtio::NotifyPages;
 
@@ -79,8 +80,8 @@ pub(super) struct Parts<'a> {
     pub(super) media: Media,
     /// Where the guest reads flash.
     pub(super) flash: Arc<dyn FlashMemory>,
-    /// Hears of the CD-ROM drive's tray.
-    pub(super) tray: Arc<dyn TrayListener>,
+    /// Makes those who hear of CD-ROM drives' trays.
+    pub(super) trays: Trays,
     /// Hears of devices that were taken out.
     pub(super) listener: Arc<dyn SlotListener>,
     /// Who hears of what devices meet.
@@ -99,8 +100,8 @@ pub(super) struct Machine {
     pub(super) cpus: Cpus,
     /// The slots of its ports.
     pub(super) slots: Slots,
-    /// Its CD-ROM drive, if it has one.
-    pub(super) cdrom: Option<CdHandle>,
+    /// Its CD-ROM drives.
+    pub(super) cdroms: Vec<CdromDrive>,
     /// Its I/O APIC, if it is not the host's.
     pub(super) io_apic: Option<IoApic>,
     /// What the host may post.
@@ -137,7 +138,7 @@ impl Machine {
             balloon,
             media,
             flash,
-            tray,
+            trays,
             listener,
             device_listeners,
             cpu_listener,
@@ -155,7 +156,7 @@ impl Machine {
         let line = |gsi| InterruptLine::new(gsi, lines.clone());
         let layout = shape.layout;
         let (below, above) = (layout.low_end(), layout.high_bytes());
-        let cmos = Cmos { ram_below_4g: below, ram_above_4g: above, cpus: shape.cpus, boot: [None; 3] };
+        let cmos = Cmos { ram_below_4g: below, ram_above_4g: above, cpus: shape.cpus, boot: shape.boot_devices() };
         let clock = Arc::new(SystemClock);
         builder.add(&I8042::RANGES, I8042::new(line(1), line(12), power.clone()))?;
         builder.add(&Port92::RANGES, Port92::new(power.clone()))?;
@@ -175,8 +176,9 @@ impl Machine {
         builder.add(&CpuHotplug::RANGES, registers)?;
         let alarm = Arc::new(RtcLine { lines: lines.clone(), acpi: acpi.clone() });
         let rtc = Rtc::new(&cmos, clock, InterruptLine::new(RTC_GSI, alarm)).counting(cpus.registers().clone());
+        let rtc = rtc.ahead(zone::ahead(shape.machine.rtc));
         builder.add(&Rtc::RANGES, rtc)?;
-        let PciSide { fabric, slots, drive } = chipset::build(PciParts {
+        let PciSide { fabric, slots, drives } = chipset::build(PciParts {
             name,
             prepared,
             layout,
@@ -189,16 +191,21 @@ impl Machine {
             acpi: acpi_pm,
             wake,
             cpus: shape.topology.cpus() as usize,
+            ports: shape.ports.clone(),
+            named: media.named,
             devices: media.devices,
             balloon,
             reserved: media.reserved,
             listener,
             device_listeners,
-            cdrom: media.cdrom,
-            tray,
+            cdroms: media.cdroms,
+            trays,
             test_devices,
         })?;
-        builder.add(&FwCfg::RANGES, fw_cfg(&shape, physical_bits, cpuid, memory, &fabric, cpus.registers())?)?;
+        builder.add(
+            &FwCfg::RANGES,
+            fw_cfg(&shape, media.fw_cfg, physical_bits, cpuid, memory, &fabric, cpus.registers())?,
+        )?;
         builder.add(&Pvpanic::RANGES, Pvpanic::new(crash))?;
         let (output, input) = serial;
         builder.add(&Com::Com1.ranges(), Serial::new(output, input, line(Com::Com1.gsi())))?;
@@ -229,7 +236,7 @@ impl Machine {
         let [ports, rest] = FabricSide::both(&fabric);
         builder.buses.ports.insert_rest(Box::new(ports));
         builder.buses.memory.insert_rest(Box::new(rest));
-        Ok(Self { buses: builder.buses, acpi, cpus, slots, cdrom: drive, io_apic, posted: builder.posted })
+        Ok(Self { buses: builder.buses, acpi, cpus, slots, cdroms: drives, io_apic, posted: builder.posted })
     }
 }
 
@@ -254,14 +261,21 @@ impl LineSink for RtcLine {
 /// The device from which firmware learns what machine it is on.
 fn fw_cfg(
     shape: &Shape,
+    files: Vec<(String, Vec<u8>)>,
     physical_bits: u8,
     cpuid: &[CpuidEntry],
     memory: Arc<dyn GuestMemory>,
     fabric: &Arc<Mutex<Fabric>>,
     cpus: &CpuHotplugHandle,
 ) -> Result<FwCfg, BuildError> {
-    let builder = shape.describe(FwCfg::builder(memory), cpus);
-    let builder = Smbios::for_firmware(&shape.smbios(cpuid))?.add_files(builder);
+    let builder = shape.describe_boot(shape.describe(FwCfg::builder(memory), cpus));
+    let mut builder = Smbios::for_firmware(&shape.smbios(cpuid))?.add_files(builder);
+    for (name, bytes) in files {
+        builder = builder.file(&name, bytes);
+    }
+    if !shape.machine.acpi {
+        return Ok(builder.build()?);
+    }
     let (fabric, cpus) = (fabric.clone(), cpus.clone());
     let acpi = shape.acpi(Some(physical_bits));
     let shape = shape.clone();
@@ -294,6 +308,8 @@ pub(super) enum BuildError {
     #[error(transparent)]
     Slot(#[from] SlotError),
     #[error(transparent)]
+    Node(#[from] NodeError),
+    #[error(transparent)]
     Place(#[from] NoRoom),
     #[error(transparent)]
     Acpi(#[from] AcpiError),
@@ -313,10 +329,11 @@ impl BuildError {
     /// Whether what is wrong is what was asked for: names, addresses, numbers of devices.
     pub(super) fn is_usage(&self) -> bool {
         match self {
-            Self::TooMany { .. } => true,
-            Self::Slot(e) => {
+            Self::TooMany { .. } | Self::Plug(PlugError::Taken { .. }) => true,
+            Self::Node(NodeError::Slot(e)) | Self::Slot(e) => {
                 !matches!(e, SlotError::Thread(_) | SlotError::Plug(_) | SlotError::Balloon(_) | SlotError::Ended)
             }
+            Self::Node(_) => true,
             _ => false,
         }
     }

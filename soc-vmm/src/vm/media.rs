@@ -4,14 +4,18 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::hardware::{self, Opened};
 use super::shape::Shape;
 use crate::block::{self, BlockBackend, FileId};
 use crate::boot::{BootPlan, BootSource};
 use crate::cli::{AnyDisk, AnyNet, ChannelSpec, DebugconSpec, ExitStatus, Failure, Mac, RunConfig, SerialSpec};
-use crate::control::ListeningSocket;
+use crate::control::{BALLOON_ID, CDROM_ID, ListeningSocket, VmHandle};
+use crate::cpus::NewCpu;
 use crate::flash::{Bank, VariableStore};
 use crate::layout::MemoryLayout;
-use crate::slots::{self, NewKind, NewNet, Reserved};
+use crate::qemu::ChardevKind;
+use crate::qemu::small::{FwCfgContent, FwCfgFile};
+use crate::slots::{self, Named, NewDevice, NewDisk, NewKind, NewNet, Place, Planned, Reserved};
 use crate::virtio::console::{HostEnd, PortConfig};
 
 /// What messages call the file of `--nvram`.
@@ -21,13 +25,34 @@ const VARIABLES: &str = "variable store";
 pub(super) struct Media {
     /// Firmware's flash; none: its firmware is ROM, or there is none.
     pub(super) flash: Option<Vec<Bank>>,
-    /// What stands in slots from the start, each with its name: disks first, so that guests find them in that order.
-    pub(super) devices: Vec<(String, NewKind)>,
-    /// What is in the CD-ROM drive.
-    pub(super) cdrom: Option<Arc<dyn BlockBackend>>,
+    /// Back ends that have names.
+    pub(super) named: Named,
+    /// What is there from the start: disks first, so that guests find them in that order.
+    pub(super) devices: Vec<Planned>,
+    /// CD-ROM drives.
+    pub(super) cdroms: Vec<Cdrom>,
+    /// Processors that are put in before the machine runs.
+    pub(super) cpus: Vec<NewCpu>,
+    /// More files of fw_cfg.
+    pub(super) fw_cfg: Vec<(String, Vec<u8>)>,
     /// The files that disks may not write.
     pub(super) reserved: Arc<Reserved>,
 }
+
+/// A CD-ROM drive.
+pub(super) struct Cdrom {
+    /// Its name.
+    pub(super) id: String,
+    /// The controller's port that it is on.
+    pub(super) port: usize,
+    /// What is in it.
+    pub(super) medium: Option<Arc<dyn BlockBackend>>,
+    /// The medium's block node.
+    pub(super) node: Option<String>,
+}
+
+/// The port of the drive of `--cdrom`, as QEMU's `-cdrom` has it.
+const CDROM_PORT: usize = 2;
 
 impl Media {
     /// How many devices it makes behind root ports.
@@ -45,14 +70,16 @@ impl Media {
         let metadata = file.metadata().ok()?;
         let id = FileId::of(&metadata);
         let place = |image: &Arc<dyn BlockBackend>| image.files().iter().position(|file| *file == id);
-        let disk = |(_, device): &(String, NewKind)| {
-            let NewKind::Disk(image, _) = device else { return None };
-            place(image).map(|n| if n == 0 { "disk image" } else { "disk's backing file" })
+        let disk = |planned: &Planned| {
+            let Planned::Device(NewDevice { kind: NewKind::Disk(disk), .. }) = planned else { return None };
+            place(&disk.image).map(|n| if n == 0 { "disk image" } else { "disk's backing file" })
         };
-        let cdrom = || self.cdrom.as_ref().and_then(place).map(|_| "CD-ROM's image");
+        let node = || self.named.images().find_map(place).map(|_| "disk image");
+        let cdrom =
+            || self.cdroms.iter().filter_map(|drive| drive.medium.as_ref()).find_map(place).map(|_| "CD-ROM's image");
         let mut stores = self.flash.iter().flatten().filter_map(|bank| bank.store.as_ref());
         let nvram = || stores.any(|store| store.is(&metadata)).then_some(VARIABLES);
-        self.devices.iter().find_map(disk).or_else(cdrom).or_else(nvram)
+        self.devices.iter().find_map(disk).or_else(cdrom).or_else(node).or_else(nvram)
     }
 }
 
@@ -75,6 +102,15 @@ fn reserved(config: &RunConfig, plan: &BootPlan) -> Reserved {
     if let Some(DebugconSpec::File(path)) = &config.debugcon {
         paths.push(written(path.clone(), "debug console's output"));
     }
+    let outputs = config.hardware.iter().flat_map(|hardware| &hardware.chardevs);
+    for chardev in outputs {
+        let logs = chardev.log.iter().map(|log| &log.path);
+        let file = match &chardev.kind {
+            ChardevKind::File { path, .. } => Some(path),
+            _ => None,
+        };
+        paths.extend(file.into_iter().chain(logs).map(|path| written(path.clone(), "chardev's output")));
+    }
     Reserved { images, paths }
 }
 
@@ -82,7 +118,7 @@ fn reserved(config: &RunConfig, plan: &BootPlan) -> Reserved {
 ///
 /// # Errors
 /// A file is missing, unreadable, wrong or damaged: which option, which file.
-pub(super) fn open(config: &RunConfig, layout: &MemoryLayout) -> Result<(BootPlan, Media), Failure> {
+pub(super) fn open(config: &RunConfig, layout: &MemoryLayout, vm: &VmHandle) -> Result<(BootPlan, Media), Failure> {
     let wrong = |option: &str, e: &dyn std::error::Error| Failure::of(ExitStatus::Usage, option, e);
     let (plan, flash) = match &config.boot {
         BootSource::Firmware { code, nvram: Some(nvram) } => {
@@ -97,26 +133,53 @@ pub(super) fn open(config: &RunConfig, layout: &MemoryLayout) -> Result<(BootPla
             (plan, Some(banks))
         }
         source => {
-            let acpi = Shape::new(config, layout).acpi(None);
-            (BootPlan::new(source, layout, &acpi).map_err(|e| wrong("", &e))?, None)
+            let plan = if config.machine.acpi {
+                BootPlan::new(source, layout, &Shape::new(config, layout).acpi(None))
+            } else {
+                BootPlan::without_acpi(source, layout)
+            };
+            (plan.map_err(|e| wrong("", &e))?, None)
         }
     };
     let reserved = reserved(config, &plan);
-    let devices = devices(config, &reserved)?;
-    let cdrom = config.cdrom.as_ref().map(|cdrom| block::open(&cdrom.image)).transpose();
-    let cdrom = cdrom.map_err(|e| wrong("--cdrom", &e))?;
-    Ok((plan, Media { flash, devices, cdrom, reserved: Arc::new(reserved) }))
+    let fw_cfg = config.machine.fw_cfg.iter().map(fw_cfg_file).collect::<Result<_, _>>()?;
+    let media = match &config.hardware {
+        Some(hardware) => {
+            let Opened { named, devices, cdroms, cpus } = hardware::open(hardware, vm, &reserved)?;
+            Media { flash, named, devices, cdroms, cpus, fw_cfg, reserved: Arc::new(reserved) }
+        }
+        None => {
+            let devices = devices(config, &reserved)?;
+            let cdrom = config.cdrom.as_ref().map(|cdrom| block::open(&cdrom.image)).transpose();
+            let medium = cdrom.map_err(|e| wrong("--cdrom", &e))?;
+            let drive = |medium| Cdrom { id: CDROM_ID.into(), port: CDROM_PORT, medium: Some(medium), node: None };
+            let cdroms = medium.into_iter().map(drive).collect();
+            let (named, cpus) = (Named::default(), Vec::new());
+            Media { flash, named, devices, cdroms, cpus, fw_cfg, reserved: Arc::new(reserved) }
+        }
+    };
+    Ok((plan, media))
 }
 
-/// What stands in slots from the start, but a balloon, which needs the VM.
-fn devices(config: &RunConfig, reserved: &Reserved) -> Result<Vec<(String, NewKind)>, Failure> {
+/// A file of fw_cfg with its content.
+fn fw_cfg_file(file: &FwCfgFile) -> Result<(String, Vec<u8>), Failure> {
+    let bytes = match &file.content {
+        FwCfgContent::Text(text) => text.clone().into_bytes(),
+        FwCfgContent::File(path) => std::fs::read(path)
+            .map_err(|e| Failure::new(ExitStatus::Usage, format!("-fw_cfg: can't read {}: {e}", path.display())))?,
+    };
+    Ok((file.name.clone(), bytes))
+}
+
+/// What stands in slots from the start.
+fn devices(config: &RunConfig, reserved: &Reserved) -> Result<Vec<Planned>, Failure> {
     let wrong = |option: &str, e: &dyn std::error::Error| Failure::of(ExitStatus::Usage, option, e);
-    let mut devices = Vec::new();
+    let mut devices: Vec<(String, NewKind)> = Vec::new();
     for (index, disk) in config.disks.iter().enumerate() {
         let kind = match disk {
             AnyDisk::Image(disk) => {
                 let image = slots::open_disk(&disk.image, reserved).map_err(|e| wrong("--disk", &e))?;
-                NewKind::Disk(image, disk.tuning)
+                NewKind::Disk(NewDisk::new(image, disk.tuning))
             }
             AnyDisk::Vhost(disk) => NewKind::Vhost(slots::open_vhost(disk).map_err(|e| wrong("--disk", &e))?),
         };
@@ -165,5 +228,8 @@ fn devices(config: &RunConfig, reserved: &Reserved) -> Result<Vec<(String, NewKi
         let socket = ListeningSocket::bind(&vsock.socket).map_err(|e| wrong("--vsock", &e))?;
         devices.push(("vsock0".into(), NewKind::Vsock(vsock.cid, socket)));
     }
-    Ok(devices)
+    let place = || Place::Free;
+    let device = |(id, kind)| Planned::Device(NewDevice { id: Some(id), kind, node: None, place: place() });
+    let balloon = config.balloon.map(|_| Planned::Balloon { id: Some(BALLOON_ID.into()), place: place() });
+    Ok(devices.into_iter().map(device).chain(balloon).collect())
 }

@@ -5,6 +5,7 @@ mod chipset;
 mod counters;
 mod dirty;
 mod guest;
+mod hardware;
 mod host;
 mod life;
 mod lines;
@@ -23,6 +24,7 @@ mod state;
 mod string;
 mod view;
 mod worker;
+mod zone;
 
 pub use counters::{Counter, Counters};
 pub use ram::{GuestRam, Loader};

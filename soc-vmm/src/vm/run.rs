@@ -1,6 +1,7 @@
 //! `soc-vmm run`: from a checked command line to an exit status.
 
 use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pcie_function::SocFunction;
@@ -11,9 +12,10 @@ use super::host;
 use super::life::{Blueprint, LifeError, Streams, Vm};
 use super::media;
 use super::worker::Waker;
+use crate::chardev::ChardevError;
 use crate::cli::{ExitStatus, Failure, RunConfig};
 use crate::console::{Attached, ConsoleError, DebugconBackend, SerialBackend};
-use crate::control::{self, RunDir, VmControl, VmInfo};
+use crate::control::{self, Claim, RunDir, RunDirError, VmControl, VmInfo, VmName};
 use crate::devices::{input_pipe, output_pipe};
 use crate::function::{self, Use};
 use crate::layout::MemoryLayout;
@@ -33,41 +35,50 @@ const DEBUGCON_QUEUE: usize = 1 << 20;
 /// What went wrong, in one line, with its exit status (docs/operations.md).
 pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
     let unavailable = |doing: &str, e: &dyn std::error::Error| Failure::of(ExitStatus::Unavailable, doing, e);
-    if config.hardware.is_some() {
-        return Err(Failure::new(
-            ExitStatus::Usage,
-            "a VM of QEMU's command line can't be started yet; use soc-vmm run",
-        ));
+    if config.process.daemonize {
+        let why = "-daemonize: a VM stays in the foreground; leave it out, and start it with & or by a service manager";
+        return Err(Failure::new(ExitStatus::Usage, why));
     }
+    let info = VmInfo {
+        name: config.process.guest.clone().unwrap_or_else(|| config.name.to_string()),
+        cpus: config.cpus,
+        memory: config.memory.size,
+        function: config.function.to_string(),
+    };
+    let (handle, mut control) = control::channel(info);
+    handle.actions().set(config.machine.actions);
+    control.set_autostart(!config.paused);
     // Files first: a wrong one is refused before anything is touched.
     let layout = MemoryLayout::new(config.memory.size).map_err(|e| Failure::of(ExitStatus::Usage, "--memory", &e))?;
-    let (plan, media) = media::open(config, &layout)?;
+    let (plan, media) = media::open(config, &layout, &handle)?;
     runtime(2)?.block_on(async {
-        let info = VmInfo {
-            name: config.name.to_string(),
-            cpus: config.cpus,
-            memory: config.memory.size,
-            function: config.function.to_string(),
-        };
-        let (handle, mut control) = control::channel(info);
-        control.set_autostart(!config.paused);
         // From here on a signal leaves nothing behind.
         control::end_on_signals(handle.clone()).map_err(|e| unavailable("can't watch for signals", &e))?;
-        let directory = RunDir::of_user().map_err(|e| unavailable("--name", &e))?;
-        let mut claim = directory.claim(&config.name).map_err(|e| unavailable("--name", &e))?;
+        let mut claim = claim(config)?;
         let mut sockets: Vec<_> = claim.take_socket().into_iter().collect();
         for path in &config.qmp {
             sockets
                 .push(control::ListeningSocket::bind(path).map_err(|e| Failure::of(ExitStatus::Usage, "--qmp", &e))?);
         }
-        let monitors = qmp::Server::start(&handle, sockets).map_err(|e| unavailable("can't serve QMP", &e))?;
+        let hardware = config.hardware.as_ref();
+        for monitor in hardware.iter().flat_map(|hardware| &hardware.monitors) {
+            sockets.push(handle.chardevs().take_listener(monitor, "monitor").map_err(|e| of_chardev("-mon", &e))?);
+        }
+        let _pid_file = config.process.pid_file.as_deref().map(PidFile::write).transpose()?;
+        let greet = if config.process.emulator { qmp::Greet::WhenBuilt } else { qmp::Greet::AtOnce };
+        let monitors = qmp::Server::start(&handle, sockets, greet).map_err(|e| unavailable("can't serve QMP", &e))?;
 
         let waker = Waker::new().map_err(|e| unavailable("can't start", &e))?;
         let (output, reader) = output_pipe(SERIAL_QUEUE, waker.clone());
         let (writer, input) = input_pipe(SERIAL_QUEUE, waker.clone());
         let wrong = |option: &str, e: &ConsoleError| Failure::of(ExitStatus::Usage, option, e);
-        let serial = SerialBackend::open(&config.serial).map_err(|e| wrong("--serial", &e))?;
-        if let Some(path) = serial.pty_path() {
+        let serial = match hardware.and_then(|hardware| hardware.serial.as_ref()) {
+            Some(chardev) => {
+                handle.chardevs().take_serial(chardev, "serial0").map_err(|e| of_chardev("-device isa-serial", &e))?
+            }
+            None => SerialBackend::open(&config.serial).map_err(|e| wrong("--serial", &e))?,
+        };
+        if let Some(path) = serial.pty_path().filter(|_| hardware.is_none()) {
             say(format_args!("soc-vmm: the serial port is {}", path.display()));
         }
         // Its output would destroy it.
@@ -83,16 +94,24 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         is_no_image("--serial", serial.file())?;
         let mut consoles = vec![serial.attach(reader, writer, &handle).map_err(|e| wrong("--serial", &e))?];
         let mut debugcon = None;
-        if let Some(spec) = &config.debugcon {
+        let backend = match (hardware.and_then(|hardware| hardware.debugcon.as_ref()), &config.debugcon) {
+            (Some(chardev), _) => {
+                let serial = handle.chardevs().take_serial(chardev, "isa-debugcon");
+                let serial = serial.map_err(|e| of_chardev("-device isa-debugcon", &e))?;
+                Some(DebugconBackend::of(serial).map_err(|e| wrong("-device isa-debugcon", &e))?)
+            }
+            (None, Some(spec)) => Some(DebugconBackend::open(spec).map_err(|e| wrong("--debugcon", &e))?),
+            (None, None) => None,
+        };
+        if let Some(backend) = backend {
             let (output, reader) = output_pipe(DEBUGCON_QUEUE, waker.clone());
-            let backend = DebugconBackend::open(spec).map_err(|e| wrong("--debugcon", &e))?;
             is_no_image("--debugcon", backend.file())?;
             consoles.push(backend.attach(reader).map_err(|e| wrong("--debugcon", &e))?);
             debugcon = Some(output);
         }
         let streams = Streams { serial: (output, input), debugcon };
-        let (tray, listener, device_listeners) =
-            (control.tray_listener(), control.slot_listener(), control.device_listeners());
+        let (listener, device_listeners) = (control.slot_listener(), control.device_listeners());
+        let trays = Arc::new(control.tray_listeners());
         let cpu_listener = control.cpu_listener();
         let state_dir = claim.state_dir();
         let blueprint = Blueprint {
@@ -100,7 +119,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
             layout,
             plan,
             media,
-            tray,
+            trays,
             listener,
             device_listeners,
             cpu_listener,
@@ -116,6 +135,41 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         monitors.close().await;
         ended
     })
+}
+
+/// Where what must outlive the process is kept, and where it is found by others.
+fn claim(config: &RunConfig) -> Result<Claim, Failure> {
+    let unavailable = |e: &RunDirError| Failure::of(ExitStatus::Unavailable, "--name", e);
+    if config.process.emulator {
+        // Whoever drives an emulator knows it by its sockets, and may have several of one name.
+        let directory = RunDir::of_emulator().map_err(|e| unavailable(&e))?;
+        return directory.claim(&VmName::of_process()).map_err(|e| unavailable(&e));
+    }
+    let directory = RunDir::of_user().map_err(|e| unavailable(&e))?;
+    directory.claim(&config.name).map_err(|e| unavailable(&e))
+}
+
+fn of_chardev(option: &str, e: &ChardevError) -> Failure {
+    Failure::of(ExitStatus::Usage, option, e)
+}
+
+/// A file with this process's id, for as long as the VM is there.
+struct PidFile(PathBuf);
+
+impl PidFile {
+    fn write(path: &Path) -> Result<Self, Failure> {
+        match std::fs::write(path, format!("{}\n", std::process::id())) {
+            Ok(()) => Ok(Self(path.to_owned())),
+            Err(e) => Err(Failure::new(ExitStatus::Usage, format!("-pidfile: can't write {}: {e}", path.display()))),
+        }
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        // Somebody may have removed it.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 /// What is to be done with the function: build the VM, and keep it until it ends.
@@ -138,6 +192,10 @@ impl Use for Setup<'_> {
     }
 
     async fn on<F: SocFunction>(mut self, function: F) -> Result<ExitStatus, Failure> {
+        // By now what had to be started is, a shim of its own say; nothing of the guest, or of the host, was looked at yet.
+        if let Some(sandbox) = &self.blueprint.config.sandbox {
+            sandbox.apply().map_err(|e| Failure::of(ExitStatus::Unavailable, "--sandbox", &e))?;
+        }
         let crossings = Arc::<Crossings>::default();
         let function = Arc::new(ModelledSoc::new(function, crossings.clone()));
         let opened = tokio::select! {

@@ -5,15 +5,15 @@ use std::collections::BTreeSet;
 use api_channel::call::CpuidEntry;
 
 use super::chipset;
-use super::media::Media;
 use crate::acpi::AcpiConfig;
-use crate::cli::RunConfig;
+use crate::cli::{MachineConfig, RunConfig};
 use crate::cpuid::{self, Topology};
-use crate::devices::CpuHotplugHandle;
 use crate::devices::fw_cfg::{Builder, E820Entry, E820Kind};
+use crate::devices::{BootDevice, CpuHotplugHandle};
 use crate::layout::{FOUR_GIB, KVM_PAGES, KVM_PAGES_SIZE, MemoryLayout};
 use crate::numa::Numa;
-use crate::smbios::{Processors, SmbiosConfig, SystemNames};
+use crate::qemu::{Hardware, PortPlace};
+use crate::smbios::{Processors, SmbiosConfig};
 
 /// The description.
 #[derive(Clone, Debug)]
@@ -26,8 +26,12 @@ pub(super) struct Shape {
     pub(super) cpus: u16,
     /// Which memory and which vCPUs are near each other.
     pub(super) numa: Numa,
-    /// Devices behind root ports.
-    pub(super) devices: usize,
+    /// Root ports.
+    pub(super) ports: Vec<PortPlace>,
+    /// What the machine is told of itself.
+    pub(super) machine: MachineConfig,
+    /// Firmware device paths, in the order in which they are to be tried.
+    pub(super) boot_order: Vec<String>,
     /// Whether there is an IOMMU.
     pub(super) iommu: bool,
 }
@@ -36,9 +40,11 @@ impl Shape {
     /// The machine that `config` asks for.
     pub(super) fn new(config: &RunConfig, layout: &MemoryLayout) -> Self {
         let numa = Numa::new(&config.numa, layout);
-        let (devices, iommu) = (Media::devices(config), config.iommu.is_some());
-        let cpus = config.cpus;
-        Self { layout: *layout, topology: config.topology, cpus, numa, devices, iommu }
+        let (ports, iommu) = (chipset::ports(config), config.iommu.is_some());
+        let (machine, cpus) = (config.machine.clone(), config.cpus);
+        let order = config.hardware.iter().flat_map(Hardware::boot_order);
+        let boot_order = order.map(|place| place.path).collect();
+        Self { layout: *layout, topology: config.topology, cpus, numa, ports, machine, boot_order, iommu }
     }
 
     /// What ACPI tells at the start; `physical_bits` are the guest's, where its firmware will ask for tables.
@@ -50,7 +56,7 @@ impl Shape {
             keyboard: true,
             fw_cfg: true,
             pvpanic: true,
-            pci: Some(chipset::acpi(&self.layout, self.devices, physical_bits)),
+            pci: Some(chipset::acpi(&self.layout, &self.ports, physical_bits)),
             iommu: self.iommu,
             numa: self.numa.acpi(),
         }
@@ -70,8 +76,8 @@ impl Shape {
         };
         let brand = (0x8000_0002..=0x8000_0004).filter_map(leaf).flat_map(|e| [e.eax, e.ebx, e.ecx, e.edx]);
         SmbiosConfig {
-            uuid: [0; 16],
-            system: SystemNames::default(),
+            uuid: self.machine.uuid,
+            system: self.machine.system.clone(),
             processors: Processors {
                 sockets: self.topology.sockets() as u16,
                 cores: self.topology.cores() as u16,
@@ -82,6 +88,38 @@ impl Shape {
             },
             memory: self.layout,
         }
+    }
+
+    /// Adds what firmware is told of booting.
+    pub(super) fn describe_boot(&self, builder: Builder) -> Builder {
+        /// Firmware gives up there.
+        const HALT: &str = "HALT";
+        let boot = &self.machine.boot;
+        let mut builder = builder.uuid(self.machine.uuid).boot_menu(boot.menu);
+        let strict = boot.strict && !self.boot_order.is_empty();
+        let paths: Vec<&str> = self.boot_order.iter().map(String::as_str).chain(strict.then_some(HALT)).collect();
+        if !paths.is_empty() {
+            builder = builder.boot_order(paths);
+        }
+        if let Some(wait) = boot.splash_time {
+            builder = builder.file("etc/boot-menu-wait", wait.to_le_bytes());
+        }
+        if let Some(wait) = boot.reboot_timeout {
+            builder = builder.file("etc/boot-fail-wait", wait.to_le_bytes());
+        }
+        builder
+    }
+
+    /// The classes of devices that CMOS RAM tells firmware to try.
+    pub(super) fn boot_devices(&self) -> [Option<BootDevice>; 3] {
+        let device = |letter| match letter {
+            'a' => Some(BootDevice::Floppy),
+            'c' => Some(BootDevice::Disk),
+            'd' => Some(BootDevice::CdRom),
+            _ => Some(BootDevice::Network),
+        };
+        let mut letters = self.machine.boot.order.as_deref().unwrap_or_default().chars();
+        [(); 3].map(|()| letters.next().and_then(device))
     }
 
     /// Adds RAM, processors and nodes to what firmware is told.

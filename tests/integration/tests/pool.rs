@@ -319,7 +319,7 @@ fn a_configuration_that_is_wrong_is_told_in_one_line() {
     let (serve, list) = (["pool", "serve"], ["pool", "list"]);
     one_line("no file", &run(None, &serve), 2, &["nothing: ", "No such file"]);
     one_line("no pool", &run(Some(""), &serve), 2, &["the configuration has no [pool]"]);
-    one_line("no pool", &run(Some(""), &list), 2, &["the configuration has no [pool]"]);
+    one_line("no pool", &run(Some(""), &list), 4, &["the configuration has no [pool]"]);
     one_line("no functions", &run(Some("[pool]"), &serve), 2, &["no functions"]);
     let wrong = "[pool]\nfunctions = [\"unix:/a\"]\n";
     one_line("a key", &run(Some("[pool]\nfunction = []"), &serve), 2, &["soc-vmm.toml: line 2: unknown field"]);

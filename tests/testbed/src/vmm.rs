@@ -48,6 +48,8 @@ pub struct VmConfig {
     pub memory: String,
     /// The function of the card that carries it.
     pub function: u32,
+    /// The value of `--function`, where it isn't to name that one.
+    pub spec: Option<String>,
     /// What it boots.
     pub boot: Boot,
     /// Further arguments of `soc-vmm run`.
@@ -65,6 +67,7 @@ impl VmConfig {
             cpus: 2,
             memory: "512M,hugepages=2M".to_owned(),
             function,
+            spec: None,
             boot: Boot::Guest,
             args: Vec::new(),
             network_of: None,
@@ -368,6 +371,7 @@ fn native<'a>(bed: &Bed, config: &VmConfig) -> Result<Started<'a>, Error> {
 
 fn arguments(config: &VmConfig, spec: &str, kernel: &str, initrd: &str) -> Vec<String> {
     let cpus = config.cpus.to_string();
+    let spec = config.spec.as_deref().unwrap_or(spec);
     let mut args = vec!["run", "--name", &config.name, "--memory", &config.memory, "--function", spec];
     if !config.args.iter().any(|arg| arg == "--cpus") {
         args.extend(["--cpus", &cpus]);

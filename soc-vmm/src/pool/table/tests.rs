@@ -60,14 +60,14 @@ fn a_user_has_no_more_than_its_limit_of_them_also_by_complaints() {
     assert_eq!(table.take(&tenant(1)), Taken::Refused("user 1 has 1 functions already, which is its limit".into()));
     table.given_back(0, Some("holds another VM".into()), now);
     assert!(matches!(table.take(&tenant(1)), Taken::Refused(_)), "it could have them all put aside");
-    assert_eq!(table.next_try(0), Some(AFTER_COMPLAINT));
+    assert_eq!(table.next_try(0), Some(AFTER_COMPLAINT.0));
     assert_eq!(table.take(&tenant(2)), Taken::Function(1));
     // Root has no limit.
     assert_eq!((table.take(&tenant(0)), table.take(&tenant(0))), (Taken::Function(2), Taken::Function(3)));
     table.tried(0, Ok(()), now);
     assert_eq!(table.take(&tenant(1)), Taken::Function(0));
     table.given_back(0, Some("still".into()), now);
-    assert_eq!(table.next_try(0), Some(2 * AFTER_COMPLAINT));
+    assert_eq!(table.next_try(0), Some(2 * AFTER_COMPLAINT.0));
 }
 
 #[test]

@@ -63,8 +63,12 @@ impl HostEnd {
     /// # Errors
     /// See [`ListenError`].
     pub fn listen(path: &Path) -> Result<Self, ListenError> {
-        let socket = ListeningSocket::bind(path)?;
-        Ok(Self { way: Way::Listen(socket), peer: None, knocked: true, pause: None })
+        Ok(Self::listening(ListeningSocket::bind(path)?))
+    }
+
+    /// Accepts on a socket that listens.
+    pub fn listening(socket: ListeningSocket) -> Self {
+        Self { way: Way::Listen(socket), peer: None, knocked: true, pause: None }
     }
 
     /// Connects to who listens at `path`, and again whenever that peer has gone.

@@ -30,6 +30,15 @@ pub enum PortError {
     /// All of them are in use.
     #[error("there is no room for another port: a device has {} at most; remove one first", MAX_PORTS - 1)]
     Full,
+    /// No port has such a number.
+    #[error("nr={number}: ports have numbers from 1 to {}", MAX_PORTS - 1)]
+    Number {
+        /// The number.
+        number: usize,
+    },
+    /// Another one has the number.
+    #[error("nr={0} is another port's: give another number, or none")]
+    Occupied(usize),
     /// Another one is called so.
     #[error("there is a port {0} already; choose another name or id")]
     Taken(String),
@@ -102,6 +111,14 @@ impl ConsoleHandle {
     /// # Errors
     /// See [`PortError`].
     pub fn add(&self, port: PortConfig) -> Result<(), PortError> {
+        self.add_at(port, None)
+    }
+
+    /// Adds a port with that number, if one is given.
+    ///
+    /// # Errors
+    /// See [`PortError`].
+    pub fn add_at(&self, port: PortConfig, number: Option<usize>) -> Result<(), PortError> {
         let name = &port.name;
         check_name(name)?;
         let mut state = self.state();
@@ -110,7 +127,12 @@ impl ConsoleHandle {
         }
         let next = state.next;
         let mut numbers = (next..MAX_PORTS).chain(1..next);
-        let number = numbers.find(|&number| state.ports[number].is_none()).ok_or(PortError::Full)?;
+        let number = match number {
+            Some(number) if !(1..MAX_PORTS).contains(&number) => return Err(PortError::Number { number }),
+            Some(number) if state.ports[number].is_some() => return Err(PortError::Occupied(number)),
+            Some(number) => number,
+            None => numbers.find(|&number| state.ports[number].is_none()).ok_or(PortError::Full)?,
+        };
         state.next = number % (MAX_PORTS - 1) + 1;
         state.ports[number] = Some(PortStatus {
             id: port.id.clone(),

@@ -4,9 +4,9 @@ use pcie_function::SocFunction;
 
 use super::{LifeError, Vm};
 use crate::boot::Entry;
-use crate::cli::with_causes;
+use crate::cli::{ExitStatus, Failure, with_causes};
 use crate::control::VmControl;
-use crate::cpus::{CpuError, Work};
+use crate::cpus::{CpuError, NewCpu, Work};
 use crate::link::CallError;
 use crate::vm::state;
 
@@ -34,6 +34,21 @@ impl<F: SocFunction> Vm<F> {
     /// Lets the processors that are there run.
     pub(super) async fn run(&self) -> Result<(), CallError> {
         self.host.run(&self.cpus.present()).await
+    }
+
+    /// Puts a processor in before the machine runs.
+    pub(super) async fn add_processor(&mut self, cpu: NewCpu, control: &VmControl) -> Result<(), Failure> {
+        let handle = self.cpus.handle();
+        let added = handle.add(cpu);
+        tokio::pin!(added);
+        loop {
+            tokio::select! {
+                added = &mut added => {
+                    return added.map(drop).map_err(|e| Failure::of(ExitStatus::Usage, "-device", &e));
+                }
+                work = self.cpus.next() => self.change_cpus(work, control).await.map_err(|e| e.of_a_vm())?,
+            }
+        }
     }
 
     /// Puts processors in, and parks those that the guest let go.
