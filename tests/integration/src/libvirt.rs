@@ -49,6 +49,31 @@ impl Host {
         Some(Self { libvirt, _events: events })
     }
 
+    /// Starts a pool of `functions` for the daemons' emulators, and waits until it answers.
+    ///
+    /// # Panics
+    /// It doesn't.
+    pub fn serve_pool(&self, functions: &[String]) -> Child {
+        let users = "users = [\"libvirt-qemu\"]\ngroup = \"libvirt-qemu\"";
+        let config = format!("[pool]\nfunctions = {functions:?}\n{users}\n");
+        for dir in ["/etc/outboard", "/run/outboard-pool"] {
+            std::fs::create_dir(self.libvirt.path(dir)).expect("a directory of our own");
+        }
+        self.libvirt.write("/etc/outboard/soc-vmm.toml", config).expect("the pool is configured");
+        let pool = self.libvirt.spawn(Libvirt::EMULATOR, &["pool", "serve"], Stdio::null()).expect("the pool starts");
+        self.waits("all of the pool's functions are free", || {
+            let list = self.pool();
+            list.len() == functions.len() && list.iter().all(|one| one["state"] == "free")
+        });
+        pool
+    }
+
+    /// The functions of the pool; none where it doesn't answer.
+    pub fn pool(&self) -> Vec<Value> {
+        let list = self.libvirt.output(Libvirt::EMULATOR, &["pool", "list", "--json"]).expect("soc-vmm runs");
+        serde_json::from_str(&list.stdout).unwrap_or_default()
+    }
+
     fn listen(libvirt: &Libvirt) -> Result<Child, Error> {
         let file =
             File::options().create(true).append(true).open(libvirt.path(Self::EVENTS)).expect("a file of our own");

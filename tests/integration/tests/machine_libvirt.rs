@@ -24,13 +24,20 @@ const TEXT: &str = "an unlikely text, 9c1d50e7";
 const SIZE: u64 = 8 << 20;
 const GROWN: u64 = 16 << 20;
 
-/// The interface at a TAP, and its guest's address.
-const TAP: &str = "guest0";
-const TAP_MAC: &str = "52:54:00:00:01:01";
-const TAP_GUEST: &str = "10.0.8.2/24";
-const TAP_HOST: &str = "10.0.8.1";
-/// The interface that comes and goes.
-const USER_MAC: &str = "52:54:00:00:01:02";
+/// An interface at a TAP.
+struct Wire {
+    tap: &'static str,
+    mac: &'static str,
+    /// The addresses of both ends.
+    guest: &'static str,
+    host: &'static str,
+}
+
+const WIRE: Wire = Wire { tap: "guest0", mac: "52:54:00:00:01:01", guest: "10.0.7.2", host: "10.0.7.1" };
+/// That of an interface that comes and goes.
+const SECOND: Wire = Wire { tap: "guest1", mac: "52:54:00:00:01:02", guest: "10.0.8.2", host: "10.0.8.1" };
+/// The interface behind passt.
+const USER_MAC: &str = "52:54:00:00:01:03";
 
 #[test]
 fn virsh_works_on_a_debian_of_an_emulated_server() {
@@ -71,24 +78,16 @@ impl Place {
         fs::write(content.join("text"), TEXT).unwrap();
         tools.iso("OUTBOARD", &content, &at("cd")).unwrap();
 
-        let pool = format!(
-            "[pool]\nfunctions = [\"card:{}/card/{name}\"]\nusers = [\"libvirt-qemu\"]\ngroup = \"libvirt-qemu\"\n",
-            Libvirt::SHARED
-        );
-        for dir in ["/etc/outboard", "/run/outboard-pool"] {
-            fs::create_dir(host.libvirt.path(dir)).unwrap();
-        }
-        host.libvirt.write("/etc/outboard/soc-vmm.toml", pool).unwrap();
-        let log = |name: &str| Stdio::from(fs::File::create(host.libvirt.path(name)).unwrap());
-        let pool = host.libvirt.spawn(Libvirt::EMULATOR, &["pool", "serve"], log("/var/log/pool")).unwrap();
-        host.waits("the pool answers", || host.libvirt.path("/run/outboard-pool/socket").exists());
+        let pool = host.serve_pool(&[format!("card:{}/card/{name}", Libvirt::SHARED)]);
 
-        host.libvirt.make_tap(TAP).unwrap();
-        let address = ["addr", "add", &format!("{TAP_HOST}/24"), "dev", TAP];
-        assert_eq!(host.libvirt.output("/bin/ip", &address).unwrap().status, 0);
+        for wire in [WIRE, SECOND] {
+            host.libvirt.make_tap(wire.tap).unwrap();
+            let address = ["addr", "add", &format!("{}/24", wire.host), "dev", wire.tap];
+            assert_eq!(host.libvirt.output("/bin/ip", &address).unwrap().status, 0);
+        }
         host.libvirt.write("/tmp/page", TEXT).unwrap();
         let serve = ["httpd", "-f", "-p", "80", "-h", "/tmp"];
-        let pages = host.libvirt.spawn("busybox", &serve, log("/var/log/httpd")).unwrap();
+        let pages = host.libvirt.spawn("busybox", &serve, Stdio::null()).unwrap();
         Some(Self { host, _pool: pool, _pages: pages, _bed: bed, _images: images })
     }
 
@@ -191,30 +190,31 @@ impl Place {
         guest.waits_until("! dd if=/dev/sr1 of=/dev/null bs=2048 count=1");
     }
 
-    /// By a TAP interface whose link goes and comes back, and by passt behind an interface that comes and goes.
+    /// By passt, by a TAP interface whose link goes and comes back, and by another that comes and goes itself.
     fn networks(&self, guest: &mut Guest<'_>) {
         let host = &self.host;
-        let name = guest.interface(TAP_MAC);
-        guest.succeeds(&format!("ip addr add {TAP_GUEST} dev {name} && ip link set {name} up"));
-        assert_eq!(guest.succeeds(&format!("wget -q -T 60 -O - http://{TAP_HOST}/page")), TEXT);
-        let counted =
-            |name: &str| -> u64 { host.field(&["domifstat", NAME, TAP], &format!("{TAP} {name}")).parse().unwrap() };
+        let name = guest.interface(USER_MAC);
+        guest.succeeds(&format!("ip link set {name} up && udhcpc -n -q -t 10 -i {name}"));
+        let router = guest.succeeds(&format!("ip route show default dev {name} | cut -d' ' -f3"));
+        guest.fetches_from(router.trim());
+
+        guest.connects(&WIRE);
+        let counted = |name: &str| -> u64 {
+            host.field(&["domifstat", NAME, WIRE.tap], &format!("{} {name}", WIRE.tap)).parse().unwrap()
+        };
         assert!(counted("rx_packets") > 0 && counted("tx_packets") > 0);
+        let name = guest.interface(WIRE.mac);
         for (state, carrier) in [("down", 0), ("up", 1)] {
-            host.virsh(&["domif-setlink", NAME, TAP_MAC, state]);
-            assert!(host.virsh(&["domif-getlink", NAME, TAP_MAC]).ends_with(state));
+            host.virsh(&["domif-setlink", NAME, WIRE.mac, state]);
+            assert!(host.virsh(&["domif-getlink", NAME, WIRE.mac]).ends_with(state));
             guest.waits_until(&format!("[ $(cat /sys/class/net/{name}/carrier) = {carrier} ]"));
         }
 
-        host.with_xml(&["attach-device", NAME], &user(USER_MAC), &["--live"]);
-        guest.waits_until(&format!("grep -qx {USER_MAC} /sys/class/net/*/address"));
-        let name = guest.interface(USER_MAC);
-        guest.succeeds(&format!("ip link set {name} up && udhcpc -n -q -t 10 -i {name}"));
-        guest.succeeds(&format!("ip route add {}/32 dev {name}", Libvirt::ADDRESS));
-        let gateway = guest.succeeds(&format!("ip route show default dev {name} | cut -d' ' -f3"));
-        assert_eq!(guest.succeeds(&format!("wget -q -T 60 -O - http://{}/page", gateway.trim())), TEXT);
-        host.virsh(&["detach-interface", NAME, "user", "--mac", USER_MAC, "--live"]);
-        guest.waits_until(&format!("! grep -qx {USER_MAC} /sys/class/net/*/address"));
+        host.with_xml(&["attach-device", NAME], &tap(SECOND.tap, SECOND.mac), &["--live"]);
+        guest.waits_until(&format!("grep -qx {} /sys/class/net/*/address", SECOND.mac));
+        guest.connects(&SECOND);
+        host.virsh(&["detach-interface", NAME, "ethernet", "--mac", SECOND.mac, "--live"]);
+        guest.waits_until(&format!("! grep -qx {} /sys/class/net/*/address", SECOND.mac));
     }
 
     fn processors(&self, guest: &mut Guest<'_>) {
@@ -248,7 +248,8 @@ fn domain(name: &str) -> Domain {
         disk(&image("disk"), "raw", "vda"),
         cdrom(Some(&image("instruments")), "sda"),
         cdrom(None, "sdb"),
-        tap(TAP, TAP_MAC),
+        tap(WIRE.tap, WIRE.mac),
+        user(USER_MAC),
     ];
     Domain { memory: 256, vcpus: (1, 2), devices, ..Domain::new(name, boot) }
 }
@@ -282,6 +283,17 @@ impl<'a> Guest<'a> {
         self.succeeds(&format!(
             "(n=0; until {{ {condition}; }} 2>/dev/null; do n=$((n+1)); test $n -lt 300 || exit 1; sleep 0.1; done)"
         ));
+    }
+
+    /// Uses a wire, whose host's end has a page.
+    fn connects(&mut self, wire: &Wire) {
+        let name = self.interface(wire.mac);
+        self.succeeds(&format!("ip addr add {}/24 dev {name} && ip link set {name} up", wire.guest));
+        self.fetches_from(wire.host);
+    }
+
+    fn fetches_from(&mut self, host: &str) {
+        assert_eq!(self.succeeds(&format!("wget -q -T 60 -O - http://{host}/page")), TEXT);
     }
 
     /// The name of the interface with an address.

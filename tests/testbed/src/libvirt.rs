@@ -51,6 +51,7 @@ user = \"root\"
 group = \"root\"
 namespaces = []
 cgroup_controllers = []
+seccomp_sandbox = 0
 ";
 
 /// Why libvirt doesn't run, or not as told.
@@ -139,6 +140,9 @@ impl Libvirt {
     pub fn lacks() -> Result<Option<String>, Error> {
         if !geteuid().is_root() {
             return Ok(Some("libvirtd takes root".to_owned()));
+        }
+        if let Err(error) = run(&mut namespace::probe()) {
+            return Ok(Some(format!("libvirtd takes mounts and a network of its own: {error}")));
         }
         match tree() {
             Ok(_) => Ok(None),

@@ -10,6 +10,9 @@ use super::Error;
 /// Where this process sees them.
 const MOUNTS: &str = "/proc/self/mountinfo";
 
+/// The cgroup of version 2 that those inside are in who aren't domains.
+const DAEMONS: &str = "daemons";
+
 /// One cgroup in each hierarchy that has controllers. It is removed with all below it; who was in it has ended by then.
 #[derive(Debug)]
 pub(super) struct Cgroups {
@@ -38,6 +41,9 @@ impl Cgroups {
             old.iter().for_each(|group| remove(group));
             let group = hierarchy.mounted.join(name);
             fs::create_dir(&group).map_err(Error::file(&group))?;
+            if hierarchy.controllers.is_none() {
+                has_controllers(&group)?;
+            }
             // A new cpuset of version 1 is empty, and nobody may enter it.
             for file in ["cpuset.cpus", "cpuset.mems"] {
                 let (of_all, own) = (hierarchy.mounted.join(file), group.join(file));
@@ -52,6 +58,15 @@ impl Cgroups {
     /// The files by which a process enters them.
     pub(super) fn doors(&self) -> Vec<PathBuf> {
         self.groups().map(|group| group.join("cgroup.procs")).collect()
+    }
+
+    /// The files by which one enters them later: version 2 lets nobody be where there are cgroups with controllers below.
+    pub(super) fn inner_doors(&self) -> Vec<PathBuf> {
+        let doors = self.hierarchies.iter().zip(self.groups()).map(|(hierarchy, group)| match hierarchy.controllers {
+            Some(_) => group,
+            None => group.join(DAEMONS),
+        });
+        doors.map(|group| group.join("cgroup.procs")).collect()
     }
 
     /// What is to be mounted inside: `v2`, or version 1's controllers, a word a hierarchy.
@@ -69,6 +84,17 @@ impl Drop for Cgroups {
     fn drop(&mut self) {
         self.groups().for_each(|group| remove(&group));
     }
+}
+
+/// Fails where a cgroup of version 2 has none of the controllers for which libvirtd makes cgroups.
+fn has_controllers(group: &Path) -> Result<(), Error> {
+    const USED: [&str; 4] = ["cpu", "cpuset", "io", "memory"];
+    let file = group.join("cgroup.controllers");
+    let controllers = fs::read_to_string(&file).map_err(Error::file(&file))?;
+    if controllers.split_whitespace().any(|controller| USED.contains(&controller)) {
+        return Ok(());
+    }
+    Err(Error::file(&file)(std::io::Error::other(format!("it has none of {USED:?}"))))
 }
 
 /// Removes a cgroup and all below it. Where somebody is in it still, it stays for the next one's sweep.

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
@@ -44,7 +44,7 @@ case $cgroups in
         mkdir $root/sys/fs/cgroup/daemons
         echo $$ >$root/sys/fs/cgroup/daemons/cgroup.procs
         for controller in $(cat $root/sys/fs/cgroup/cgroup.controllers); do
-            echo +$controller >$root/sys/fs/cgroup/cgroup.subtree_control
+            echo +$controller >$root/sys/fs/cgroup/cgroup.subtree_control || :
         done ;;
     *)
         mount -t tmpfs -o mode=755 cgroup $root/sys/fs/cgroup
@@ -89,11 +89,16 @@ exec /bin/sh -e -c '
 ' sh $address
 "#;
 
+/// Enters cgroups by their doors, which end with a `--`, and goes on as the command behind it.
+const ENTER: &str = r#"while [ $1 != -- ]; do echo $$ >$1; shift; done; shift; exec "$@""#;
+
 /// The place. Who is in it ends with it.
 #[derive(Debug)]
 pub(super) struct Namespace {
     unshare: Child,
     init: i32,
+    /// Of the cgroups that it is in, or nothing.
+    doors: Vec<PathBuf>,
 }
 
 impl Drop for Namespace {
@@ -108,10 +113,8 @@ impl Drop for Namespace {
 impl Namespace {
     pub(super) fn make(tree: &Path, dir: &Path, config: &Config, cgroups: Option<&Cgroups>) -> Result<Self, Error> {
         // It goes to its cgroups first: they are the roots of those that it sees.
-        let mut command = Command::new("sh");
-        command.args(["-e", "-c", r#"while [ $1 != -- ]; do echo $$ >$1; shift; done; shift; exec "$@""#, "sh"]);
-        command.args(cgroups.map(Cgroups::doors).unwrap_or_default()).arg("--");
-        command.args(["unshare", "--mount", "--pid", "--net", "--uts", "--ipc"]);
+        let mut command = entering(&cgroups.map(Cgroups::doors).unwrap_or_default());
+        command.arg("unshare").args(KINDS);
         command.args(cgroups.map(|_| "--cgroup"));
         command.args(["--fork", "--kill-child", "sh", "-e", "-c", SCRIPT, "sh"]);
         command.arg(tree).arg(dir).arg(KVM_GROUP.to_string()).arg(Libvirt::ADDRESS);
@@ -135,7 +138,9 @@ impl Namespace {
         let children = format!("/proc/{0}/task/{0}/children", unshare.id());
         let first = fs::read_to_string(&children).unwrap_or_default();
         match first.split_whitespace().next().and_then(|pid| pid.parse().ok()) {
-            Some(init) if made => Ok(Self { unshare, init }),
+            Some(init) if made => {
+                Ok(Self { unshare, init, doors: cgroups.map(Cgroups::inner_doors).unwrap_or_default() })
+            }
             _ => Err(Error::file(dir)(io::Error::other(fs::read_to_string(complaints).unwrap_or_default()))),
         }
     }
@@ -146,12 +151,37 @@ impl Namespace {
     }
 
     pub(super) fn command(&self, program: &str) -> Command {
-        let mut command = Command::new("nsenter");
-        command.args(["--target", &self.init.to_string(), "--mount", "--pid", "--net", "--uts", "--ipc"]);
+        let mut command = entering(&self.doors);
+        command.args(["nsenter", "--target", &self.init.to_string()]).args(KINDS);
+        if !self.doors.is_empty() {
+            command.arg("--cgroup");
+        }
         command.args(["--root", "--wd", program]);
         command.env_clear().env("PATH", PATH).env("HOME", "/root").env("LC_ALL", "C");
         command
     }
 }
 
+/// A command that succeeds where such a place can be made.
+pub(super) fn probe() -> Command {
+    let mut command = Command::new("unshare");
+    command.args(KINDS).args([
+        "--fork",
+        "sh",
+        "-e",
+        "-c",
+        "mount -t tmpfs tmpfs /mnt; mknod /mnt/null c 1 3; : >/mnt/null",
+    ]);
+    command
+}
+
+/// What is added to it is a command that is run in these cgroups.
+fn entering(doors: &[PathBuf]) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-e", "-c", ENTER, "sh"]).args(doors).arg("--");
+    command
+}
+
+/// The namespaces, as unshare and nsenter name them; that of cgroups is another matter.
+const KINDS: [&str; 5] = ["--mount", "--pid", "--net", "--uts", "--ipc"];
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
