@@ -40,6 +40,15 @@ fn is_device(vm: &VmHandle, id: &str) -> bool {
     vm.slots().is_some_and(|slots| slots.devices().iter().any(|device| device.id == id))
 }
 
+/// What a processor lacks of its model, which is nothing: it would not have been made.
+pub(super) const UNAVAILABLE: &str = "unavailable-features";
+
+/// Whether a processor is at that place in the tree of objects.
+pub(super) fn is_cpu_path(vm: &VmHandle, path: &str) -> bool {
+    let mut slots = vm.cpus().map(CpusHandle::slots).unwrap_or_default().into_iter();
+    slots.any(|slot| slot.occupant.is_some_and(|cpu| cpu.path == path))
+}
+
 /// Takes a processor out as `device_del` says, if it is one.
 pub(super) fn remove(vm: &VmHandle, id: &str) -> Option<Result<(), QmpError>> {
     let cpus = vm.cpus().filter(|cpus| cpus.has(id))?;

@@ -97,6 +97,10 @@ impl Command for QomList {
     type Reply = Vec<ObjectProperty>;
 
     async fn run(self, vm: VmHandle) -> Result<Vec<ObjectProperty>, QmpError> {
+        // A processor's features are asked of its model.
+        if cpus::is_cpu_path(&vm, &self.path) {
+            return Ok(Vec::new());
+        }
         if self.path != PERIPHERAL {
             return Err(QmpError {
                 class: ErrorClass::DeviceNotFound,

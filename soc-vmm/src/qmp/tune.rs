@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::aside::aside;
 use super::command::Command;
+use super::cpus;
 use super::devices::slots_of;
 use super::types::{BalloonInfo, Empty};
 use super::{ErrorClass, QmpError};
@@ -126,7 +127,7 @@ const BALLOON_PATH: &str = "/machine/peripheral/balloon0";
 const STATS: &str = "guest-stats";
 const INTERVAL: &str = "guest-stats-polling-interval";
 
-/// QMP `qom-get`, of the balloon's properties.
+/// QMP `qom-get`, of the balloon's properties, and of what processors lack.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QomGet {
@@ -151,6 +152,9 @@ impl Command for QomGet {
     type Reply = Value;
 
     async fn run(self, vm: VmHandle) -> Result<Value, QmpError> {
+        if self.property == cpus::UNAVAILABLE && cpus::is_cpu_path(&vm, &self.path) {
+            return Ok(Value::Array(Vec::new()));
+        }
         let balloon = property_of_balloon(&vm, &self.path, &self.property)?;
         if self.property == INTERVAL {
             return Ok(balloon.interval().map_or(0, |interval| interval.as_secs()).into());
