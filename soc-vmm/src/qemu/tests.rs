@@ -362,6 +362,7 @@ fn what_is_not_there_is_named() {
         (&["-global", "frob.x=1"], "-global: 'frob.x=1' can't be said"),
         (&["-rtc", "base=2023-02-29"], "-rtc: base: '2023-02-29'"),
         (&["-boot", "order=cc"], "-boot: order: write up to three"),
+        (&["-boot", "order=cœ"], "-boot: order: write up to three"),
         (&["-uuid", "1-2"], "-uuid: '1-2' is no UUID"),
         (&["-sandbox", "on,spawn=children"], "-sandbox: spawn: write allow or deny"),
         (&["-kernel", "k", "-bios", "b"], "-kernel: a kernel is started without firmware"),
