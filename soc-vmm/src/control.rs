@@ -75,7 +75,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
     let cdrom = CdromSlot::default();
     let slots = SlotsPlace::default();
     let cpus = CpusPlace::default();
-    let actions = Actions::default();
+    let (actions, chardevs) = (Actions::default(), Arc::<Chardevs>::default());
     let handle = VmHandle {
         info: info.into(),
         commands: commands_in,
@@ -85,10 +85,10 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
         slots: slots.clone(),
         cpus: cpus.clone(),
         fds: Arc::default(),
-        chardevs: Arc::default(),
+        chardevs: chardevs.clone(),
         actions: actions.clone(),
     };
-    (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom, slots, cpus, actions })
+    (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom, slots, cpus, actions, chardevs })
 }
 
 /// Why a command was not done.
@@ -135,6 +135,18 @@ impl VmHandle {
     /// What resets, powering off and panics come to.
     pub fn actions(&self) -> &Actions {
         &self.actions
+    }
+
+    /// A port of a device for ports was taken out: monitors hear of it.
+    pub fn port_deleted(&self, id: &str) {
+        self.chardevs.release(id);
+        let path = format!("/machine/peripheral/{id}");
+        let event =
+            Event { kind: EventKind::DeviceDeleted { device: Some(id.to_owned()), path }, at: SystemTime::now() };
+        if let Some(events) = self.events.upgrade() {
+            // An error says that no monitor listens.
+            let _ = events.send(event);
+        }
     }
 
     /// What the VM is.
@@ -307,6 +319,7 @@ pub struct VmControl {
     slots: SlotsPlace,
     cpus: CpusPlace,
     actions: Actions,
+    chardevs: Arc<Chardevs>,
 }
 
 impl VmControl {
@@ -338,7 +351,7 @@ impl VmControl {
 
     /// Who hears of devices that were taken out, and tells monitors.
     pub fn slot_listener(&self) -> Arc<dyn SlotListener> {
-        Arc::new(slots::Gone(self.events.downgrade()))
+        Arc::new(slots::Gone { events: self.events.downgrade(), chardevs: self.chardevs.clone() })
     }
 
     /// Who hear of what devices meet, and tell monitors.

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 
 use super::backends::{BlockdevDel, NetdevDel, ObjectAdd, ObjectDel};
 use super::cdrom::{BlockdevChangeMedium, Eject};
+use super::chardevs::{ChardevAdd, ChardevRemove};
 use super::cpus::{AddCpu, QueryCpusFast, QueryHotpluggableCpus};
 use super::devices::{AddDisk, AddNet, DeviceDel, QomList};
 use super::tune::{Balloon, BlockResize, QomGet, QomSet, QueryBalloon, SetLink};
@@ -80,6 +81,8 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<BlockdevDel>(),
     Entry::of::<NetdevAdd>(),
     Entry::of::<NetdevDel>(),
+    Entry::of::<ChardevAdd>(),
+    Entry::of::<ChardevRemove>(),
     Entry::of::<ObjectAdd>(),
     Entry::of::<ObjectDel>(),
     Entry::of::<Device>(),

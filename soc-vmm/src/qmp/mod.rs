@@ -7,6 +7,7 @@
 mod aside;
 mod backends;
 mod cdrom;
+mod chardevs;
 mod client;
 pub mod command;
 mod cpus;
