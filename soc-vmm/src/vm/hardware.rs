@@ -124,6 +124,7 @@ fn of_flash(hardware: &Hardware, node: &Blockdev) -> DiskNode {
         file: file.unwrap_or_default(),
         read_only: node.read_only,
         direct: node.cache.direct,
+        backing: None,
         aio: None,
         limits: RateLimits::default(),
     }
