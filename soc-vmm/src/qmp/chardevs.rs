@@ -62,7 +62,9 @@ struct ChardevSocket {
     #[serde(default = "is_server")]
     server: bool,
     wait: Option<bool>,
-    reconnect: Option<u32>,
+    /// A peer that left is looked for again always.
+    #[serde(rename = "reconnect")]
+    _reconnect: Option<u32>,
     logfile: Option<PathBuf>,
     #[serde(default)]
     logappend: bool,
@@ -104,9 +106,7 @@ impl ChardevAdd {
                     (_, true, Some(true)) => return Err(Wrong::new("nobody is waited for: say false").at("wait")),
                     (SocketAddressLegacy::Unix { path }, true, _) => ChardevKind::Listen(Socket::Path(path)),
                     (SocketAddressLegacy::Fd { str }, true, _) => ChardevKind::Listen(Socket::Descriptor(str)),
-                    (SocketAddressLegacy::Unix { path }, false, _) => {
-                        ChardevKind::Connect { path, again: socket.reconnect.is_some_and(|seconds| seconds > 0) }
-                    }
+                    (SocketAddressLegacy::Unix { path }, false, _) => ChardevKind::Connect(path),
                     (SocketAddressLegacy::Fd { .. }, false, _) => {
                         return Err(Wrong::new("a socket that is passed listens").at("server"));
                     }
