@@ -140,7 +140,7 @@ impl Chardevs {
                 let path = socket.path().to_owned();
                 (Opened::Listen(socket, log), Shown::Server(path, Arc::default()))
             }
-            ChardevKind::Connect { path, .. } => (Opened::Connect(path.clone()), Shown::Client(path.clone())),
+            ChardevKind::Connect(path) => (Opened::Connect(path.clone()), Shown::Client(path.clone())),
         };
         all.insert(id.clone(), Entry { opened: Some(opened), shown, user: None });
         Ok(())

@@ -82,7 +82,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
     let slots = SlotsPlace::default();
     let cpus = CpusPlace::default();
     let host = HostPlace::default();
-    let actions = Actions::default();
+    let (actions, chardevs) = (Actions::default(), Arc::<Chardevs>::default());
     let handle = VmHandle {
         info: info.into(),
         commands: commands_in,
@@ -94,7 +94,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
         host: host.clone(),
         built,
         fds: Arc::default(),
-        chardevs: Arc::default(),
+        chardevs: chardevs.clone(),
         stand_ins: StandIns::default(),
         actions: actions.clone(),
     };
@@ -111,6 +111,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
             cpus,
             host,
             actions,
+            chardevs,
             built: built_in,
         },
     )
@@ -163,6 +164,18 @@ impl VmHandle {
     /// What resets, powering off and panics come to.
     pub fn actions(&self) -> &Actions {
         &self.actions
+    }
+
+    /// A port of a device for ports was taken out: monitors hear of it.
+    pub fn port_deleted(&self, id: &str) {
+        self.chardevs.release(id);
+        let path = format!("/machine/peripheral/{id}");
+        let event =
+            Event { kind: EventKind::DeviceDeleted { device: Some(id.to_owned()), path }, at: SystemTime::now() };
+        if let Some(events) = self.events.upgrade() {
+            // An error says that no monitor listens.
+            let _ = events.send(event);
+        }
     }
 
     /// What the VM is.
@@ -359,6 +372,7 @@ pub struct VmControl {
     host: HostPlace,
     actions: Actions,
     built: watch::Sender<bool>,
+    chardevs: Arc<Chardevs>,
 }
 
 impl VmControl {
@@ -395,7 +409,7 @@ impl VmControl {
 
     /// Who hears of devices that were taken out, and tells monitors.
     pub fn slot_listener(&self) -> Arc<dyn SlotListener> {
-        Arc::new(slots::Gone(self.events.downgrade()))
+        Arc::new(slots::Gone { events: self.events.downgrade(), chardevs: self.chardevs.clone() })
     }
 
     /// Who hear of what devices meet, and tell monitors.

@@ -63,6 +63,50 @@ fn overlay(backing: &str) -> Vec<u8> {
 }
 
 #[test]
+fn a_qcow2_image_stands_on_the_node_that_it_is_said_to_stand_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (rom, base, other, top) = (at("rom"), at("base"), at("other"), at("top.qcow2"));
+    for (path, bytes) in
+        [(&rom, vec![1; 0x1000]), (&base, vec![2; 0x1000]), (&other, vec![2; 0x1000]), (&top, overlay("base"))]
+    {
+        std::fs::write(path, bytes).unwrap();
+    }
+    let file = |name: &str, path: &str| format!("driver=file,node-name={name},filename={path},read-only=on");
+    let image = |backing: &str| {
+        format!(r#"{{"driver":"qcow2","node-name":"d","file":{{"driver":"file","filename":"{top}"}}{backing}}}"#)
+    };
+    // What comes behind it is wrong too: it is told where the image is right.
+    let right = "descriptor 200 was not passed";
+    for (backing, said) in [
+        (r#","backing":"b""#, right),
+        ("", right),
+        (r#","backing":null"#, "backing: the image names a backing file, and shall have none"),
+        (r#","backing":"o""#, "backing: the image names another backing file than that of 'o'"),
+        (r#","backing":"nothing""#, "there is no back end 'nothing'"),
+    ] {
+        let (_, err, status) = ended(&[
+            "-machine",
+            "q35",
+            "-bios",
+            &rom,
+            "-blockdev",
+            &file("bs", &base),
+            "-blockdev",
+            "driver=raw,node-name=b,file=bs,read-only=on",
+            "-blockdev",
+            &file("o", &other),
+            "-blockdev",
+            &image(backing),
+            "-netdev",
+            "tap,id=n,fd=200",
+        ]);
+        assert_eq!(status, 2, "{backing}: {err}");
+        assert!(err.contains(said), "{backing}: {err}");
+    }
+}
+
+#[test]
 fn a_file_is_one_thing_of_a_vm() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use tokio::sync::broadcast::WeakSender;
 
 use super::event::{Event, EventKind};
+use crate::chardev::Chardevs;
 use crate::slots::{SlotListener, SlotsHandle};
 
 /// Where the slots are found once there are any.
@@ -23,12 +24,16 @@ impl SlotsPlace {
     }
 }
 
-/// Tells monitors of devices that are gone.
-pub(super) struct Gone(pub(super) WeakSender<Event>);
+/// Tells monitors of devices that are gone, whose character devices nobody uses any more.
+pub(super) struct Gone {
+    pub(super) events: WeakSender<Event>,
+    pub(super) chardevs: Arc<Chardevs>,
+}
 
 impl SlotListener for Gone {
     fn deleted(&self, id: &str) {
-        let Some(events) = self.0.upgrade() else { return };
+        self.chardevs.release(id);
+        let Some(events) = self.events.upgrade() else { return };
         // As QEMU does: what drives the device first, then the device.
         let path = format!("/machine/peripheral/{id}");
         let driver = EventKind::DeviceDeleted { device: None, path: format!("{path}/virtio-backend") };

@@ -33,14 +33,20 @@ pub struct Blockdev {
     pub aio: Option<BlockAio>,
     /// Of `throttle`: the object that says how much may pass.
     pub throttle_group: Option<String>,
-    /// Of an image: its backing file is the one that the image names. `null`: there shall be none.
-    pub backing: Option<String>,
+    /// Of an image: the node of its backing file, which is the one that the image names; within, `null`: it shall name none.
+    #[serde(default, deserialize_with = "given")]
+    pub backing: Option<Option<String>>,
 }
 
 #[derive(Deserialize, JsonSchema)]
 struct Driver {
     #[serde(rename = "driver")]
     _driver: BlockDriver,
+}
+
+/// What is there, be it `null`.
+fn given<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
 }
 
 /// QMP `BlockdevDriver`.
@@ -181,8 +187,8 @@ impl Blockdev {
         if matches!(self.detect_zeroes, Some(DetectZeroes::On | DetectZeroes::Unmap)) {
             return wrong("detect-zeroes", "zeros are written as they come: write off");
         }
-        if self.backing.is_some() {
-            return wrong("backing", "an image's backing file is the one that it names: leave it out");
+        if self.backing.is_some() && self.driver != BlockDriver::Qcow2 {
+            return wrong("backing", "that is of driver=qcow2");
         }
         let is_file = matches!(self.driver, BlockDriver::File | BlockDriver::HostDevice);
         let driver = self.driver.name();

@@ -35,13 +35,8 @@ pub enum ChardevKind {
     },
     /// A UNIX socket that is listened on.
     Listen(Socket),
-    /// One that is connected to.
-    Connect {
-        /// Where its peer listens.
-        path: PathBuf,
-        /// Its peer is looked for again when it has gone.
-        again: bool,
-    },
+    /// One that is connected to: where its peer listens, which is looked for again when it has gone.
+    Connect(PathBuf),
 }
 
 /// A socket to listen on.
@@ -87,7 +82,6 @@ struct SocketProperties {
     #[serde(default)]
     server: bool,
     wait: Option<bool>,
-    reconnect: Option<u32>,
 }
 
 #[derive(Deserialize)]
@@ -150,21 +144,18 @@ impl Chardev {
 }
 
 fn socket(properties: SocketProperties) -> Result<ChardevKind, Wrong> {
-    let SocketProperties { path, fd, server, wait, reconnect } = properties;
+    let SocketProperties { path, fd, server, wait } = properties;
     if server && wait != Some(false) {
         return Err(Wrong::new("nobody is waited for: write wait=off").at("wait"));
     }
     if !server && wait.is_some() {
         return Err(Wrong::new("that is of a server: write server=on, or leave it out").at("wait"));
     }
-    match (path, fd, server, reconnect) {
-        (Some(path), None, true, None) => Ok(ChardevKind::Listen(Socket::Path(path))),
-        (None, Some(fd), true, None) => Ok(ChardevKind::Listen(Socket::Descriptor(fd))),
-        (Some(path), None, false, reconnect) => {
-            Ok(ChardevKind::Connect { path, again: reconnect.is_some_and(|seconds| seconds > 0) })
-        }
-        (None, Some(_), false, _) => Err(Wrong::new("a socket that is passed listens: write server=on").at("fd")),
-        (_, _, true, Some(_)) => Err(Wrong::new("a server accepts again always: leave it out").at("reconnect")),
-        (Some(_), Some(_), ..) | (None, None, ..) => Err(Wrong::new("a socket needs 'path' or 'fd'")),
+    match (path, fd, server) {
+        (Some(path), None, true) => Ok(ChardevKind::Listen(Socket::Path(path))),
+        (None, Some(fd), true) => Ok(ChardevKind::Listen(Socket::Descriptor(fd))),
+        (Some(path), None, false) => Ok(ChardevKind::Connect(path)),
+        (None, Some(_), false) => Err(Wrong::new("a socket that is passed listens: write server=on").at("fd")),
+        _ => Err(Wrong::new("a socket needs one of 'path' and 'fd'")),
     }
 }

@@ -9,7 +9,7 @@ use super::machine::MachineKind;
 use super::small::RtcBase;
 use super::{
     Blockdev, ChardevKind, Device, DeviceKind, FileRef, Hardware, Line, MachineOption, MemoryBackend, Object,
-    ObjectKind, PciAddress, PortPlace, Probe, Wrong,
+    ObjectKind, PciAddress, PortPlace, Probe, Switch, Wrong,
 };
 use crate::boot::BootSource;
 use crate::cli::{
@@ -419,6 +419,10 @@ fn check(hardware: &Hardware) -> Result<(), Wrong> {
                 let netdev = hardware.netdevs.iter().find(|it| it.id == net.netdev);
                 let netdev = netdev.ok_or_else(|| at(missing("netdev", &net.netdev).at("netdev")))?;
                 used.extend(netdev.chardev.clone());
+                let pairs = netdev.queues.unwrap_or(1).max(netdev.descriptors().len() as u16);
+                if net.mq == Some(Switch::Off) && pairs > 1 {
+                    return Err(at(Wrong::new("its network has several pairs of queues: write on").at("mq")));
+                }
             }
             DeviceKind::Entropy(entropy) => {
                 if let Some(rng) = &entropy.rng {

@@ -135,6 +135,7 @@ pub const INERT: &[Inert] = &[
     inert(&["-netdev"], "vhostforce", &["off"], "frames don't pass through vhost-net"),
     inert(&["-netdev"], "vnet_hdr", &["on", "off"], "an interface is asked whether it has headers"),
     inert(&["-netdev"], "sndbuf", &["0"], "the interface's own buffer is the bound"),
+    inert(&["-chardev"], "reconnect", &[], "a peer that left is looked for again always"),
     inert(&["-chardev"], "mux", &["off"], "each has one user"),
     inert(&["-chardev"], "delay", &["on", "off"], "UNIX sockets have no delay"),
     inert(&["-chardev"], "nodelay", &["on", "off"], "UNIX sockets have no delay"),

@@ -54,7 +54,7 @@ pub struct BlockdevAdd(pub Blockdev);
 pub struct NetdevAdd(pub Netdev);
 
 /// `Ok` if it is a name as QEMU and libvirt know them.
-fn check_id(id: &str) -> Result<(), Wrong> {
+pub(crate) fn check_id(id: &str) -> Result<(), Wrong> {
     if is_name(id) {
         return Ok(());
     }

@@ -7,7 +7,7 @@ use super::device::{Disk, Entropy, FileSystem, Net, Port, VhostDisk};
 use super::{
     BlockAio, BlockDriver, Blockdev, Device, DeviceKind, FileRef, InlineFile, Limits, Netdev, NetdevKind, Switch, Wrong,
 };
-use crate::block::{Aio, BlockBackend, ImageFormat, ImageSpec};
+use crate::block::{Aio, BlockBackend, FileId, ImageFormat, ImageSpec};
 use crate::chardev::{ChardevError, Chardevs};
 use crate::cli::{DiskTuning, NetSpec, VhostRole, VhostSpec};
 use crate::fds::{FdError, Fds};
@@ -213,7 +213,8 @@ impl Blockdev {
                 // It is opened by who reads it: only then its locks are known. Used as it is, it is raw; its name is not asked.
                 let spec = ImageSpec { path: path.clone(), format: Some(ImageFormat::Raw), read_only, direct };
                 let kind = NodeKind::File(spec);
-                let node = DiskNode { kind, driver, file: path, read_only, direct, aio, limits: RateLimits::default() };
+                let limits = RateLimits::default();
+                let node = DiskNode { kind, driver, file: path, read_only, direct, backing: None, aio, limits };
                 return Ok((self.node_name, node));
             }
             BlockDriver::Throttle => {
@@ -228,27 +229,53 @@ impl Blockdev {
             BlockDriver::Raw => ImageFormat::Raw,
             BlockDriver::Qcow2 => ImageFormat::Qcow2,
         };
-        let (under, over) = match self.file {
-            Some(FileRef::Node(name)) => (Some(world.names.disk_node(&name)?), Some(name)),
-            Some(FileRef::Inline(InlineFile { filename, .. })) => {
-                let kind = NodeKind::Flash;
-                let limits = RateLimits::default();
-                let file =
-                    DiskNode { kind, driver: "file", file: filename, read_only: false, direct: false, aio, limits };
-                (Some(file), None)
+        // What a file's node says holds for an image in it.
+        let (file, under, over) = match self.file {
+            Some(FileRef::Node(name)) => {
+                let node = world.names.disk_node(&name)?;
+                if !matches!(node.kind, NodeKind::File(_)) {
+                    return Err(Wrong::new(format!("'{name}' is no file's node")).at("file").into());
+                }
+                (node.file.clone(), Some(node), Some(name))
             }
-            None => (None, None),
+            Some(FileRef::Inline(InlineFile { filename, .. })) => (filename, None, None),
+            None => return Err(Wrong::new(format!("'{driver}' needs 'file'")).into()),
         };
-        let under = under.ok_or_else(|| Wrong::new(format!("'{driver}' needs 'file'")))?;
-        if !matches!((&under.kind, &over), (NodeKind::File(_), _) | (_, None)) {
-            return Err(Wrong::new("an image is over a file's node").at("file").into());
-        }
-        let (read_only, direct) = (read_only || under.read_only, direct || under.direct);
-        let spec = ImageSpec { path: under.file.clone(), format: Some(format), read_only, direct };
-        let kind = NodeKind::Image(slots::open_disk(&spec, world.reserved)?, over);
-        let aio = aio.or(under.aio);
-        let node = DiskNode { kind, driver, file: under.file, read_only, direct, aio, limits: RateLimits::default() };
+        let read_only = read_only || under.as_ref().is_some_and(|node| node.read_only);
+        let direct = direct || under.as_ref().is_some_and(|node| node.direct);
+        let spec = ImageSpec { path: file.clone(), format: Some(format), read_only, direct };
+        let image = slots::open_disk(&spec, world.reserved)?;
+        let backing = self.backing.map(|backing| check_backing(&*image, backing, world)).transpose()?.flatten();
+        let aio = aio.or(under.and_then(|node| node.aio));
+        let (kind, limits) = (NodeKind::Image(image, over), RateLimits::default());
+        let node = DiskNode { kind, driver, file, read_only, direct, backing, aio, limits };
         Ok((self.node_name, node))
+    }
+}
+
+/// The node of an image's backing file, if that is the file that the image names; none: it names none. Who says what a disk stands on
+/// trusts no image to say it.
+fn check_backing(
+    image: &dyn BlockBackend,
+    backing: Option<String>,
+    world: &World<'_>,
+) -> Result<Option<String>, PlanError> {
+    let wrong = |why: String| Err(Wrong::new(why).at("backing").into());
+    let named = image.files().get(1);
+    match (backing, named) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => {
+            wrong("the image names a backing file, and shall have none: name its node, or leave it out".into())
+        }
+        (Some(name), None) => wrong(format!("the image names no backing file, and '{name}' shall be it: write null")),
+        (Some(name), Some(file)) => {
+            let node = world.names.disk_node(&name)?;
+            let own = std::fs::metadata(&node.file).map(|file| FileId::of(&file));
+            if own.is_ok_and(|own| own == *file) {
+                return Ok(Some(name));
+            }
+            wrong(format!("the image names another backing file than that of '{name}', {}", node.file.display()))
+        }
     }
 }
 

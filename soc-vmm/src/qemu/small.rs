@@ -105,7 +105,8 @@ impl BootOption {
         let boot: Self = stripped("-boot", text, Some("order"))?.read()?;
         let order = boot.order.as_deref().unwrap_or_default();
         let sound = order.len() <= 3 && order.chars().all(|c| "acdn".contains(c));
-        let once = order.chars().enumerate().all(|(at, c)| !order[..at].contains(c));
+        let letters = order.as_bytes();
+        let once = letters.iter().enumerate().all(|(at, letter)| !letters[..at].contains(letter));
         match (sound && once, boot.reboot_timeout) {
             (false, _) => Err(Wrong::new("write up to three of a, c, d, n, each once").at("order")),
             (_, Some(ms)) if !(-1..=0xffff).contains(&ms) => {

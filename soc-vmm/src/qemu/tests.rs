@@ -166,9 +166,7 @@ fn other_devices_of_libvirt_s() {
     assert_eq!((port.name.as_str(), port.nr), ("org.qemu.guest_agent.0", Some(1)));
     let (_, hardware) = of_record("q35_net_vhostuser");
     assert_eq!(hardware.netdevs[0].chardev.as_deref(), Some("charnet0"));
-    assert!(
-        matches!(&hardware.chardevs[1].kind, ChardevKind::Connect { path, again: false } if path.ends_with("vu.sock"))
-    );
+    assert!(matches!(&hardware.chardevs[1].kind, ChardevKind::Connect(path) if path.ends_with("vu.sock")));
     let (_, hardware) = of_record("q35_net_user");
     assert_eq!(hardware.netdevs[0].kind, NetdevKind::User);
     let (config, _) = of_record("q35_2of4vcpu");
@@ -347,6 +345,10 @@ fn what_is_not_there_is_named() {
         (&["-mon", "chardev=a"], "-mon: mode: the human monitor is not there"),
         (&["-chardev", "socket,id=a,path=p,server=on"], "-chardev: socket: wait: nobody is waited for"),
         (&["-chardev", "vc,id=a"], "-chardev: there is no 'vc'"),
+        (
+            &["-netdev", "tap,id=n,fds=3:4", "-device", "virtio-net-pci,netdev=n,mq=off"],
+            "mq: its network has several pairs of queues",
+        ),
         (&["-netdev", "tap,id=n"], "-netdev: a tap needs one of"),
         (&["-netdev", "user,id=n,fd=3"], "-netdev: fd: a network of type 'user' has id alone"),
         (&["-netdev", "tap,id=n,fd=3,script=/x"], "-netdev: script: '/x' is not there"),
@@ -361,6 +363,7 @@ fn what_is_not_there_is_named() {
         (&["-global", "frob.x=1"], "-global: 'frob.x=1' can't be said"),
         (&["-rtc", "base=2023-02-29"], "-rtc: base: '2023-02-29'"),
         (&["-boot", "order=cc"], "-boot: order: write up to three"),
+        (&["-boot", "order=cœ"], "-boot: order: write up to three"),
         (&["-uuid", "1-2"], "-uuid: '1-2' is no UUID"),
         (&["-sandbox", "on,spawn=children"], "-sandbox: spawn: write allow or deny"),
         (&["-kernel", "k", "-bios", "b"], "-kernel: a kernel is started without firmware"),

@@ -72,7 +72,7 @@ impl Command for DeviceDel {
         let slots = slots_of(&vm)?;
         match cpus::remove(&vm, id) {
             Some(outcome) => outcome?,
-            None if slots.remove_port(id) => vm.chardevs().release(id),
+            None if slots.remove_port(id) => vm.port_deleted(id),
             None => slots.remove(id)?,
         }
         Ok(Empty {})

@@ -9,6 +9,7 @@ mod aside;
 mod backends;
 mod block;
 mod cdrom;
+mod chardevs;
 mod client;
 pub mod command;
 mod commands;
@@ -27,7 +28,6 @@ mod passed;
 pub mod schema;
 mod server;
 mod session;
-mod streams;
 mod tune;
 pub mod types;
 

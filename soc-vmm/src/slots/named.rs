@@ -34,6 +34,8 @@ pub struct DiskNode {
     pub read_only: bool,
     /// It is read and written past the page cache.
     pub direct: bool,
+    /// The node of its backing file, if that is said.
+    pub backing: Option<String>,
     /// How it is read and written, if that is said.
     pub aio: Option<Aio>,
     /// What may pass.
@@ -68,6 +70,8 @@ pub struct NodeInfo {
     pub direct: bool,
     /// The node that it is over.
     pub over: Option<String>,
+    /// The node of its backing file, if that is said.
+    pub backing: Option<String>,
     /// The device that stands on it.
     pub user: Option<String>,
 }
@@ -169,7 +173,10 @@ impl Named {
 
     /// The block node that is over `name`.
     fn over(&self, name: &str) -> Option<String> {
-        let is_over = |node: &DiskNode| matches!(&node.kind, NodeKind::Image(_, Some(under)) if under == name);
+        let is_over = |node: &DiskNode| {
+            let under = matches!(&node.kind, NodeKind::Image(_, Some(under)) if under == name);
+            under || node.backing.as_deref() == Some(name)
+        };
         self.disks.iter().find(|(_, node)| is_over(node)).map(|(over, _)| over.clone())
     }
 }
@@ -231,8 +238,9 @@ impl SlotsHandle {
                     (std::fs::metadata(&node.file).map_or(0, |file| file.len()), None)
                 }
             };
-            let DiskNode { driver, file, read_only, direct, .. } = node;
-            NodeInfo { user: shared.user_of(&name, false), name, driver, file, size, read_only, direct, over }
+            let DiskNode { driver, file, read_only, direct, backing, .. } = node;
+            let user = shared.user_of(&name, false);
+            NodeInfo { user, name, driver, file, size, read_only, direct, over, backing }
         };
         nodes.into_iter().map(info).collect()
     }

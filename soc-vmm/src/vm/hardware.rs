@@ -5,7 +5,7 @@ use crate::cli::{ExitStatus, Failure, with_causes};
 use crate::control::VmHandle;
 use crate::cpuid::Place;
 use crate::cpus::NewCpu;
-use crate::qemu::{Blockdev, Device, DeviceKind, FileRef, Hardware, PlanError, World, image};
+use crate::qemu::{Blockdev, Device, DeviceKind, FileRef, Hardware, NetdevKind, PlanError, World, image};
 use crate::slots::{DiskNode, Named, NodeKind, Planned, Reserved};
 use crate::virtio::RateLimits;
 
@@ -51,7 +51,9 @@ pub(super) fn open(hardware: &Hardware, vm: &VmHandle, reserved: &Reserved) -> R
         };
         named.name_disk(&name, node).map_err(|e| option(&e))?;
     }
-    for netdev in &hardware.netdevs {
+    // A passt is started when all other descriptors are taken, which it would inherit.
+    let (users, others): (Vec<_>, Vec<_>) = hardware.netdevs.iter().partition(|it| it.kind == NetdevKind::User);
+    for netdev in others.into_iter().chain(users) {
         let option = |e: &dyn std::error::Error| wrong(&format!("-netdev {}", netdev.id), e);
         let world = World { fds, chardevs, reserved, names: named };
         let (name, net) = netdev.clone().open(&world).map_err(|e| option(&e))?;
@@ -122,6 +124,7 @@ fn of_flash(hardware: &Hardware, node: &Blockdev) -> DiskNode {
         file: file.unwrap_or_default(),
         read_only: node.read_only,
         direct: node.cache.direct,
+        backing: None,
         aio: None,
         limits: RateLimits::default(),
     }

@@ -37,6 +37,11 @@ fn inheritable(fd: impl AsFd) -> OwnedFd {
 impl Emulator {
     /// Starts it with a monitor, 128 MiB and no more than `more`; `{}` in that is the VM's own directory.
     fn start(more: &[&str]) -> Self {
+        Self::start_with(more, &std::env::var("PATH").unwrap_or_default())
+    }
+
+    /// The same, which finds programs on that path.
+    fn start_with(more: &[&str], path: &str) -> Self {
         let directory = TempDir::new().unwrap();
         let own = directory.path().display().to_string();
         let socket = directory.path().join("monitor.sock");
@@ -53,6 +58,7 @@ impl Emulator {
             .args(["-device", "isa-debugcon,chardev=dbg,iobase=0x402"])
             .args(more.iter().map(|arg| arg.replace("{}", &own)))
             .env("XDG_RUNTIME_DIR", directory.path())
+            .env("PATH", path)
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
@@ -294,6 +300,29 @@ fn a_domain_of_libvirt_s_has_its_devices_where_they_were_put() {
     }
     let deleted = emulator.monitor.execute("blockdev-del", json!({"node-name": "libvirt-1-format"}));
     assert!(deleted["error"]["desc"].as_str().is_some_and(|desc| desc.contains("'virtio-disk1'")), "{deleted}");
+    // A channel comes and goes.
+    let path = emulator.file("second").display().to_string();
+    let socket = json!({"addr": {"type": "unix", "data": {"path": path}}, "server": true, "wait": false});
+    let backend = json!({"type": "socket", "data": socket});
+    let done = json!({"return": {}});
+    let port = json!({"driver": "virtserialport", "bus": "virtio-serial0.0", "nr": 2, "chardev": "charchannel1",
+                      "id": "channel1", "name": "com.example.1"});
+    let removed = json!({"id": "charchannel1"});
+    for (command, arguments, said) in [
+        ("chardev-add", json!({"id": "charchannel1", "backend": backend}), None),
+        ("device_add", port.clone(), None),
+        ("device_add", port, Some("is used by 'channel1'")),
+        ("chardev-remove", removed.clone(), Some("is used by 'channel1'")),
+        ("device_del", json!({"id": "channel1"}), None),
+        ("chardev-remove", removed, None),
+    ] {
+        let reply = emulator.monitor.execute(command, arguments);
+        match said {
+            None => assert_eq!(reply, done, "{command}"),
+            Some(said) => assert!(reply["error"]["desc"].as_str().is_some_and(|why| why.contains(said)), "{reply}"),
+        }
+    }
+    assert_eq!(emulator.monitor.event("DEVICE_DELETED")["device"], "channel1");
     emulator.monitor.execute("quit", json!({}));
     assert_eq!(emulator.ended(), Some(0));
     assert!(emulator.file("monitor.sock").exists(), "a socket that was passed is its owner's");
@@ -374,5 +403,48 @@ fn a_descriptor_is_taken_once_and_of_its_kind_alone() {
         let (status, line) = run(args);
         assert_eq!(status, Some(2), "{args:?}: {line}");
         assert!(line.contains(said) && line.lines().count() == 1, "{args:?}: {line}");
+    }
+}
+
+#[test]
+fn a_user_s_network_is_a_passt_that_ends_with_its_vm() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let tools = match testbed::debian::tools() {
+        Ok(tools) => tools,
+        Err(error @ testbed::fetch::Error::Unreachable(_)) => return testbed::skip(&test_name(), &error.to_string()),
+        Err(error) => panic!("{error:?}"),
+    };
+    let directory = TempDir::new().unwrap();
+    let image = directory.path().join("firmware");
+    std::fs::write(&image, firmware(&[])).unwrap();
+    tools.write_passt(&directory.path().join("passt")).unwrap();
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut emulator = Emulator::start_with(
+        &[
+            "-bios",
+            image.to_str().unwrap(),
+            "-netdev",
+            r#"{"type":"user","id":"hostnet0"}"#,
+            "-device",
+            r#"{"driver":"virtio-net-pci","netdev":"hostnet0","id":"net0","mac":"52:54:00:11:22:33","bus":"pcie.0","addr":"0x2"}"#,
+        ],
+        &format!("{}:{path}", directory.path().display()),
+    );
+    assert!(emulator.built().contains(&"net0".to_owned()));
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", emulator.child.id())).unwrap();
+    let is_passt = |pid: &&str| {
+        let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&words).contains("passt")
+    };
+    let passt: Vec<&str> = children.split_whitespace().filter(is_passt).collect();
+    assert_eq!(passt.len(), 1, "{children}");
+    emulator.monitor.execute("quit", json!({}));
+    assert_eq!(emulator.ended(), Some(0));
+    let start = Instant::now();
+    while is_passt(&passt[0]) {
+        assert!(start.elapsed() < LIMIT, "passt outlives its VM");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -1,6 +1,7 @@
 //! passt: a guest's network without privileges. It speaks to a VMM on a UNIX socket and to the world by sockets of its own.
 
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -42,6 +43,20 @@ pub struct Passt {
     socket: PathBuf,
     // Kept for its end. One on a SoC ends by itself.
     _process: Option<Child>,
+}
+
+impl Tools {
+    /// Writes a program `to` that is passt, for whoever starts it by that name.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn write_passt(&self, to: &Path) -> io::Result<()> {
+        let passt = command(&self.dir.join(PASST), "usr/bin/passt");
+        let words = std::iter::once(passt.get_program()).chain(passt.get_args());
+        let words: Vec<String> = words.map(|word| format!("'{}'", word.display())).collect();
+        std::fs::write(to, format!("#!/bin/sh\nexec {} \"$@\"\n", words.join(" ")))?;
+        std::fs::set_permissions(to, std::fs::Permissions::from_mode(0o755))
+    }
 }
 
 impl Passt {
