@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ErrorClass;
+use crate::cli::one_line;
 use crate::control::RunState;
 
 /// The reply of a command that has nothing to say: `{}`.
@@ -195,7 +196,8 @@ impl Response {
     pub fn to(id: Option<serde_json::Value>, outcome: Result<serde_json::Value, super::QmpError>) -> Self {
         match outcome {
             Ok(value) => Self::Return { value, id },
-            Err(error) => Self::Error { error, id },
+            // What a client said may be in it.
+            Err(error) => Self::Error { error: super::QmpError { desc: one_line(&error.desc), ..error }, id },
         }
     }
 

@@ -63,6 +63,15 @@ impl Monitor {
         reply["error"]["desc"].as_str().unwrap_or_else(|| panic!("{command}: {reply}")).to_owned()
     }
 
+    /// Executes a command that may be refused, and may be wrong; the whole reply.
+    ///
+    /// # Panics
+    /// It isn't as reported.
+    #[expect(clippy::needless_pass_by_value, reason = "likewise")]
+    pub fn replies(&mut self, command: &str, arguments: Value) -> Value {
+        self.execute(command, &arguments).1
+    }
+
     /// The data of the next event of that name.
     ///
     /// # Panics
