@@ -103,7 +103,21 @@ impl Command for QueryCpuDefinitions {
             unavailable_features: model.unavailable,
             deprecated: false,
         };
-        Ok(host_of(&vm)?.definitions().into_iter().map(definition).collect())
+        let Some(host) = vm.host() else {
+            // libvirtd 9.0 crashes where this is an error, or empty: the model that is the host's whatever that is.
+            let (name, unavailable_features) = ("host", Vec::new());
+            let typename = format!("{name}{CPU_SUFFIX}");
+            let is = CpuDefinitionInfo {
+                name,
+                typename,
+                migration_safe: false,
+                is_static: false,
+                unavailable_features,
+                deprecated: false,
+            };
+            return Ok(vec![is]);
+        };
+        Ok(host.definitions().into_iter().map(definition).collect())
     }
 }
 

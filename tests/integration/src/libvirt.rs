@@ -49,13 +49,15 @@ impl Host {
         Some(Self { libvirt, _events: events })
     }
 
-    /// Starts a pool of `functions` for the daemons' emulators, and waits until it answers.
+    /// Starts a pool of `functions` for the daemons' emulators, with the `host` function that tells of the host's processor, and waits until it
+    /// answers.
     ///
     /// # Panics
     /// It doesn't.
-    pub fn serve_pool(&self, functions: &[String]) -> Child {
+    pub fn serve_pool(&self, functions: &[String], host: Option<&str>) -> Child {
         let users = "users = [\"libvirt-qemu\"]\ngroup = \"libvirt-qemu\"";
-        let config = format!("[pool]\nfunctions = {functions:?}\n{users}\n");
+        let host = host.map(|host| format!("host = {host:?}\n")).unwrap_or_default();
+        let config = format!("[pool]\nfunctions = {functions:?}\n{host}{users}\n");
         for dir in ["/etc/outboard", "/run/outboard-pool"] {
             std::fs::create_dir(self.libvirt.path(dir)).expect("a directory of our own");
         }

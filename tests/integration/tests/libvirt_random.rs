@@ -86,7 +86,7 @@ impl Place {
             libvirt.spawn(Libvirt::SHIM, &["--function", function, "--lease", "0"], Stdio::null()).unwrap()
         };
         let shims = sockets.iter().map(shim).collect();
-        let pool = host.serve_pool(&sockets);
+        let pool = host.serve_pool(&sockets, None);
         for number in 0..DOMAINS {
             let boot = Boot::Kernel { kernel: image("kernel"), initrd: None, cmdline: None };
             let devices = vec![disk(&image(&format!("disk-{number}")), "raw", "vda")];

@@ -78,7 +78,10 @@ impl Place {
         fs::write(content.join("text"), TEXT).unwrap();
         tools.iso("OUTBOARD", &content, &at("cd")).unwrap();
 
-        let pool = host.serve_pool(&[format!("card:{}/card/{name}", Libvirt::SHARED)]);
+        let at = |socket: &str| format!("card:{}/card/{socket}", Libvirt::SHARED);
+        let of_the_host = bed.card.soc_socket(bed.card.functions());
+        let of_the_host = at(of_the_host.file_name().unwrap().to_str().unwrap());
+        let pool = host.serve_pool(&[at(name)], Some(&of_the_host));
 
         for wire in [WIRE, SECOND] {
             host.libvirt.make_tap(wire.tap).unwrap();
