@@ -18,6 +18,7 @@ mod cdrom;
 mod cpus;
 mod devices;
 mod event;
+mod host;
 mod listen;
 mod run_dir;
 mod run_state;
@@ -30,13 +31,15 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
-use crate::ahci::{CdHandle, TrayListener};
+use crate::ahci::TrayListener;
 use crate::chardev::Chardevs;
+use crate::cpuid::HostCpu;
 use crate::cpus::{CpuListener, CpusHandle};
 use crate::fds::Fds;
 use crate::slots::{DeviceListeners, SlotListener, SlotsHandle};
 
 use cpus::CpusPlace;
+use host::HostPlace;
 use slots::SlotsPlace;
 
 pub use actions::{Actions, Chosen};
@@ -72,9 +75,11 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
     let (commands_in, commands) = mpsc::channel(QUEUED_COMMANDS);
     let (state_in, state) = watch::channel(RunState::Prelaunch);
     let (events, _) = broadcast::channel(QUEUED_EVENTS);
+    let (built_in, built) = watch::channel(false);
     let cdrom = CdromSlot::default();
     let slots = SlotsPlace::default();
     let cpus = CpusPlace::default();
+    let host = HostPlace::default();
     let (actions, chardevs) = (Actions::default(), Arc::<Chardevs>::default());
     let handle = VmHandle {
         info: info.into(),
@@ -84,11 +89,28 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
         cdrom: cdrom.clone(),
         slots: slots.clone(),
         cpus: cpus.clone(),
+        host: host.clone(),
+        built,
         fds: Arc::default(),
         chardevs: chardevs.clone(),
         actions: actions.clone(),
     };
-    (handle, VmControl { commands, state: state_in, events, autostart: true, cdrom, slots, cpus, actions, chardevs })
+    (
+        handle,
+        VmControl {
+            commands,
+            state: state_in,
+            events,
+            autostart: true,
+            cdrom,
+            slots,
+            cpus,
+            host,
+            actions,
+            chardevs,
+            built: built_in,
+        },
+    )
 }
 
 /// Why a command was not done.
@@ -116,6 +138,8 @@ pub struct VmHandle {
     cdrom: CdromSlot,
     slots: SlotsPlace,
     cpus: CpusPlace,
+    host: HostPlace,
+    built: watch::Receiver<bool>,
     fds: Arc<Fds>,
     chardevs: Arc<Chardevs>,
     actions: Actions,
@@ -165,8 +189,8 @@ impl VmHandle {
     }
 
     /// The CD-ROM drive of that name.
-    pub fn cdrom(&self, id: &str) -> Option<&CdHandle> {
-        self.cdroms().iter().find(|drive| drive.id == id).map(|drive| &drive.handle)
+    pub fn cdrom(&self, id: &str) -> Option<&CdromDrive> {
+        self.cdroms().iter().find(|drive| drive.id == id)
     }
 
     /// The CD-ROM drives; none: the machine is still being built.
@@ -182,6 +206,21 @@ impl VmHandle {
     /// Its processors; none: the machine is still being built.
     pub fn cpus(&self) -> Option<&CpusHandle> {
         self.cpus.get()
+    }
+
+    /// The host's processor; none: there is no host, or it was not asked yet.
+    pub fn host(&self) -> Option<&HostCpu> {
+        self.host.get()
+    }
+
+    /// Waits until the machine is built: everything can be asked of it from then on. False: the VM has ended before.
+    pub async fn built(&self) -> bool {
+        self.built.clone().wait_for(|built| *built).await.is_ok()
+    }
+
+    /// Whether the host was asked, and there is none.
+    pub fn has_no_host(&self) -> bool {
+        self.host.is_missing()
     }
 
     /// QMP `stop`: returns when no vCPU runs. Nothing to do unless it runs.
@@ -318,8 +357,10 @@ pub struct VmControl {
     cdrom: CdromSlot,
     slots: SlotsPlace,
     cpus: CpusPlace,
+    host: HostPlace,
     actions: Actions,
     chardevs: Arc<Chardevs>,
+    built: watch::Sender<bool>,
 }
 
 impl VmControl {
@@ -368,6 +409,11 @@ impl VmControl {
         self.slots.fill(slots);
     }
 
+    /// The machine is built, and all that belongs to it was told.
+    pub fn is_built(&self) {
+        self.built.send_replace(true);
+    }
+
     /// Who hears of processors, and tells monitors.
     pub fn cpu_listener(&self) -> Arc<dyn CpuListener> {
         Arc::new(cpus::Teller(self.events.downgrade()))
@@ -376,6 +422,11 @@ impl VmControl {
     /// The machine is built, with these processors.
     pub fn has_cpus(&self, cpus: CpusHandle) {
         self.cpus.fill(cpus);
+    }
+
+    /// The host was asked what processors it can give; `None`: there is none to ask.
+    pub fn has_host(&self, host: Option<HostCpu>) {
+        self.host.fill(host);
     }
 
     /// Waits for the order to quit while the VM is being built: returns when it came, and waits for ever if nobody is left who could

@@ -10,12 +10,16 @@ use pcie_function::{FunctionError, SocFunction};
 use tokio::sync::oneshot;
 
 use crate::cli::{ExitStatus, Failure, FunctionSpec};
+use crate::pool::{Lent, Loan};
 use crate::shim::Shim;
 
 /// What is done with a function, whichever kind it is.
 pub(crate) trait Use {
     /// What comes of it.
     type Output;
+
+    /// The VM that it is for, as others shall see it.
+    fn vm(&self) -> String;
 
     /// Waits until the function isn't wanted any more, while it is being opened; what comes of it then. Safe to cancel.
     async fn given_up(&mut self) -> Self::Output;
@@ -57,11 +61,45 @@ pub(crate) async fn open<U: Use>(spec: &FunctionSpec, role: Role, mut user: U) -
             let address = address.to_string();
             opened(wait(&mut user, move || VfioSoc::open(&address)).await.map_err(cant)?, user).await
         }
-        FunctionSpec::Pool => Err(Failure::new(
-            ExitStatus::Unavailable,
-            format!("--function {spec}: not there yet; use local, unix:SOCKET, pci:ADDRESS or card:SOCKET"),
+        FunctionSpec::Pool if role == Role::Host => Err(Failure::new(
+            ExitStatus::Usage,
+            format!("--function {spec}: a pool has functions for VMs; name the host function: pci:BDF or card:SOCKET"),
         )),
+        FunctionSpec::Pool => of_pool(spec, user).await,
     }
+}
+
+/// Has the pool lend a function, and hands it over. It is given back when this returns.
+async fn of_pool<U: Use>(spec: &FunctionSpec, mut user: U) -> Result<U::Output, Failure> {
+    let cant = |e: FunctionError| Failure::of(ExitStatus::Unavailable, &format!("--function {spec}"), &e);
+    let vm = user.vm();
+    // A refusal is no error of a function's.
+    let loan = match wait(&mut user, move || Ok(Loan::ask(&vm))).await.map_err(cant)? {
+        Continue(loan) => loan?,
+        Break(output) => return Ok(output),
+    };
+    let (lent, lease) = loan.split();
+    let ended = match lent {
+        Lent::Unix(socket) => match wait(&mut user, move || LocalSoc::new(socket)).await.map_err(cant) {
+            Ok(Continue(function)) => used(spec, function, user).await,
+            Ok(Break(output)) => Ok(output),
+            Err(e) => Err(e),
+        },
+        Lent::Card(socket) => match wait(&mut user, move || pcie_function_card::adopt(socket)).await.map_err(cant) {
+            Ok(function) => opened(function, user).await,
+            Err(e) => Err(e),
+        },
+        Lent::Pci(address, fds) => match wait(&mut user, move || VfioSoc::adopt(&address, fds)).await.map_err(cant) {
+            Ok(function) => opened(function, user).await,
+            Err(e) => Err(e),
+        },
+    };
+    if let Err(failure) = &ended
+        && failure.status() == ExitStatus::Unavailable
+    {
+        lease.complain(&failure.to_string());
+    }
+    ended
 }
 
 /// Hands a local function over. Where this end gave it up, for want of room, that is said: all else that failed, on either side, failed by it.

@@ -36,6 +36,10 @@ struct Ask;
 impl Use for Ask {
     type Output = HostInfo;
 
+    fn vm(&self) -> String {
+        "host".into()
+    }
+
     async fn given_up(&mut self) -> HostInfo {
         // A signal ends this process.
         std::future::pending().await

@@ -4,8 +4,8 @@
 
 use std::process::ExitCode;
 
-use soc_vmm::cli::{self, ExitStatus, Failure, Invocation};
-use soc_vmm::{inventory, log, say::say, vm};
+use soc_vmm::cli::{self, ExitStatus, Failure, FunctionSpec, Invocation, PoolVerb};
+use soc_vmm::{inventory, log, pool, probe, say::say, vm};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -26,15 +26,18 @@ fn invoke(invocation: Invocation) -> Result<ExitStatus, Failure> {
         Invocation::List { json } => cli::list(json, &mut out)?,
         Invocation::Perform(verb, target) => cli::perform(&verb, &target, &mut out)?,
         Invocation::Print(text) => cli::print(&text, &mut out)?,
-        Invocation::Run(config) => {
+        Invocation::Run(mut config) => {
+            if config.process.function_by_configuration {
+                config.function = FunctionSpec::by_configuration()?;
+            }
             // Where a record can't be written, it would say so on the same standard error, and panic.
             let log = tracing_subscriber::fmt().with_max_level(config.log).log_internal_errors(false);
             log.with_writer(std::io::stderr).finish().with(log::records(config.log)).init();
             return vm::run(&config);
         }
-        Invocation::Probe(_) => {
-            return Err(Failure::new(ExitStatus::Usage, "-machine none: the probe is not there yet; write q35"));
-        }
+        Invocation::Pool(PoolVerb::List { json }) => pool::list(json, &mut out)?,
+        Invocation::Pool(PoolVerb::Serve) => pool::serve()?,
+        Invocation::Probe(probe) => return probe::serve(&probe),
         Invocation::Host { function, json } => inventory::host(&function, json, &mut out)?,
     }
     Ok(ExitStatus::Done)

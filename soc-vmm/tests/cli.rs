@@ -3,7 +3,7 @@
 use std::process::{Command, Output, Stdio};
 
 use soc_vmm::control::{Action, ListeningSocket, VmControl, VmInfo, channel};
-use soc_vmm::qmp::Server;
+use soc_vmm::qmp::{Greet, Server};
 
 fn soc_vmm(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_soc-vmm")).args(args).output().unwrap()
@@ -268,7 +268,7 @@ async fn the_commands_drive_a_vm() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("vm.qmp");
     let (vm, control) = channel(VmInfo { name: "w".into(), cpus: 1, memory: 1 << 30, function: "local".into() });
-    let server = Server::start(&vm, vec![ListeningSocket::bind(&path).unwrap()]).unwrap();
+    let server = Server::start(&vm, vec![ListeningSocket::bind(&path).unwrap()], Greet::AtOnce).unwrap();
     let plays = tokio::spawn(play(control));
     let socket = path.to_str().unwrap().to_owned();
     tokio::task::spawn_blocking(move || {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use soc_vmm::control::{Action, ListeningSocket, ShutdownCause, VmControl, VmHandle, VmInfo, channel};
 use soc_vmm::qmp::types::{Empty, Greeting, OutboardVm, StatusInfo};
-use soc_vmm::qmp::{Client, ClientError, MAX_COMMAND, MAX_MONITORS, Server};
+use soc_vmm::qmp::{Client, ClientError, Greet, MAX_COMMAND, MAX_MONITORS, Server};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -28,7 +28,7 @@ fn serve() -> Vm {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp");
     let (handle, control) = new_vm();
-    let server = Server::start(&handle, vec![ListeningSocket::bind(&path).unwrap()]).unwrap();
+    let server = Server::start(&handle, vec![ListeningSocket::bind(&path).unwrap()], Greet::AtOnce).unwrap();
     Vm { server, plays: tokio::spawn(play(control)), path, _dir: dir }
 }
 
@@ -170,7 +170,7 @@ async fn one_monitor_too_many_is_told_so_and_room_comes_back() {
     let (path, other) = (dir.path().join("qmp"), dir.path().join("other"));
     let (handle, control) = new_vm();
     let sockets = [&path, &other].map(|path| ListeningSocket::bind(path).unwrap());
-    let _server = Server::start(&handle, sockets.into()).unwrap();
+    let _server = Server::start(&handle, sockets.into(), Greet::AtOnce).unwrap();
     let _plays = tokio::spawn(play(control));
     let mut held = Vec::new();
     for _ in 0..MAX_MONITORS {
@@ -226,7 +226,7 @@ async fn a_failed_command_tells_why() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp");
     let (handle, mut control) = new_vm();
-    let server = Server::start(&handle, vec![ListeningSocket::bind(&path).unwrap()]).unwrap();
+    let server = Server::start(&handle, vec![ListeningSocket::bind(&path).unwrap()], Greet::AtOnce).unwrap();
     control.started();
     let mut monitor = Monitor::negotiated(&path).await;
     monitor.send("{\"execute\":\"stop\",\"id\":1}").await;

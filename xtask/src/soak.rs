@@ -8,7 +8,8 @@ use crate::step;
 use crate::suite::cargo;
 
 /// Test binaries whose every run is another one: peers that lie, sides that die, VMs stopped at random moments.
-const REPEATED: [&str; 8] = ["hostile", "hostile_soc", "faults", "state", "order", "dirty", "interrupts", "control"];
+const REPEATED: [&str; 9] =
+    ["hostile", "hostile_soc", "faults", "state", "order", "dirty", "interrupts", "control", "libvirt_random"];
 /// No single run of one takes longer.
 const LIMIT: Duration = Duration::from_secs(15 * 60);
 

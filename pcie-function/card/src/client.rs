@@ -10,7 +10,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg,
+    sendmsg, socket,
+};
 use pcie_function::{BusError, FunctionError};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
@@ -34,32 +37,22 @@ pub(crate) struct Client {
     next: u16,
 }
 
-/// A region of the device.
+/// A connection to a card that may still serve another client: it serves one at a time, and the next one waits at its door.
 #[derive(Debug)]
-pub(crate) struct Region {
-    /// Bytes.
-    pub(crate) size: u64,
-    /// The file behind it and where in that it starts, if it can be mapped.
-    pub(crate) file: Option<(OwnedFd, u64)>,
+pub(crate) struct Door {
+    client: Client,
+    /// Of the message that asks for a version.
+    id: u16,
 }
 
-impl Client {
-    /// Connects to the device at `path`, and agrees on a version.
+impl Door {
+    /// Waits for the card, for some seconds.
     ///
     /// # Errors
-    /// Nobody listens there, or no vfio-user PCI device does.
-    pub(crate) fn connect(path: &Path) -> Result<Self, FunctionError> {
-        let os = |e: std::io::Error| FunctionError::Os("connect to the card", errno(&e));
-        let stream = UnixStream::connect(path).map_err(os)?;
-        stream.set_read_timeout(Some(PATIENCE)).map_err(os)?;
-        stream.set_write_timeout(Some(PATIENCE)).map_err(os)?;
-        let mut client = Self { stream, next: 0 };
-
-        let version = Version { major: 0.into(), minor: 1.into() };
-        let text = b"{\"capabilities\":{\"max_msg_fds\":1,\"max_data_xfer_size\":1048576}}\0";
-        // A card serves one client at a time; the next one waits at its door.
-        let in_use = || unusable("does not answer: another soc-vmm uses the function, or the card is stuck");
-        let reply = client.call(command::VERSION, &[version.as_bytes(), text], None);
+    /// It doesn't answer, or is no vfio-user PCI device.
+    pub(crate) fn enter(self) -> Result<Client, FunctionError> {
+        let Self { mut client, id } = self;
+        let reply = client.reply(command::VERSION, id);
         let (reply, _) = reply.map_err(|error| if let FunctionError::Bus(_) = error { in_use() } else { error })?;
         match Version::read_from_prefix(&reply) {
             Ok((Version { major, .. }, _)) if major.get() == 0 => {}
@@ -71,6 +64,69 @@ impl Client {
             return Err(unusable("is no PCI device"));
         }
         Ok(client)
+    }
+}
+
+impl AsFd for Door {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.client.as_fd()
+    }
+}
+
+/// A region of the device.
+#[derive(Debug)]
+pub(crate) struct Region {
+    /// Bytes.
+    pub(crate) size: u64,
+    /// The file behind it and where in that it starts, if it can be mapped.
+    pub(crate) file: Option<(OwnedFd, u64)>,
+}
+
+impl Client {
+    /// Connects to the device at `path` and asks it to agree on a version.
+    ///
+    /// # Errors
+    /// Nobody listens there, or so many wait already that there is no room.
+    pub(crate) fn knock(path: &Path) -> Result<Door, FunctionError> {
+        let os = |what| move |e| FunctionError::Os(what, e);
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(os("make a socket"))?;
+        let address = UnixAddr::new(path).map_err(os("name the card's socket"))?;
+        connect(socket.as_raw_fd(), &address).map_err(|e| match e {
+            Errno::EAGAIN => in_use(),
+            e => FunctionError::Os("connect to the card", e),
+        })?;
+        let mut client = Self::adopt(socket)?;
+        let version = Version { major: 0.into(), minor: 1.into() };
+        let text = b"{\"capabilities\":{\"max_msg_fds\":1,\"max_data_xfer_size\":1048576}}\0";
+        let id = client.send(command::VERSION, 0, &[version.as_bytes(), text], None)?;
+        Ok(Door { client, id })
+    }
+
+    /// Connects to the device at `path`, and agrees on a version.
+    ///
+    /// # Errors
+    /// Nobody listens there, or no vfio-user PCI device does.
+    pub(crate) fn connect(path: &Path) -> Result<Self, FunctionError> {
+        Self::knock(path)?.enter()
+    }
+
+    /// Goes on with a connection on which a version is agreed on.
+    ///
+    /// # Errors
+    /// It is no socket.
+    pub(crate) fn adopt(socket: OwnedFd) -> Result<Self, FunctionError> {
+        let os = |e: std::io::Error| FunctionError::Os("connect to the card", errno(&e));
+        let stream = UnixStream::from(socket);
+        stream.set_nonblocking(false).map_err(os)?;
+        stream.set_read_timeout(Some(PATIENCE)).map_err(os)?;
+        stream.set_write_timeout(Some(PATIENCE)).map_err(os)?;
+        Ok(Self { stream, next: 0 })
+    }
+
+    /// The connection, for [`Client::adopt`].
+    pub(crate) fn into_socket(self) -> OwnedFd {
+        self.stream.into()
     }
 
     /// Size and file of a region.
@@ -151,6 +207,11 @@ impl Client {
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<(Vec<u8>, Option<OwnedFd>), FunctionError> {
         let id = self.send(command, 0, body, fd)?;
+        self.reply(command, id)
+    }
+
+    /// Waits for the reply to message `id`.
+    fn reply(&mut self, command: u16, id: u16) -> Result<(Vec<u8>, Option<OwnedFd>), FunctionError> {
         loop {
             let (header, body, fd) = self.receive()?;
             // An error may come for a posted write too: what it was for says so by its own means.
@@ -263,6 +324,10 @@ fn gone(errno: Errno, what: &'static str) -> FunctionError {
 fn errno(error: &std::io::Error) -> Errno {
     // Without one: the stream ended in the middle of a message.
     error.raw_os_error().map_or(Errno::EPIPE, Errno::from_raw)
+}
+
+fn in_use() -> FunctionError {
+    unusable("does not answer: another soc-vmm uses the function, or the card is stuck")
 }
 
 fn unusable(why: &str) -> FunctionError {

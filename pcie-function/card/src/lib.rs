@@ -36,7 +36,49 @@ pub type CardRemote = pcie_function::card::soc::CardRemote<VfioUser>;
 /// # Errors
 /// Nobody listens there, or it is no card of this version.
 pub fn open(path: &Path) -> Result<CardFunction, FunctionError> {
-    let mut client = Client::connect(path)?;
+    start(Client::connect(path)?)
+}
+
+/// Goes on with a connection that came through a [`Door`], here or in another process: resets the function, starts its DMA queue.
+///
+/// # Errors
+/// It is no card of this version.
+pub fn adopt(socket: OwnedFd) -> Result<CardFunction, FunctionError> {
+    start(Client::adopt(socket)?)
+}
+
+/// A connection to the SoC side of a function that may be in use: a card serves one client at a time. Its descriptor is readable once
+/// the card turns to this one, or hangs up.
+#[derive(Debug)]
+pub struct Door(client::Door);
+
+impl Door {
+    /// Connects to the SoC side of a function at `path`.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn knock(path: &Path) -> Result<Self, FunctionError> {
+        Client::knock(path).map(Self)
+    }
+
+    /// The connection, for [`adopt`]. The function is reset: what it was doing for whoever had it before is over.
+    ///
+    /// # Errors
+    /// It doesn't answer within 10 s, or is no card.
+    pub fn enter(self) -> Result<OwnedFd, FunctionError> {
+        let mut client = self.0.enter()?;
+        client.reset()?;
+        Ok(client.into_socket())
+    }
+}
+
+impl AsFd for Door {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn start(mut client: Client) -> Result<CardFunction, FunctionError> {
     client.reset()?;
     let (offset, command) = COMMAND;
     client.write(CONFIG, offset, &command)?;

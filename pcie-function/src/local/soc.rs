@@ -77,15 +77,24 @@ impl LocalSoc {
     /// # Errors
     /// Nobody listens there, or not a shim of this version; or it doesn't greet within 10 s, as one that serves another soc-vmm.
     pub fn dial(path: &Path) -> Result<Self, FunctionError> {
+        let start = Instant::now();
+        Self::within(Self::knock(path)?, start, GREETING)
+    }
+
+    /// Connects to the host-kvm-shim that listens at `path`, for [`LocalSoc::new`], here or in another process. The shim greets once it has
+    /// done with whom it serves: until then there is nothing to read.
+    ///
+    /// # Errors
+    /// Nobody listens there, or so many wait already that there is no room for 10 s.
+    pub fn knock(path: &Path) -> Result<OwnedFd, FunctionError> {
         let os = |what| move |e| FunctionError::Os(what, e);
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(os("make a socket"))?;
         let address = UnixAddr::new(path).map_err(os("name the socket"))?;
         // Its queue of connections may be full.
         limit_waits(&socket, GREETING)?;
-        let start = Instant::now();
         match connect(socket.as_raw_fd(), &address) {
-            Ok(()) => Self::within(socket, start, GREETING),
+            Ok(()) => Ok(socket),
             Err(Errno::EAGAIN) => Err(silent(GREETING)),
             Err(Errno::EPROTOTYPE) => Err(FunctionError::Unusable("the socket there is no host-kvm-shim's".into())),
             Err(e @ (Errno::ENOENT | Errno::ECONNREFUSED)) => {

@@ -12,4 +12,5 @@ mod sys;
 mod sysfs;
 
 pub use host::{VfioBell, VfioHost};
+pub use open::VfioDescriptors;
 pub use soc::{MappedBars, VfioSoc};

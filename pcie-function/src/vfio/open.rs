@@ -42,21 +42,21 @@ impl Opened {
     /// It can't be had, in one line that says what to do.
     pub(super) fn new(address: &str, side: Side) -> Result<Self, FunctionError> {
         let found = find(Path::new(DEVICES), address, side)?;
-        let address = found.address.to_string_lossy();
-        let unusable = |why: &str| FunctionError::Unusable(format!("PCI {address} {why}"));
-        let container = Container::open().map_err(|e| no_vfio(e, Path::new("/dev/vfio/vfio")))?;
-        let group = Group::open(found.group).map_err(|e| match e {
-            Errno::EBUSY => unusable("is in use: another program has its IOMMU group open"),
-            e => no_vfio(e, &Path::new("/dev/vfio").join(found.group.to_string())),
-        })?;
-        if !group.is_viable().map_err(os("look at an IOMMU group"))? {
-            return Err(unusable("is in an IOMMU group with a function that another driver holds"));
-        }
-        container.attach(&group).map_err(|e| match e {
-            Errno::EPERM => unusable("can't be isolated: its interrupts aren't remapped (turn interrupt remapping on)"),
-            e => FunctionError::Os("put an IOMMU group into a domain", e),
-        })?;
-        let device = group.device(&found.address).map_err(os("open the PCI function"))?;
+        let (container, group, device) = open_found(&found)?;
+        Self::with(&found, container, group, device)
+    }
+
+    /// The same, of what another process opened.
+    ///
+    /// # Errors
+    /// As [`Opened::new`]'s.
+    pub(super) fn adopt(address: &str, side: Side, opened: VfioDescriptors) -> Result<Self, FunctionError> {
+        let found = find(Path::new(DEVICES), address, side)?;
+        let VfioDescriptors { container, group, device } = opened;
+        Self::with(&found, Container::from(container), Group::from(group), Device::from(device))
+    }
+
+    fn with(found: &Found, container: Container, group: Group, device: Device) -> Result<Self, FunctionError> {
         let domain = Domain::new(container)?;
 
         let command = u16::from_le_bytes(device.read_config(COMMAND).map_err(os("read configuration space"))?);
@@ -77,7 +77,7 @@ impl Opened {
                 device.set_interrupts(index, 0, &event).map_err(os("watch the function's removal"))?;
             }
         }
-        let Found { profile, role, .. } = found;
+        let Found { profile, role, .. } = *found;
         Ok(Self { device, _group: group, domain, profile, role, loss, vectors })
     }
 
@@ -124,6 +124,51 @@ impl Opened {
         let mut event = [PollFd::new(self.loss.as_fd(), PollFlags::POLLIN)];
         poll(&mut event, PollTimeout::ZERO) != Ok(0)
     }
+}
+
+/// A function as one process opens it, so that another one, which may not, can use it: [`VfioSoc::adopt`](super::VfioSoc::adopt).
+///
+/// Whoever holds the container may have the device reach memory of its own, and the group can't be opened again while one of the three is held
+/// anywhere, or a BAR is mapped. Once they are all closed the kernel has taken all of the device's memory away and stopped it.
+#[derive(Debug)]
+pub struct VfioDescriptors {
+    /// The IOMMU domain, with the group in it and nothing mapped.
+    pub container: OwnedFd,
+    /// The function's IOMMU group.
+    pub group: OwnedFd,
+    /// The function.
+    pub device: OwnedFd,
+}
+
+impl VfioDescriptors {
+    /// Opens the SoC side of the function at a PCI address, which resets it.
+    ///
+    /// # Errors
+    /// As [`VfioSoc::open`](super::VfioSoc::open)'s.
+    pub fn open(address: &str) -> Result<Self, FunctionError> {
+        let (container, group, device) = open_found(&find(Path::new(DEVICES), address, Side::Soc)?)?;
+        Ok(Self { container: container.into(), group: group.into(), device: device.into() })
+    }
+}
+
+/// Opens group, domain and device.
+fn open_found(found: &Found) -> Result<(Container, Group, Device), FunctionError> {
+    let address = found.address.to_string_lossy();
+    let unusable = |why: &str| FunctionError::Unusable(format!("PCI {address} {why}"));
+    let container = Container::open().map_err(|e| no_vfio(e, Path::new("/dev/vfio/vfio")))?;
+    let group = Group::open(found.group).map_err(|e| match e {
+        Errno::EBUSY => unusable("is in use: another program has its IOMMU group open"),
+        e => no_vfio(e, &Path::new("/dev/vfio").join(found.group.to_string())),
+    })?;
+    if !group.is_viable().map_err(os("look at an IOMMU group"))? {
+        return Err(unusable("is in an IOMMU group with a function that another driver holds"));
+    }
+    container.attach(&group).map_err(|e| match e {
+        Errno::EPERM => unusable("can't be isolated: its interrupts aren't remapped (turn interrupt remapping on)"),
+        e => FunctionError::Os("put an IOMMU group into a domain", e),
+    })?;
+    let device = group.device(&found.address).map_err(os("open the PCI function"))?;
+    Ok((container, group, device))
 }
 
 /// [`FunctionError::Os`], for `map_err`.

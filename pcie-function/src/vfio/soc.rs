@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use nix::sys::epoll::EpollFlags;
 
-use super::open::Opened;
+use super::open::{Opened, VfioDescriptors};
 use crate::card::profile::Side;
 use crate::card::register;
 use crate::card::soc::{SocCard, Transport};
@@ -19,7 +19,18 @@ impl SocCard<MappedBars> {
     /// # Errors
     /// It isn't there, isn't a card's SoC side, isn't bound to vfio-pci, is in use, shares its IOMMU group, or is of another version.
     pub fn open(address: &str) -> Result<Self, FunctionError> {
-        let opened = Opened::new(address, Side::Soc)?;
+        Self::on(Opened::new(address, Side::Soc)?)
+    }
+
+    /// The same, of a function that another process opened, which may be one with more rights.
+    ///
+    /// # Errors
+    /// As [`VfioSoc::open`]'s, or the descriptors are not the function's.
+    pub fn adopt(address: &str, descriptors: VfioDescriptors) -> Result<Self, FunctionError> {
+        Self::on(Opened::adopt(address, Side::Soc, descriptors)?)
+    }
+
+    fn on(opened: Opened) -> Result<Self, FunctionError> {
         let registers = opened.map_bar(opened.profile.registers)?;
         Self::new(MappedBars { opened, registers })
     }

@@ -223,6 +223,42 @@ impl Device {
     }
 }
 
+impl From<OwnedFd> for Container {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd.into())
+    }
+}
+
+impl From<OwnedFd> for Group {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd.into())
+    }
+}
+
+impl From<OwnedFd> for Device {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
+impl From<Container> for OwnedFd {
+    fn from(Container(file): Container) -> Self {
+        file.into()
+    }
+}
+
+impl From<Group> for OwnedFd {
+    fn from(Group(file): Group) -> Self {
+        file.into()
+    }
+}
+
+impl From<Device> for OwnedFd {
+    fn from(Device(fd): Device) -> Self {
+        fd
+    }
+}
+
 impl AsFd for Device {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

@@ -29,6 +29,22 @@ pub struct CdHandle {
     port: usize,
 }
 
+/// The tray is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the tray is closed: open it first")]
+pub struct TrayClosed;
+
+/// Why a medium can't be laid into a tray.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InsertError {
+    /// It is closed.
+    #[error(transparent)]
+    Closed(#[from] TrayClosed),
+    /// There is one.
+    #[error("there is a medium in it: remove that first")]
+    Full,
+}
+
 impl CdHandle {
     pub(super) fn new(shared: Arc<Shared>, port: usize) -> Self {
         Self { shared, port }
@@ -74,6 +90,31 @@ impl CdHandle {
         })?;
         self.close_tray();
         Ok(old)
+    }
+
+    /// QMP `blockdev-remove-medium`: takes the medium out of the open tray.
+    ///
+    /// # Errors
+    /// The tray is closed.
+    pub fn remove_medium(&self) -> Result<Option<Medium>, TrayClosed> {
+        self.with(|drive| if drive.state.open { Ok(drive.replace_medium(None)) } else { Err(TrayClosed) })
+    }
+
+    /// QMP `blockdev-insert-medium`: lays a medium into the open tray.
+    ///
+    /// # Errors
+    /// The tray is closed, or has a medium.
+    pub fn insert_medium(&self, medium: Medium) -> Result<(), InsertError> {
+        self.with(|drive| {
+            if !drive.state.open {
+                return Err(TrayClosed.into());
+            }
+            if drive.has_medium() {
+                return Err(InsertError::Full);
+            }
+            drive.replace_medium(Some(medium));
+            Ok(())
+        })
     }
 
     fn with<T>(&self, change: impl FnOnce(&mut Drive) -> T) -> T {

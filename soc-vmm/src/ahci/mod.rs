@@ -22,7 +22,7 @@ use crate::bus::Wake;
 
 pub use cdrom::{DriveState, Sense, TrayListener};
 pub use function::{AHCI, Ahci, CdDrive, Plumbing};
-pub use handle::{CdHandle, Tray, TrayLocked};
+pub use handle::{CdHandle, InsertError, Tray, TrayClosed, TrayLocked};
 pub use port::PortState;
 
 /// Ports of the controller.

@@ -15,12 +15,14 @@ use super::disk::{CdromSpec, parse_id};
 use super::entropy::EntropySpec;
 use super::iommu::IommuModel;
 use super::numa::NumaNode;
+use super::pool::PoolVerb;
 use super::test_device::TestDevice;
 use super::values::{CpuAffinity, DebugconSpec, DiskSize, FunctionSpec, Memory, QmpSocket, SerialSpec, ValueError};
 use super::vhost::{AnyDisk, AnyNet, FsSpec};
 use super::vsock::VsockSpec;
 use crate::control::VmName;
 use crate::cpuid::CpuSpec;
+use crate::sandbox::SandboxSwitch;
 
 /// Runs VMs whose vCPUs are on the host and whose devices are here, on the SoC.
 #[derive(Debug, Parser)]
@@ -132,6 +134,9 @@ pub(super) enum Command {
         /// The memory that it shall have: MiB, or with K, M, G, T
         size: DiskSize,
     },
+    /// Functions for programs that may not open them
+    #[command(subcommand)]
+    Pool(PoolVerb),
     #[command(external_subcommand)]
     Other(Vec<OsString>),
 }
@@ -226,9 +231,12 @@ pub(super) struct RunArgs {
     /// One more control socket: unix:SOCKET
     #[arg(long, value_name = "SPEC")]
     pub(super) qmp: Vec<QmpSocket>,
-    /// PCIe function: local, unix:SOCKET, card:SOCKET, pci:BDF
+    /// PCIe function: local, unix:SOCKET, card:SOCKET, pci:BDF, pool
     #[arg(long, value_name = "SPEC", default_value = "local")]
     pub(super) function: FunctionSpec,
+    /// Whether soc-vmm gives up, before the guest runs, calls that it has no need of: on, off
+    #[arg(long, value_name = "on|off", default_value = "off")]
+    pub(super) sandbox: SandboxSwitch,
     /// Don't start the vCPUs
     #[arg(long)]
     pub(super) paused: bool,
@@ -271,7 +279,7 @@ impl LaterArgs {
 }
 
 /// Commands of which the interface is fixed and the work isn't there.
-pub(super) const LATER_COMMANDS: [&str; 5] = ["migrate", "cancel-migration", "save", "clone", "pool"];
+pub(super) const LATER_COMMANDS: [&str; 4] = ["migrate", "cancel-migration", "save", "clone"];
 
 /// The text of a disk or an interface: good by itself, and for the VM to read.
 #[derive(Clone, Debug)]

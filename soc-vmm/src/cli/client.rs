@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{ExitStatus, Failure, Target, Verb, one_line};
 use crate::control::{CDROM_ID, Counters, RunDir, VmName};
 use crate::devices::CpuReport;
-use crate::qmp::types::{Empty, NewDeviceId, ObjectProperty, OutboardVm};
+use crate::qmp::types::{Empty, NewDeviceId, ObjectProperty, OutboardCounter, OutboardVm};
 use crate::qmp::{Add, Client, ClientError, PERIPHERAL, ROOT_PORT};
 
 /// How long a VM may take to greet: it does so whatever else it does, unless it is stopped or starves.
@@ -69,7 +69,8 @@ pub fn perform(verb: &Verb, target: &Target, out: &mut dyn Write) -> Result<(), 
             if !json {
                 return written(write_status(out, &vm, &devices));
             }
-            let counters = client.execute("x-query-outboard-counters").map_err(failed)?;
+            let counters: Vec<OutboardCounter> = client.execute("x-query-outboard-counters").map_err(failed)?;
+            let counters = counters.into_iter().map(|counter| (counter.name, counter.value)).collect();
             return written(write_json(out, &Status { vm, devices, counters }));
         }
         Verb::Pause => "stop",
@@ -314,13 +315,13 @@ fn shown_size(bytes: u64) -> String {
 mod tests {
     use super::*;
     use crate::control::{ListeningSocket, VmControl, VmInfo, channel};
-    use crate::qmp::Server;
+    use crate::qmp::{Greet, Server};
 
     async fn served(dir: &RunDir, name: &str) -> (VmControl, Server) {
         let (vm, control) =
             channel(VmInfo { name: name.into(), cpus: 2, memory: 512 << 20, function: "pci:0000:01:00.1".into() });
         let socket = ListeningSocket::bind(&dir.socket(&name.parse().unwrap())).unwrap();
-        (control, Server::start(&vm, vec![socket]).unwrap())
+        (control, Server::start(&vm, vec![socket], Greet::AtOnce).unwrap())
     }
 
     #[tokio::test(flavor = "multi_thread")]

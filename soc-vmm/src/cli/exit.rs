@@ -18,6 +18,8 @@ pub enum ExitStatus {
     Failed,
     /// `(value << 1) | 1`, of which a process has 8 bits: the guest's write to the debug-exit port.
     DebugExit(u8),
+    /// Whatever the process in the background ended with, which this one has started.
+    Daemon(u8),
 }
 
 impl ExitStatus {
@@ -29,6 +31,7 @@ impl ExitStatus {
             Self::Unavailable => 4,
             Self::Failed => 6,
             Self::DebugExit(value) => (value << 1) | 1,
+            Self::Daemon(status) => status,
         }
     }
 }

@@ -11,6 +11,7 @@ mod exit;
 mod iommu;
 mod net;
 mod numa;
+mod pool;
 mod test_device;
 mod values;
 mod vhost;
@@ -29,8 +30,9 @@ use crate::boot::BootSource;
 use crate::control::VmName;
 use crate::cpuid::{CpuSpec, Topology};
 use crate::numa::NodeSpec;
-use crate::qemu::small::{ActionOption, BootOption, FwCfgFile, RtcBase, Sandbox};
+use crate::qemu::small::{ActionOption, BootOption, FwCfgFile, RtcBase};
 use crate::qemu::{self, Hardware, Probe};
+use crate::sandbox::SandboxSpec;
 use crate::smbios::SystemNames;
 
 pub use balloon::BalloonSpec;
@@ -42,6 +44,7 @@ pub use exit::{ExitStatus, Failure};
 pub(crate) use exit::{one_line, with_causes};
 pub use iommu::IommuModel;
 pub use net::{Mac, NetSpec};
+pub use pool::PoolVerb;
 pub use test_device::TestDevice;
 pub use values::{Bdf, CpuAffinity, DebugconSpec, FunctionSpec, HugePages, Memory, SerialSpec, ValueError};
 pub use vhost::{AnyDisk, AnyNet, FsSpec, VhostRole, VhostSpec};
@@ -64,6 +67,8 @@ pub enum Invocation {
         /// Print JSON.
         json: bool,
     },
+    /// `pool`.
+    Pool(PoolVerb),
     /// QEMU's `-machine none`.
     Probe(Probe),
     /// One of the commands to a running VM.
@@ -182,6 +187,8 @@ pub struct RunConfig {
     pub qmp: Vec<PathBuf>,
     /// The function.
     pub function: FunctionSpec,
+    /// What this process gives up before the guest runs.
+    pub sandbox: Option<SandboxSpec>,
     /// Don't start the vCPUs.
     pub paused: bool,
     /// What to log.
@@ -233,14 +240,14 @@ impl Default for MachineConfig {
 pub struct ProcessConfig {
     /// It stands in for QEMU: it is not found by its name, and ends as QEMU does.
     pub emulator: bool,
+    /// Its command line names no function: the configuration does.
+    pub function_by_configuration: bool,
     /// The guest's name, which any text may be.
     pub guest: Option<String>,
     /// Where its process id goes.
     pub pid_file: Option<PathBuf>,
     /// Whether it goes on in the background.
     pub daemonize: bool,
-    /// What it is to do without.
-    pub sandbox: Option<Sandbox>,
 }
 
 /// The kernel command line where none is given.
@@ -275,6 +282,7 @@ impl Invocation {
             Command::Run(args) => Self::Run(Box::new(RunConfig::check(*args)?)),
             Command::Host { function, json } => Self::Host { function, json },
             Command::List { json } => Self::List { json },
+            Command::Pool(verb) => Self::Pool(verb),
             Command::Status { target, json } => Self::Perform(Verb::Status { json }, target.into()),
             Command::Pause(target) => Self::Perform(Verb::Pause, target.into()),
             Command::Resume(target) => Self::Perform(Verb::Resume, target.into()),
@@ -374,6 +382,7 @@ impl RunConfig {
             debug_exit: args.debug_exit,
             qmp: args.qmp.into_iter().map(|socket| socket.0).collect(),
             function: args.function,
+            sandbox: args.sandbox.0,
             paused: args.paused,
             log: args.log,
             machine: MachineConfig::default(),

@@ -8,6 +8,12 @@ use std::str::FromStr;
 #[error("{0}")]
 pub struct ValueError(String);
 
+impl ValueError {
+    pub(crate) fn new(why: String) -> Self {
+        Self(why)
+    }
+}
+
 pub(super) fn wrong<T>(why: impl Into<String>) -> Result<T, ValueError> {
     Err(ValueError(why.into()))
 }
@@ -250,7 +256,7 @@ impl FromStr for FunctionSpec {
             (_, Some(("unix", path))) if !path.is_empty() => Ok(Self::Unix(path.into())),
             (_, Some(("card", path))) if !path.is_empty() => Ok(Self::Card(path.into())),
             (_, Some(("pci", address))) => address.parse().map(Self::Pci),
-            _ => wrong("write local, unix:SOCKET, card:SOCKET or pci:BDF"),
+            _ => wrong("write local, unix:SOCKET, card:SOCKET, pci:BDF or pool"),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The CD-ROM drive of a VM, as its monitors reach it: once the machine is built, from any thread.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use tokio::sync::broadcast::WeakSender;
@@ -20,8 +20,25 @@ pub struct CdromDrive {
     pub id: String,
     /// By what it is reached.
     pub handle: CdHandle,
-    /// The block node that was in it at the start.
-    pub node: Option<String>,
+    /// The block node that is in it, if that has a name.
+    node: Arc<Mutex<Option<String>>>,
+}
+
+impl CdromDrive {
+    /// A drive, and the block node that is in it at the start.
+    pub fn new(id: String, handle: CdHandle, node: Option<String>) -> Self {
+        Self { id, handle, node: Arc::new(Mutex::new(node)) }
+    }
+
+    /// The block node that is in it, if that has a name.
+    pub fn node(&self) -> Option<String> {
+        self.node.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Another one is in it now.
+    pub fn set_node(&self, node: Option<String>) {
+        *self.node.lock().unwrap_or_else(PoisonError::into_inner) = node;
+    }
 }
 
 /// Where the drives are found once there are any.

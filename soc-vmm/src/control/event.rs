@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// An event and when it happened.
@@ -14,7 +15,7 @@ pub struct Event {
 }
 
 /// QMP events of a VM's life, with their QAPI names and data.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(tag = "event", content = "data", rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum EventKind {
     /// The vCPUs stopped.
@@ -102,8 +103,9 @@ pub enum EventKind {
 }
 
 /// QMP `IoOperationType`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
+#[schemars(rename = "IoOperationType")]
 pub enum IoOperation {
     /// A read.
     Read,
@@ -112,8 +114,9 @@ pub enum IoOperation {
 }
 
 /// QMP `BlockErrorAction`: what became of a failed request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
+#[schemars(rename = "BlockErrorAction")]
 pub enum IoAction {
     /// The guest was told that all is well.
     Ignore,
@@ -124,8 +127,9 @@ pub enum IoAction {
 }
 
 /// QMP `ACPIOSTInfo`: what a guest reports (ACPI 6.5 §6.3.5).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
+#[schemars(rename = "ACPIOSTInfo")]
 pub struct AcpiOstInfo {
     /// The device's name, if it is there.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -141,8 +145,9 @@ pub struct AcpiOstInfo {
 }
 
 /// QMP `GuestPanicAction`: what becomes of a VM whose guest told of its panic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
+#[schemars(rename = "GuestPanicAction")]
 pub enum CrashAction {
     /// It ends.
     Poweroff,
@@ -153,7 +158,7 @@ pub enum CrashAction {
 }
 
 /// QMP `ShutdownCause`: why a machine was reset or ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ShutdownCause {
     /// The function, its host or its shim failed.

@@ -1,5 +1,6 @@
 //! The states of a VM, and which may follow which.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// QMP `RunState`: what the guest's vCPUs do, and why.
@@ -18,7 +19,7 @@ use serde::{Deserialize, Serialize};
 ///
 /// Besides, a VM that doesn't run can still power off or fail: the access that asks for it may be the last one served
 /// before the pause, and a function can vanish at any time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RunState {
     /// Not started yet, or reset while it didn't run.

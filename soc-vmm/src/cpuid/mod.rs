@@ -7,6 +7,7 @@
 use api_channel::call::CpuidEntry;
 
 mod feature;
+mod host;
 mod hyperv;
 mod models;
 mod processor;
@@ -15,6 +16,7 @@ mod topology;
 mod words;
 
 pub use feature::NameError;
+pub use host::{HostCpu, ModelDefinition, ModelExpansion};
 pub use hyperv::{Enlightenments, HypervSpec};
 pub use models::model_names;
 pub use processor::Processor;

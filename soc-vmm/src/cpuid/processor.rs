@@ -71,7 +71,7 @@ impl Processor {
 const XAPIC_IDS: u32 = 255;
 
 /// All that a guest can have here.
-fn able(host: &[CpuidEntry], tsc_deadline: bool) -> FeatureSet {
+pub(super) fn able(host: &[CpuidEntry], tsc_deadline: bool) -> FeatureSet {
     // KVM's local APIC has x2APIC whatever its table says; what the topology decides is ours.
     let ours = FeatureSet::of_names("x2apic hypervisor ht cmp-legacy");
     let deadline = FeatureSet::of_names("tsc-deadline");

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Properties, Wrong, inert};
 
 /// A block node (QMP `BlockdevOptions`, of the drivers that there are).
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Blockdev {
     /// `file`, `host_device`, `raw`, `qcow2` or `throttle`.
@@ -37,7 +38,7 @@ pub struct Blockdev {
     pub backing: Option<Option<String>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct Driver {
     #[serde(rename = "driver")]
     _driver: BlockDriver,
@@ -49,7 +50,7 @@ fn given<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Opt
 }
 
 /// QMP `BlockdevDriver`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BlockDriver {
     /// A file.
@@ -78,7 +79,7 @@ impl BlockDriver {
 }
 
 /// QMP `BlockdevRef`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "'file' is a node's name, or {\"driver\":\"file\",\"filename\":PATH}")]
 pub enum FileRef {
     /// A node that is there.
@@ -88,7 +89,7 @@ pub enum FileRef {
 }
 
 /// A file that is no node.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InlineFile {
     /// `file` or `host_device`.
@@ -98,7 +99,7 @@ pub struct InlineFile {
 }
 
 /// What a file can be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FileDriver {
     /// A file.
@@ -108,7 +109,7 @@ pub enum FileDriver {
 }
 
 /// QMP `BlockdevCacheOptions`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct Cache {
     /// Past the page cache.
@@ -118,7 +119,7 @@ pub struct Cache {
 }
 
 /// QMP `BlockdevDiscardOptions`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Discard {
     /// They are forgotten: not here.
@@ -128,7 +129,7 @@ pub enum Discard {
 }
 
 /// QMP `BlockdevDetectZeroesOptions`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DetectZeroes {
     /// They are written.
@@ -140,7 +141,7 @@ pub enum DetectZeroes {
 }
 
 /// QMP `BlockdevAioOptions`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BlockAio {
     /// Threads.

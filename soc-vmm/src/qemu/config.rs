@@ -95,10 +95,10 @@ fn run(mut line: Line, machine: &MachineOption) -> Result<RunConfig, Wrong> {
     };
     let process = ProcessConfig {
         emulator: true,
+        function_by_configuration: line.outboard.as_ref().is_none_or(|said| said.function.is_none()),
         guest: name.clone(),
         pid_file: line.pid_file.clone(),
         daemonize: line.daemonize,
-        sandbox: line.sandbox.flatten(),
     };
     let balloon = line.devices.iter().find_map(|device| match &device.kind {
         DeviceKind::Balloon(balloon) => {
@@ -108,6 +108,7 @@ fn run(mut line: Line, machine: &MachineOption) -> Result<RunConfig, Wrong> {
     });
     let debug_exit = line.devices.iter().any(|device| device.kind == DeviceKind::DebugExit);
     let (paused, cpu) = (line.paused, line.cpu.take().unwrap_or(crate::cpuid::CpuSpec::HOST));
+    let sandbox = line.sandbox.flatten();
     let hardware = hardware(line, machine)?;
     Ok(RunConfig {
         name: name.as_deref().and_then(|name| name.parse().ok()).unwrap_or_else(VmName::of_process),
@@ -133,6 +134,7 @@ fn run(mut line: Line, machine: &MachineOption) -> Result<RunConfig, Wrong> {
         debug_exit,
         qmp: Vec::new(),
         function,
+        sandbox,
         paused,
         log,
         machine: config,

@@ -1,5 +1,6 @@
 //! Devices: `-device` and QMP `device_add`.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{PciAddress, Properties, Switch, Wrong, inert};
@@ -60,7 +61,7 @@ pub enum DeviceKind {
 }
 
 /// Properties of a `pcie-root-port`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RootPort {
     /// The number that tells it from others; none: its place does.
@@ -70,7 +71,7 @@ pub struct RootPort {
 }
 
 /// Properties of a `virtio-blk-pci`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Disk {
     /// Its block node.
@@ -93,7 +94,7 @@ pub struct Disk {
 }
 
 /// QMP `BlockdevOnError`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Policy {
     /// As QEMU does it.
@@ -123,7 +124,7 @@ impl Policy {
 }
 
 /// Properties of a `virtio-net-pci`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub struct Net {
     /// Its network.
@@ -150,7 +151,7 @@ impl Net {
 }
 
 /// Properties of a `virtio-rng-pci`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Entropy {
     /// The object that is its source.
@@ -162,7 +163,7 @@ pub struct Entropy {
 }
 
 /// Properties of a `virtio-balloon-pci`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Balloon {
     /// Whether the guest may take pages back before it kills programs for want of memory.
@@ -174,7 +175,7 @@ pub struct Balloon {
 }
 
 /// Properties of a `virtserialport`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Port {
     /// Its character device.
@@ -186,7 +187,7 @@ pub struct Port {
 }
 
 /// Properties of a `vhost-user-blk-pci`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VhostDisk {
     /// Its socket's character device.
@@ -196,7 +197,7 @@ pub struct VhostDisk {
 }
 
 /// Properties of a `vhost-user-fs-pci`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct FileSystem {
     /// Its socket's character device.
@@ -208,7 +209,7 @@ pub struct FileSystem {
 }
 
 /// Properties of an `ide-cd`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Cd {
     /// The medium's block node; none: the tray is empty.
@@ -218,7 +219,7 @@ pub struct Cd {
 }
 
 /// Properties of an `isa-serial`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Serial {
     /// Its character device.
@@ -228,7 +229,7 @@ pub struct Serial {
 }
 
 /// Properties of an `isa-debugcon`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DebugConsole {
     /// Its character device.
@@ -237,15 +238,15 @@ pub struct DebugConsole {
     pub iobase: Option<u16>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct DebugExitProperties {
+pub(super) struct DebugExitProperties {
     iobase: Option<u16>,
     iosize: Option<u8>,
 }
 
 /// Properties of a processor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Cpu {
     /// Its socket.
@@ -258,14 +259,14 @@ pub struct Cpu {
     pub die_id: Option<u32>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct NoProperties {}
+pub(super) struct NoProperties {}
 
 /// What devices of several kinds have.
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct Common {
+pub(super) struct Common {
     id: Option<String>,
     bus: Option<String>,
     addr: Option<PciAddress>,

@@ -6,11 +6,10 @@ use std::path::PathBuf;
 use super::chardev::Chardev;
 use super::machine::{MachineOption, NumaOption};
 use super::options::{self, Takes};
-use super::small::{
-    ActionOption, AddFd, BootOption, FlashDrive, FwCfgFile, Monitor, Outboard, RtcBase, Sandbox, SmbiosSystem,
-};
+use super::small::{ActionOption, AddFd, BootOption, FlashDrive, FwCfgFile, Monitor, Outboard, RtcBase, SmbiosSystem};
 use super::{Blockdev, Device, Netdev, Object, Uuid, Wrong};
 use crate::cpuid::CpuSpec;
+use crate::sandbox::SandboxSpec;
 
 /// All that the options say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -70,7 +69,7 @@ pub struct Line {
     /// `-fw_cfg`.
     pub fw_cfg: Vec<FwCfgFile>,
     /// `-sandbox`; within, none: off.
-    pub sandbox: Option<Option<Sandbox>>,
+    pub sandbox: Option<Option<SandboxSpec>>,
     /// `-incoming`.
     pub incoming: Option<String>,
     /// `-pidfile`.

@@ -5,6 +5,7 @@
 //! its own arguments. What is not there is refused by its name; what changes nothing is accepted only from [`inert`]'s lists.
 
 mod blockdev;
+pub mod catalog;
 mod chardev;
 mod config;
 mod device;

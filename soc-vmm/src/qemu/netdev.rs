@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Properties, Switch, Wrong, inert};
 use crate::net::MAX_QUEUES;
 
 /// A network (QMP `Netdev`, of the types that there are).
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Netdev {
     /// What it is.
@@ -42,14 +43,14 @@ pub struct Netdev {
     pub chardev: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct Type {
     #[serde(rename = "type")]
     _kind: NetdevKind,
 }
 
 /// QMP `NetClientDriver`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum NetdevKind {
     /// A TAP interface.
@@ -74,7 +75,7 @@ impl NetdevKind {
 }
 
 /// QMP `SocketAddress`, of UNIX sockets.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SocketAddress {
     /// `unix`.
@@ -85,7 +86,7 @@ pub struct SocketAddress {
 }
 
 /// QMP `SocketAddressType`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum SocketKind {
     /// A UNIX socket.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Properties, Size, Wrong, inert};
@@ -42,7 +43,7 @@ pub struct MemoryBackend {
 }
 
 /// QMP `ThrottleLimits`: what may pass in a second, and at most for a moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct Limits {
     /// Requests.
@@ -55,9 +56,9 @@ pub struct Limits {
     pub bps_total_max: u64,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct SecretProperties {
+pub(super) struct SecretProperties {
     #[serde(rename = "format")]
     _format: Option<String>,
     file: Option<PathBuf>,
@@ -68,9 +69,9 @@ struct SecretProperties {
     _iv: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct MemoryProperties {
+pub(super) struct MemoryProperties {
     size: Size,
     #[serde(default)]
     hugetlb: bool,
@@ -81,7 +82,7 @@ struct MemoryProperties {
     policy: Option<Policy>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Policy {
     Default,
@@ -90,20 +91,20 @@ enum Policy {
     Interleave,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct RandomProperties {
+pub(super) struct RandomProperties {
     filename: Option<PathBuf>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct ThrottleProperties {
+pub(super) struct ThrottleProperties {
     #[serde(default)]
     limits: Limits,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct NoProperties {}
 

@@ -7,9 +7,10 @@ use super::line::Line;
 use super::machine::{self, MachineOption, NumaOption};
 use super::small::{
     self, ActionOption, AddFd, BootOption, FlashDrive, FwCfgFile, Monitor, Name, Outboard, RebootAction, RtcBase,
-    Sandbox, ShutdownAction, SmbiosSystem, stripped,
+    ShutdownAction, SmbiosSystem, stripped,
 };
 use super::{Blockdev, Device, Netdev, Object, Properties, Wrong};
+use crate::sandbox::SandboxSpec;
 
 /// What an option takes, and who reads it.
 #[derive(Clone, Copy)]
@@ -61,7 +62,7 @@ const OPTIONS: &[(&str, Takes)] = &[
     ("-add-fd", Value(|line, text| push(&mut line.add_fds, Properties::parse(text, None)?.read::<AddFd>()?))),
     ("-smbios", Value(|line, text| once(&mut line.smbios, SmbiosSystem::parse(text)?))),
     ("-fw_cfg", Value(|line, text| push(&mut line.fw_cfg, FwCfgFile::parse(text)?))),
-    ("-sandbox", Value(|line, text| once(&mut line.sandbox, Sandbox::parse(text)?))),
+    ("-sandbox", Value(|line, text| once(&mut line.sandbox, sandbox(text)?))),
     ("-incoming", Value(|line, text| once(&mut line.incoming, text.to_owned()))),
     ("-pidfile", Value(|line, text| once(&mut line.pid_file, text.into()))),
     ("-daemonize", Nothing(|line| flag(&mut line.daemonize))),
@@ -203,6 +204,11 @@ fn drive(line: &mut Line, text: &str) -> Result<(), Wrong> {
         return Err(Wrong::new("that unit is there twice").at("unit"));
     }
     push(&mut line.flash, drive)
+}
+
+/// `-sandbox`: what this process is to do without.
+fn sandbox(text: &str) -> Result<Option<SandboxSpec>, Wrong> {
+    SandboxSpec::of_qemu(text).map_err(|e| Wrong::new(e.to_string()))
 }
 
 /// `-global`: what can be said of devices that are there once.

@@ -1,7 +1,9 @@
 //! Values that QEMU has a notation of its own for.
 
+use std::borrow::Cow;
 use std::fmt;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 
 /// A number of bytes: in text with a unit, `128K`, `1G`, `0x10`; in JSON a number. Without a unit it is [`Size::Plain`]: what that means is
@@ -174,5 +176,60 @@ impl std::str::FromStr for Uuid {
 impl<'de> Deserialize<'de> for Uuid {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+/// Types that are written as strings.
+macro_rules! written_as_string {
+    ($($type:ty),*) => {$(
+        impl JsonSchema for $type {
+            fn inline_schema() -> bool {
+                true
+            }
+
+            fn schema_name() -> Cow<'static, str> {
+                String::schema_name()
+            }
+
+            fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+                String::json_schema(generator)
+            }
+        }
+    )*};
+}
+
+written_as_string!(PciAddress, Uuid);
+
+/// How a [`Switch`] is written.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+#[schemars(rename = "OnOffAuto")]
+#[expect(dead_code, reason = "it only describes")]
+enum SwitchWritten {
+    Truth(bool),
+    Word(String),
+}
+
+impl JsonSchema for Switch {
+    fn schema_name() -> Cow<'static, str> {
+        SwitchWritten::schema_name()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        SwitchWritten::json_schema(generator)
+    }
+}
+
+impl JsonSchema for Size {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        u64::schema_name()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        u64::json_schema(generator)
     }
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Properties, Uuid, Wrong, inert};
@@ -117,7 +118,7 @@ impl BootOption {
 }
 
 /// What becomes of a VM that resets, powers off or panics: `-action`, `-no-reboot`, `-no-shutdown` and QMP `set-action`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ActionOption {
     /// QMP `RebootAction`.
@@ -131,7 +132,7 @@ pub struct ActionOption {
 }
 
 /// What a reset comes to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RebootAction {
     /// A reset.
@@ -142,7 +143,7 @@ pub enum RebootAction {
 }
 
 /// What powering off comes to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ShutdownAction {
     /// The VM's end.
@@ -153,7 +154,7 @@ pub enum ShutdownAction {
 }
 
 /// What the guest's panic comes to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum PanicAction {
     /// Nothing but an event.
@@ -167,7 +168,7 @@ pub enum PanicAction {
     ExitFailure,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 enum WatchdogAction {
     Reset,
@@ -272,70 +273,6 @@ pub struct AddFd {
     pub set: i64,
     /// What whoever passed it calls it.
     pub opaque: Option<String>,
-}
-
-/// `-sandbox`: what this process is to do without.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sandbox {
-    /// System calls that no program needs any more.
-    pub obsolete: bool,
-    /// Becoming more privileged; `Children`: only what it starts may not.
-    pub elevate_privileges: Deny,
-    /// Starting processes.
-    pub spawn: bool,
-    /// Changing its own scheduling and limits.
-    pub resource_control: bool,
-}
-
-/// Whether something is denied.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Deny {
-    /// It isn't.
-    #[default]
-    Allow,
-    /// It is.
-    Deny,
-    /// Only to processes that it starts.
-    Children,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SandboxProperties {
-    enable: bool,
-    obsolete: Option<Deny>,
-    #[serde(default)]
-    elevateprivileges: Deny,
-    #[serde(default)]
-    spawn: Deny,
-    #[serde(default)]
-    resourcecontrol: Deny,
-}
-
-impl Sandbox {
-    /// Reads the value of `-sandbox`; none: off.
-    ///
-    /// # Errors
-    /// It can't be meant.
-    pub fn parse(text: &str) -> Result<Option<Self>, Wrong> {
-        let read: SandboxProperties = Properties::parse(text, Some("enable"))?.read()?;
-        let plain = [
-            ("obsolete", read.obsolete.unwrap_or_default()),
-            ("spawn", read.spawn),
-            ("resourcecontrol", read.resourcecontrol),
-        ];
-        if let Some((key, _)) = plain.iter().find(|(_, deny)| *deny == Deny::Children) {
-            return Err(Wrong::new("write allow or deny").at(*key));
-        }
-        let sandbox = Self {
-            obsolete: read.obsolete != Some(Deny::Allow),
-            elevate_privileges: read.elevateprivileges,
-            spawn: read.spawn == Deny::Deny,
-            resource_control: read.resourcecontrol == Deny::Deny,
-        };
-        Ok(read.enable.then_some(sandbox))
-    }
 }
 
 /// `-drive if=pflash`.

@@ -3,10 +3,11 @@
 mod notation;
 
 use super::chardev::LogFile;
-use super::small::{Deny, RebootAction, Sandbox, ShutdownAction};
+use super::small::{RebootAction, ShutdownAction};
 use super::*;
 use crate::boot::BootSource;
 use crate::cli::{Invocation, RunConfig};
+use crate::sandbox::SandboxSpec;
 
 /// The recorded command lines: name, arguments.
 fn recorded() -> Vec<(&'static str, Vec<&'static str>)> {
@@ -75,9 +76,7 @@ fn what_libvirt_starts_is_understood_or_refused_by_name() {
                 assert_eq!(config.machine.actions.shutdown, Some(ShutdownAction::Pause), "{name}");
                 assert_ne!(config.machine.uuid, [0; 16], "{name}");
                 assert!(config.machine.boot.strict, "{name}");
-                let sandbox =
-                    Sandbox { obsolete: true, elevate_privileges: Deny::Deny, spawn: true, resource_control: true };
-                assert_eq!(config.process.sandbox, Some(sandbox), "{name}");
+                assert_eq!(config.sandbox, Some(SandboxSpec::STRICT), "{name}");
                 let hardware = config.hardware.unwrap();
                 assert_eq!(hardware.monitors, ["charmonitor"], "{name}");
                 understood += 1;
@@ -366,7 +365,7 @@ fn what_is_not_there_is_named() {
         (&["-boot", "order=cc"], "-boot: order: write up to three"),
         (&["-boot", "order=cœ"], "-boot: order: write up to three"),
         (&["-uuid", "1-2"], "-uuid: '1-2' is no UUID"),
-        (&["-sandbox", "on,spawn=children"], "-sandbox: spawn: write allow or deny"),
+        (&["-sandbox", "on,spawn=children"], "-sandbox: spawn is allow or deny"),
         (&["-kernel", "k", "-bios", "b"], "-kernel: a kernel is started without firmware"),
         (&["-initrd", "i"], "-initrd: it needs -kernel"),
         (&["-add-fd", "set=0"], "-add-fd: it needs 'fd'"),

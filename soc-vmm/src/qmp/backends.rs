@@ -1,5 +1,6 @@
 //! Commands that name back ends: block nodes, networks, objects.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::QmpError;
@@ -29,7 +30,7 @@ impl Command for BlockdevAdd {
 }
 
 /// QMP `blockdev-del`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct BlockdevDel {
     /// Its name.
@@ -66,7 +67,7 @@ impl Command for NetdevAdd {
 }
 
 /// QMP `netdev_del`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NetdevDel {
     /// Its name.
@@ -90,7 +91,8 @@ impl Command for NetdevDel {
 }
 
 /// QMP `object-add`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, JsonSchema)]
+#[schemars(transparent)]
 pub(super) struct ObjectAdd(Object);
 
 impl<'de> Deserialize<'de> for ObjectAdd {
@@ -114,7 +116,7 @@ impl Command for ObjectAdd {
 }
 
 /// QMP `object-del`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ObjectDel {
     /// Its name.

@@ -2,18 +2,21 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::aside::{aside, drop_aside};
 use super::command::Command;
+use super::devices::slots_of;
 use super::types::Empty;
 use super::{ErrorClass, QmpError};
-use crate::ahci::{CdHandle, TrayLocked};
+use crate::ahci::TrayLocked;
 use crate::block::{self, ImageFormat, ImageSpec};
-use crate::control::VmHandle;
+use crate::control::{CdromDrive, VmHandle};
+use crate::qemu::{World, image};
 
 /// QMP `eject`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Eject {
     /// The drive, by its old name.
@@ -30,7 +33,9 @@ impl Command for Eject {
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        let medium = drive(&vm, self.id, self.device)?.eject(self.force)?;
+        let drive = drive(&vm, self.id, self.device)?;
+        let medium = drive.handle.eject(self.force)?;
+        drive.set_node(None);
         // Closing a file may take its time.
         drop_aside(medium);
         Ok(Empty {})
@@ -38,7 +43,7 @@ impl Command for Eject {
 }
 
 /// QMP `blockdev-change-medium`: the medium is only ever read.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct BlockdevChangeMedium {
     /// The drive, by its old name.
@@ -80,14 +85,109 @@ impl Command for BlockdevChangeMedium {
         // A file may be far away.
         let open = move || block::open(&spec).map_err(|e| QmpError::generic(crate::cli::with_causes(&e)));
         let medium = aside(open).await?;
-        let old = drive.change(medium, self.force)?;
+        let old = drive.handle.change(medium, self.force)?;
+        drive.set_node(None);
         drop_aside(old);
         Ok(Empty {})
     }
 }
 
+/// QMP `blockdev-open-tray`.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BlockdevOpenTray {
+    /// The drive, by its old name.
+    device: Option<String>,
+    /// The drive.
+    id: Option<String>,
+    /// Also where the guest has locked the tray.
+    #[serde(default)]
+    force: bool,
+}
+
+impl Command for BlockdevOpenTray {
+    const NAME: &'static str = "blockdev-open-tray";
+    type Reply = Empty;
+
+    async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
+        drive(&vm, self.id, self.device)?.handle.open_tray(self.force)?;
+        Ok(Empty {})
+    }
+}
+
+/// QMP `blockdev-close-tray`.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BlockdevCloseTray {
+    /// The drive, by its old name.
+    device: Option<String>,
+    /// The drive.
+    id: Option<String>,
+}
+
+impl Command for BlockdevCloseTray {
+    const NAME: &'static str = "blockdev-close-tray";
+    type Reply = Empty;
+
+    async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
+        drive(&vm, self.id, self.device)?.handle.close_tray();
+        Ok(Empty {})
+    }
+}
+
+/// QMP `blockdev-remove-medium`.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BlockdevRemoveMedium {
+    /// The drive.
+    id: String,
+}
+
+impl Command for BlockdevRemoveMedium {
+    const NAME: &'static str = "blockdev-remove-medium";
+    type Reply = Empty;
+
+    async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
+        let drive = drive(&vm, Some(self.id), None)?;
+        let medium = drive.handle.remove_medium().map_err(|e| QmpError::generic(e.to_string()))?;
+        drive.set_node(None);
+        drop_aside(medium);
+        Ok(Empty {})
+    }
+}
+
+/// QMP `blockdev-insert-medium`.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct BlockdevInsertMedium {
+    /// The drive.
+    id: String,
+    /// The medium's block node.
+    node_name: String,
+}
+
+impl Command for BlockdevInsertMedium {
+    const NAME: &'static str = "blockdev-insert-medium";
+    type Reply = Empty;
+
+    async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
+        let drive = drive(&vm, Some(self.id), None)?.clone();
+        let slots = slots_of(&vm)?;
+        let name = self.node_name.clone();
+        // A file may be far away.
+        let open = move || {
+            let world = World { fds: vm.fds(), chardevs: vm.chardevs(), reserved: &*slots.reserved()?, names: &slots };
+            Ok(image(&slots.disk_node(&name)?, &world)?)
+        };
+        let medium = aside(open).await?;
+        drive.handle.insert_medium(medium).map_err(|e| QmpError::generic(e.to_string()))?;
+        drive.set_node(Some(self.node_name));
+        Ok(Empty {})
+    }
+}
+
 /// The drive that is named in one of two ways, or in both.
-fn drive(vm: &VmHandle, id: Option<String>, device: Option<String>) -> Result<&CdHandle, QmpError> {
+fn drive(vm: &VmHandle, id: Option<String>, device: Option<String>) -> Result<&CdromDrive, QmpError> {
     let name = match (id, device) {
         (Some(id), Some(device)) if id != device => {
             return Err(QmpError::generic("'id' and 'device' name different drives: give 'id' alone"));

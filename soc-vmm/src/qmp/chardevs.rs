@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::QmpError;
@@ -14,7 +15,7 @@ use crate::control::VmHandle;
 use crate::qemu::{Chardev, ChardevKind, LogFile, Socket, Wrong};
 
 /// QMP `chardev-add`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ChardevAdd {
     /// Its name.
@@ -24,7 +25,7 @@ pub(super) struct ChardevAdd {
 }
 
 /// QMP `ChardevBackend`, of the kinds that there are.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, tag = "type", content = "data", rename_all = "lowercase")]
 enum ChardevBackend {
     Pty(ChardevCommon),
@@ -34,7 +35,7 @@ enum ChardevBackend {
 }
 
 /// QMP `ChardevCommon`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct ChardevCommon {
     logfile: Option<PathBuf>,
@@ -43,7 +44,7 @@ struct ChardevCommon {
 }
 
 /// QMP `ChardevFile`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct ChardevFile {
     out: PathBuf,
@@ -55,7 +56,7 @@ struct ChardevFile {
 }
 
 /// QMP `ChardevSocket`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct ChardevSocket {
     addr: SocketAddressLegacy,
@@ -76,7 +77,7 @@ fn is_server() -> bool {
 }
 
 /// QMP `SocketAddressLegacy`, of the kinds that there are.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, tag = "type", content = "data", rename_all = "lowercase")]
 enum SocketAddressLegacy {
     Unix { path: PathBuf },
@@ -84,7 +85,7 @@ enum SocketAddressLegacy {
 }
 
 /// QMP `ChardevReturn`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub(super) struct ChardevReturn {
     /// Where a pseudo-terminal's other side is.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -134,7 +135,7 @@ impl Command for ChardevAdd {
 }
 
 /// QMP `chardev-remove`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ChardevRemove {
     /// Its name.

@@ -1,5 +1,6 @@
 //! Commands to the processors.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::command::Command;
@@ -39,6 +40,15 @@ fn is_device(vm: &VmHandle, id: &str) -> bool {
     vm.slots().is_some_and(|slots| slots.devices().iter().any(|device| device.id == id))
 }
 
+/// What a processor lacks of its model, which is nothing: it would not have been made.
+pub(super) const UNAVAILABLE: &str = "unavailable-features";
+
+/// Whether a processor is at that place in the tree of objects.
+pub(super) fn is_cpu_path(vm: &VmHandle, path: &str) -> bool {
+    let mut slots = vm.cpus().map(CpusHandle::slots).unwrap_or_default().into_iter();
+    slots.any(|slot| slot.occupant.is_some_and(|cpu| cpu.path == path))
+}
+
 /// Takes a processor out as `device_del` says, if it is one.
 pub(super) fn remove(vm: &VmHandle, id: &str) -> Option<Result<(), QmpError>> {
     let cpus = vm.cpus().filter(|cpus| cpus.has(id))?;
@@ -52,7 +62,7 @@ pub(super) fn added(vm: &VmHandle) -> impl Iterator<Item = (String, &'static str
 }
 
 /// `x-outboard-add-cpu`, a command of ours: `soc-vmm add-cpu`.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct AddCpu {}
 
@@ -66,7 +76,8 @@ impl Command for AddCpu {
 }
 
 /// QMP `CpuInstanceProperties`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[schemars(rename = "CpuInstanceProperties")]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct CpuProperties {
     socket_id: u32,
@@ -81,7 +92,8 @@ impl From<Place> for CpuProperties {
 }
 
 /// QMP `HotpluggableCPU`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[schemars(rename = "HotpluggableCPU")]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct HotpluggableCpu {
     #[serde(rename = "type")]
@@ -93,7 +105,7 @@ pub(super) struct HotpluggableCpu {
 }
 
 /// QMP `query-hotpluggable-cpus`: every place for a processor.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QueryHotpluggableCpus {}
 
@@ -113,7 +125,8 @@ impl Command for QueryHotpluggableCpus {
 }
 
 /// QMP `CpuInfoFast`, without the thread: that is on the host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[schemars(rename = "CpuInfoFast")]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct CpuInfo {
     cpu_index: usize,
@@ -123,7 +136,7 @@ pub(super) struct CpuInfo {
 }
 
 /// QMP `query-cpus-fast`: the processors that are there.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QueryCpusFast {}
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::aside::aside;
@@ -24,6 +25,8 @@ const NET: &str = "virtio-net-pci";
 /// QMP `device_add`, of what [`Device`] can be while the guest runs.
 impl Command for Device {
     const NAME: &'static str = "device_add";
+    // Numbers and truths are written as such, on the command line too.
+    const FEATURES: &'static [&'static str] = &["json-cli", "json-cli-hotplug"];
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
@@ -53,7 +56,7 @@ fn open(slots: &SlotsHandle, image: &ImageSpec) -> Result<Arc<dyn BlockBackend>,
 }
 
 /// QMP `device_del`: the guest is asked; `DEVICE_DELETED` tells that it let go.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct DeviceDel {
     /// The device, or its place in the tree of objects.
@@ -82,7 +85,7 @@ pub const PERIPHERAL: &str = "/machine/peripheral";
 pub const ROOT_PORT: &str = "pcie-root-port";
 
 /// QMP `qom-list`, of the one place where the devices are that can be added and deleted.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QomList {
     /// `/machine/peripheral`.
@@ -94,6 +97,10 @@ impl Command for QomList {
     type Reply = Vec<ObjectProperty>;
 
     async fn run(self, vm: VmHandle) -> Result<Vec<ObjectProperty>, QmpError> {
+        // A processor's features are asked of its model.
+        if cpus::is_cpu_path(&vm, &self.path) {
+            return Ok(Vec::new());
+        }
         if self.path != PERIPHERAL {
             return Err(QmpError {
                 class: ErrorClass::DeviceNotFound,
@@ -127,17 +134,17 @@ impl Command for QomList {
 }
 
 /// `x-outboard-add-disk`, a command of ours: `soc-vmm add-disk`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct AddDisk(Add);
 
 /// `x-outboard-add-net`, a command of ours: `soc-vmm add-net`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct AddNet(Add);
 
 /// A device as the command line of `run` has it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Add {
     /// The option's value.

@@ -4,19 +4,31 @@
 //! [`crate::control::VmHandle`] ([`command`]), and [`Server`] moves both over UNIX sockets. What a peer can make this process
 //! hold or wait for is bounded everywhere: see the constants.
 
+pub mod about;
 mod aside;
 mod backends;
+mod block;
 mod cdrom;
 mod chardevs;
 mod client;
 pub mod command;
+mod commands;
 mod cpus;
 mod devices;
 mod error;
 mod framing;
 pub(crate) mod json;
+pub mod life;
+mod machines;
+mod migration;
+mod objects;
+mod options;
+pub mod ours;
+mod passed;
+pub mod schema;
 mod server;
 mod session;
+mod streams;
 mod tune;
 pub mod types;
 
@@ -24,5 +36,6 @@ pub use client::{Client, ClientError};
 pub use devices::{Add, PERIPHERAL, ROOT_PORT};
 pub use error::{ErrorClass, QmpError};
 pub use framing::{FrameError, Framer, MAX_COMMAND};
-pub use server::{MAX_MONITORS, Server};
+pub use passed::Passed;
+pub use server::{Greet, MAX_MONITORS, Server};
 pub use session::{Call, Session, Step};

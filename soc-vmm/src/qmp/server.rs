@@ -5,11 +5,12 @@
 //! doesn't take its replies and events.
 
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde::Serialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::unix::WriteHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::error::RecvError;
@@ -19,6 +20,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::types::{Greeting, Response, Timestamp};
 use super::{QmpError, Session, Step};
 use crate::control::{Event, EventKind, ListeningSocket, VmHandle};
+use crate::rights;
 
 /// Monitors of one socket at a time: who fills one has not filled another. A connection more is told so and closed.
 pub const MAX_MONITORS: usize = 32;
@@ -38,17 +40,26 @@ pub struct Server {
     sockets: Vec<(oneshot::Sender<()>, JoinHandle<()>)>,
 }
 
+/// When a monitor is greeted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Greet {
+    /// At once: a VM that is being built can be ended by it.
+    AtOnce,
+    /// When the machine is built: clients of QEMU's count on that.
+    WhenBuilt,
+}
+
 impl Server {
     /// Serves `vm` on each of `sockets`. Must be called inside a tokio runtime.
     ///
     /// # Errors
     /// A socket can't be watched.
-    pub fn start(vm: &VmHandle, sockets: Vec<ListeningSocket>) -> io::Result<Self> {
+    pub fn start(vm: &VmHandle, sockets: Vec<ListeningSocket>, greet: Greet) -> io::Result<Self> {
         let mut started = Vec::with_capacity(sockets.len());
         for socket in sockets {
             let listener = UnixListener::from_std(socket.listener().try_clone()?)?;
             let (close, closing) = oneshot::channel();
-            let task = tokio::spawn(listen(listener, socket, vm.clone(), closing));
+            let task = tokio::spawn(listen(listener, socket, vm.clone(), greet, closing));
             started.push((close, task));
         }
         Ok(Self { sockets: started })
@@ -68,7 +79,13 @@ impl Server {
     }
 }
 
-async fn listen(listener: UnixListener, socket: ListeningSocket, vm: VmHandle, mut closing: oneshot::Receiver<()>) {
+async fn listen(
+    listener: UnixListener,
+    socket: ListeningSocket,
+    vm: VmHandle,
+    greet: Greet,
+    mut closing: oneshot::Receiver<()>,
+) {
     let room = Arc::new(Semaphore::new(MAX_MONITORS));
     let mut monitors = JoinSet::new();
     let mut told_full = false;
@@ -93,7 +110,7 @@ async fn listen(listener: UnixListener, socket: ListeningSocket, vm: VmHandle, m
                         told_full = false;
                         let vm = vm.clone();
                         monitors.spawn(async move {
-                            if let Err(why) = monitor(stream, vm).await {
+                            if let Err(why) = monitor(stream, vm, greet).await {
                                 tracing::debug!("QMP: a monitor was dropped: {why}");
                             }
                             drop(place);
@@ -128,8 +145,11 @@ fn turn_away(stream: UnixStream) {
 }
 
 /// Serves one client until it goes, misbehaves, or the VM has ended.
-async fn monitor(mut stream: UnixStream, vm: VmHandle) -> io::Result<()> {
-    let (mut reader, mut writer) = stream.split();
+async fn monitor(mut stream: UnixStream, vm: VmHandle, greet: Greet) -> io::Result<()> {
+    if greet == Greet::WhenBuilt && !vm.built().await {
+        return Ok(());
+    }
+    let (reader, mut writer) = stream.split();
     let Some(mut events) = vm.events() else { return Ok(()) };
     send(&mut writer, &Greeting::ours()).await?;
 
@@ -165,10 +185,29 @@ async fn monitor(mut stream: UnixStream, vm: VmHandle) -> io::Result<()> {
                 }
             },
             response = finished(&mut running) => send(&mut writer, &response).await?,
-            read = reader.read(&mut buffer), if running.is_none() => match read? {
-                0 => return Ok(()),
-                n => unread = 0..n,
-            },
+            read = receive(reader.as_ref(), &mut buffer), if running.is_none() => {
+                let (n, fds) = read?;
+                if !fds.is_empty() {
+                    session.passed(fds);
+                }
+                match n {
+                    0 => return Ok(()),
+                    n => unread = 0..n,
+                }
+            }
+        }
+    }
+}
+
+/// Bytes and what descriptors came with them; 0 bytes: the client has hung up. Safe to cancel.
+async fn receive(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    loop {
+        stream.readable().await?;
+        let mut fds = Vec::new();
+        match stream.try_io(Interest::READABLE, || Ok(rights::receive(&stream, buffer, &mut fds)?)) {
+            Ok(n) => return Ok((n, fds)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
         }
     }
 }

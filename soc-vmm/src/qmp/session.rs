@@ -1,10 +1,12 @@
 //! One monitor's side of the protocol, without its I/O: bytes in, replies and calls out.
 
+use std::os::fd::OwnedFd;
+
 use serde_json::{Map, Value};
 
 use super::command::{self, Execution, QmpCapabilities};
 use super::types::Response;
-use super::{FrameError, Framer, QmpError, json};
+use super::{FrameError, Framer, Passed, QmpError, json};
 use crate::control::VmHandle;
 
 /// What a monitor is to do next.
@@ -42,18 +44,24 @@ impl std::fmt::Debug for Call {
 pub struct Session {
     vm: VmHandle,
     framer: Framer,
+    passed: Passed,
     negotiated: bool,
 }
 
 impl Session {
     /// A monitor that was just greeted.
     pub fn new(vm: VmHandle) -> Self {
-        Self { vm, framer: Framer::default(), negotiated: false }
+        Self { vm, framer: Framer::default(), passed: Passed::default(), negotiated: false }
     }
 
     /// Whether the client ended the negotiation; before that it hears no events.
     pub fn is_negotiated(&self) -> bool {
         self.negotiated
+    }
+
+    /// Descriptors came with the bytes that come next.
+    pub fn passed(&mut self, fds: Vec<OwnedFd>) {
+        self.passed.replace(fds);
     }
 
     /// Takes bytes off the front of `input` until there is something to do; `None`: all taken.
@@ -95,7 +103,7 @@ impl Session {
             }
             (true, true) => Err(QmpError::not_found("Capabilities negotiation is already complete, command ignored")),
             (false, false) => Err(QmpError::not_found("Expecting capabilities negotiation with 'qmp_capabilities'")),
-            (false, true) => command::find(&name)?.prepare(arguments, &self.vm).map(Some),
+            (false, true) => command::find(&name)?.prepare(arguments, &mut self.passed, &self.vm).map(Some),
         }
     }
 }

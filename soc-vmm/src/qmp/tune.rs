@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::aside::aside;
 use super::command::Command;
+use super::cpus;
 use super::devices::slots_of;
 use super::types::{BalloonInfo, Empty};
 use super::{ErrorClass, QmpError};
@@ -16,7 +18,7 @@ use crate::slots::{DeviceHandle, SlotError};
 use crate::virtio::balloon::BalloonHandle;
 
 /// QMP `block_resize`: a disk's image grows, and its guest sees it.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct BlockResize {
     /// The disk.
@@ -50,7 +52,7 @@ impl Command for BlockResize {
 }
 
 /// QMP `set_link`: an interface's cable is plugged in or pulled.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SetLink {
     /// The interface.
@@ -73,7 +75,7 @@ impl Command for SetLink {
 }
 
 /// QMP `balloon`: the guest is to make do with so much memory.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Balloon {
     /// Bytes.
@@ -95,7 +97,7 @@ impl Command for Balloon {
 }
 
 /// QMP `query-balloon`.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QueryBalloon {}
 
@@ -125,8 +127,8 @@ const BALLOON_PATH: &str = "/machine/peripheral/balloon0";
 const STATS: &str = "guest-stats";
 const INTERVAL: &str = "guest-stats-polling-interval";
 
-/// QMP `qom-get`, of the balloon's properties.
-#[derive(Clone, Debug, Deserialize)]
+/// QMP `qom-get`, of the balloon's properties, and of what processors lack.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QomGet {
     /// The object.
@@ -136,7 +138,7 @@ pub(super) struct QomGet {
 }
 
 /// QEMU's `guest-stats`.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 struct Stats {
     /// Each by its name; −1: the guest didn't say.
@@ -150,6 +152,9 @@ impl Command for QomGet {
     type Reply = Value;
 
     async fn run(self, vm: VmHandle) -> Result<Value, QmpError> {
+        if self.property == cpus::UNAVAILABLE && cpus::is_cpu_path(&vm, &self.path) {
+            return Ok(Value::Array(Vec::new()));
+        }
         let balloon = property_of_balloon(&vm, &self.path, &self.property)?;
         if self.property == INTERVAL {
             return Ok(balloon.interval().map_or(0, |interval| interval.as_secs()).into());
@@ -164,7 +169,7 @@ impl Command for QomGet {
 }
 
 /// QMP `qom-set`, of how often the balloon asks for statistics.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QomSet {
     /// The object.

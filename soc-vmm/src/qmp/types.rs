@@ -1,16 +1,18 @@
 //! QAPI types of replies, by their QAPI names.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ErrorClass;
 use crate::control::RunState;
 
 /// The reply of a command that has nothing to say: `{}`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "empty")]
 pub struct Empty {}
 
 /// QMP `StatusInfo`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct StatusInfo {
     /// Whether the vCPUs run.
     pub running: bool,
@@ -19,14 +21,14 @@ pub struct StatusInfo {
 }
 
 /// QMP `NameInfo`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NameInfo {
     /// The VM's name.
     pub name: String,
 }
 
 /// QMP `VersionTriple`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VersionTriple {
     /// Major.
     pub major: u32,
@@ -37,7 +39,7 @@ pub struct VersionTriple {
 }
 
 /// QMP `VersionInfo`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VersionInfo {
     /// The QEMU release whose QMP this is: clients choose their commands by it.
     pub qemu: VersionTriple,
@@ -56,14 +58,14 @@ impl VersionInfo {
 }
 
 /// QMP `CommandInfo`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CommandInfo {
     /// A command's name.
     pub name: String,
 }
 
 /// QMP `KvmInfo`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct KvmInfo {
     /// The guest runs on KVM.
     pub enabled: bool,
@@ -71,8 +73,26 @@ pub struct KvmInfo {
     pub present: bool,
 }
 
+/// QMP `TargetInfo`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct TargetInfo {
+    /// The guest's architecture.
+    pub arch: &'static str,
+}
+
+/// `x-outboard-counter`, a type of ours.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "x-outboard-counter")]
+pub struct OutboardCounter {
+    /// What is counted.
+    pub name: String,
+    /// How often.
+    pub value: u64,
+}
+
 /// QMP `ObjectPropertyInfo`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "ObjectPropertyInfo")]
 pub struct ObjectProperty {
     /// Its name.
     pub name: String,
@@ -82,14 +102,16 @@ pub struct ObjectProperty {
 }
 
 /// `x-outboard-device`, a type of ours: a device that was added.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "x-outboard-device")]
 pub struct NewDeviceId {
     /// Its name.
     pub id: String,
 }
 
 /// `x-outboard-vm`, a type of ours: what `soc-vmm list` shows of a VM.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "x-outboard-vm")]
 pub struct OutboardVm {
     /// Its name.
     pub name: String,
@@ -130,7 +152,7 @@ impl Greeting {
 }
 
 /// QMP `BalloonInfo`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BalloonInfo {
     /// Bytes of memory that the guest has.
     pub actual: u64,

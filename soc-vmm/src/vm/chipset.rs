@@ -152,7 +152,7 @@ pub(super) fn build(parts: PciParts<'_>) -> Result<PciSide, BuildError> {
     slots.close();
     let drive = |(id, port, node): (String, usize, _)| {
         let handle = handles[port].take()?;
-        Some(CdromDrive { id, handle, node })
+        Some(CdromDrive::new(id, handle, node))
     };
     let drives = named.into_iter().filter_map(drive).collect();
     Ok(PciSide { fabric, slots, drives })

@@ -32,7 +32,7 @@ use crate::boot::{BootError, BootPlan, Entry};
 use crate::cli::{ExitStatus, Failure, RunConfig, with_causes};
 use crate::console::Attached;
 use crate::control::{self, Action, CdromDrive, Order, RunState, ShutdownCause, VmControl};
-use crate::cpuid::{CpuidConfig, CpuidError, Processor};
+use crate::cpuid::{CpuidConfig, CpuidError, HostCpu, Processor};
 use crate::cpus::{CpuListener, Cpus, NewCpu};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::hyperv::Hyperv;
@@ -88,6 +88,8 @@ pub(super) struct Vm<F: SocFunction> {
     /// What the guest's tables tell.
     shape: Shape,
     cpus: Cpus,
+    /// What control planes ask of the host.
+    host_cpu: HostCpu,
     acpi: AcpiHandle,
     cdroms: Vec<CdromDrive>,
     /// Processors that are put in before the machine runs.
@@ -191,6 +193,7 @@ impl<F: SocFunction> Vm<F> {
             // KVM's in-kernel LAPIC has it, whatever the host's own CPU does (KVM api.rst §4.46).
             tsc_deadline: true,
         };
+        let host_cpu = HostCpu::new(&supported, cpuid.tsc_deadline)?;
         let processor = Processor::new(&supported, &config.cpu, cpuid)?.with_hyperv(hyperv);
         let physical_bits = processor.physical_address_bits();
         layout.check_address_width(physical_bits)?;
@@ -292,6 +295,7 @@ impl<F: SocFunction> Vm<F> {
             signature,
             shape,
             cpus: machine.cpus,
+            host_cpu,
             acpi: machine.acpi,
             cdroms: machine.cdroms,
             added,
@@ -365,9 +369,11 @@ impl<F: SocFunction> Vm<F> {
         control.has_cdroms(std::mem::take(&mut self.cdroms));
         control.has_slots(self.slots.handle());
         control.has_cpus(self.cpus.handle());
+        control.has_host(Some(self.host_cpu.clone()));
         for cpu in std::mem::take(&mut self.added) {
             self.add_processor(cpu, control).await?;
         }
+        control.is_built();
         if control.autostart() {
             self.run().await.map_err(|e| LifeError::Call(e).failure())?;
             control.started();

@@ -65,7 +65,8 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
             sockets.push(handle.chardevs().take_listener(monitor, "monitor").map_err(|e| of_chardev("-mon", &e))?);
         }
         let _pid_file = config.process.pid_file.as_deref().map(PidFile::write).transpose()?;
-        let monitors = qmp::Server::start(&handle, sockets).map_err(|e| unavailable("can't serve QMP", &e))?;
+        let greet = if config.process.emulator { qmp::Greet::WhenBuilt } else { qmp::Greet::AtOnce };
+        let monitors = qmp::Server::start(&handle, sockets, greet).map_err(|e| unavailable("can't serve QMP", &e))?;
 
         let waker = Waker::new().map_err(|e| unavailable("can't start", &e))?;
         let (output, reader) = output_pipe(SERIAL_QUEUE, waker.clone());
@@ -181,12 +182,20 @@ struct Setup<'a> {
 impl Use for Setup<'_> {
     type Output = ExitStatus;
 
+    fn vm(&self) -> String {
+        self.blueprint.config.name.to_string()
+    }
+
     async fn given_up(&mut self) -> ExitStatus {
         self.control.told_to_quit().await;
         ExitStatus::Done
     }
 
     async fn on<F: SocFunction>(mut self, function: F) -> Result<ExitStatus, Failure> {
+        // By now what had to be started is, a shim of its own say; nothing of the guest, or of the host, was looked at yet.
+        if let Some(sandbox) = &self.blueprint.config.sandbox {
+            sandbox.apply().map_err(|e| Failure::of(ExitStatus::Unavailable, "--sandbox", &e))?;
+        }
         let crossings = Arc::<Crossings>::default();
         let function = Arc::new(ModelledSoc::new(function, crossings.clone()));
         let opened = tokio::select! {

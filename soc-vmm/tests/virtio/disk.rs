@@ -11,9 +11,9 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use soc_vmm::block::{self, Aio, BlockBackend, BlockError, ImageProblem, ImageSpec};
 use soc_vmm::virtio::block::{
-    BlockConfig, BlockEngine, DiskError, DiskErrorListener, ErrorAction, ErrorPolicy, OnError,
+    BlockConfig, BlockEngine, DiskError, DiskErrorListener, ErrorAction, ErrorPolicy, OnError, Sort,
 };
-use soc_vmm::virtio::{Engine, Rate, Session, Wait};
+use soc_vmm::virtio::{Engine, Rate, RateLimits, Session, Wait};
 
 use super::rig::{Board, Driver, EVENT_INDEX, Guest, HeapDisk, INDIRECT, NEXT, TABLE, VERSION_1, WRITE};
 
@@ -202,6 +202,53 @@ fn a_limit_is_kept_and_loses_nothing() {
         bench.clock.advance(Duration::from_nanos(1));
         assert_eq!(bench.answer(), (slot, 0));
     }
+}
+
+#[test]
+fn limits_can_be_changed_while_a_request_waits_for_them() {
+    let disk = Arc::new(HeapDisk::new(64));
+    let rate = Rate { per_second: 1, burst: 1 };
+    let mut bench = Bench::new(disk, |config| config.limits.operations = Some(rate));
+    let handle = bench.engine.handle();
+    assert_eq!(handle.limits().operations, Some(rate));
+    for slot in 0..3 {
+        bench.ask(slot, 0, 0);
+    }
+    assert_eq!(bench.answer(), (0, 0));
+    bench.serve();
+    assert_eq!(bench.driver.take_used(), None, "it waits a second");
+    handle.set_limits(RateLimits::default());
+    bench.wait();
+    let mut rest = [bench.answer(), bench.answer()];
+    rest.sort_unstable();
+    assert_eq!((rest, handle.limits()), ([(1, 0), (2, 0)], RateLimits::default()));
+}
+
+#[test]
+fn requests_are_counted_and_timed_by_what_they_are() {
+    let (allow, disk) = waiting();
+    let mut bench = Bench::new(disk, |_| {});
+    bench.ask(0, 0, 0);
+    bench.serve();
+    bench.clock.advance(Duration::from_micros(7));
+    bench.ask(1, 1, 2);
+    bench.ask(2, 4, 0);
+    // A sector that isn't there.
+    bench.ask(3, 1, 64);
+    let mut early = [bench.answer(), bench.answer(), bench.answer()];
+    early.sort_unstable();
+    assert_eq!(early, [(1, 0), (2, 0), (3, 1)]);
+    allow.send(()).unwrap();
+    assert_eq!(bench.answer(), (0, 0));
+    let handle = bench.engine.handle();
+    let of = |sort| {
+        let counters = handle.counters().of(sort);
+        [&counters.done, &counters.failed, &counters.nanoseconds].map(|counter| counter.load(SeqCst))
+    };
+    assert_eq!(of(Sort::Read), [1, 0, 7000]);
+    assert_eq!(of(Sort::Write), [1, 1, 0]);
+    assert_eq!(of(Sort::Flush), [1, 0, 0]);
+    assert_eq!(of(Sort::Discard), [0, 0, 0]);
 }
 
 #[derive(Default)]

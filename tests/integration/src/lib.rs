@@ -2,8 +2,11 @@
 //! small SoC side of the test's own that sees every request.
 
 pub mod hostile;
+pub mod libvirt;
 pub mod machines;
+pub mod monitor;
 mod programs;
+pub mod qapi_schema;
 pub mod soc;
 pub mod trace;
 mod vm;

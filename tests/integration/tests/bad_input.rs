@@ -259,7 +259,7 @@ fn functions_that_are_none() {
         (format!("unix:/{long}"), "name the socket"),
         (format!("card:{}", trial.at("absent")), "can't"),
         ("pci:ffff:ff:1f.7".into(), "ffff:ff:1f.7"),
-        ("pool".into(), "not there yet"),
+        ("pool".into(), "the configuration has no [pool]"),
     ] {
         wrong(&trial, &["--kernel", &kernel, "--function", &spec], 4, &["--function", &spec, why]);
     }

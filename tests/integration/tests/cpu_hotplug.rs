@@ -1,9 +1,8 @@
 //! Processors put in and taken out by a user's commands, while a guest runs that starts them.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use integration::monitor::Monitor;
 use integration::{Vm, kvm, test_name};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -113,41 +112,6 @@ fn a_vm_whose_shim_dies_while_a_processor_is_put_in_is_lost() {
     assert!(ended.stderr.contains("the VM is lost") && ended.stderr.lines().count() == 1, "{}", ended.stderr);
 }
 
-/// A monitor, spoken to as libvirt does.
-struct Monitor(BufReader<UnixStream>);
-
-impl Monitor {
-    fn connect(vm: &Vm) -> Self {
-        let stream = UnixStream::connect(vm.file("qmp")).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let mut monitor = Self(BufReader::new(stream));
-        assert!(monitor.line().get("QMP").is_some());
-        assert_eq!(monitor.does("qmp_capabilities", &json!({})), json!({ "return": {} }));
-        monitor
-    }
-
-    fn line(&mut self) -> Value {
-        let mut line = String::new();
-        self.0.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).unwrap()
-    }
-
-    /// The next line that is no event but of these.
-    fn next(&mut self, events: &[&str]) -> Value {
-        loop {
-            let line = self.line();
-            if line.get("event").is_none_or(|event| events.iter().any(|wanted| event == wanted)) {
-                return line;
-            }
-        }
-    }
-
-    fn does(&mut self, command: &str, arguments: &Value) -> Value {
-        writeln!(self.0.get_mut(), "{}", json!({ "execute": command, "arguments": arguments })).unwrap();
-        self.next(&[])
-    }
-}
-
 /// The exchange of virsh setvcpus --live (libvirt 9.0), down and up.
 #[test]
 fn libvirt_puts_a_processor_in_and_takes_it_out() {
@@ -155,7 +119,7 @@ fn libvirt_puts_a_processor_in_and_takes_it_out() {
         return;
     }
     let vm = Named::run(&come_and_go(3).unwrap(), "1,maxcpus=2,sockets=2");
-    let mut monitor = Monitor::connect(&vm.vm);
+    let mut monitor = Monitor::connect(&vm.vm.file("qmp"));
     let props = |socket: u32| json!({ "socket-id": socket, "core-id": 0, "thread-id": 0 });
     let first = "/machine/unattached/device[0]";
     let info = |index: u32, path: &str| json!({ "cpu-index": index, "qom-path": path, "props": props(index), "target": "x86_64" });
@@ -166,29 +130,28 @@ fn libvirt_puts_a_processor_in_and_takes_it_out() {
             place["qom-path"] = path.into();
             place
         };
-        let all = monitor.does("query-hotpluggable-cpus", &json!({}));
-        assert_eq!(all["return"], json!([with(place(0), first), place(1)]));
-        assert_eq!(monitor.does("query-cpus-fast", &json!({}))["return"], json!([info(0, first)]));
+        let all = monitor.does("query-hotpluggable-cpus", json!({}));
+        assert_eq!(all, json!([with(place(0), first), place(1)]));
+        assert_eq!(monitor.does("query-cpus-fast", json!({})), json!([info(0, first)]));
 
         let mut arguments = props(1);
         arguments["driver"] = kind.into();
         arguments["id"] = "vcpu1".into();
-        assert_eq!(monitor.does("device_add", &arguments), json!({ "return": {} }));
-        let again = monitor.does("device_add", &arguments);
-        assert!(again["error"]["desc"].as_str().is_some_and(|why| why.contains("socket 1")), "{again}");
+        assert_eq!(monitor.does("device_add", arguments.clone()), json!({}));
+        let again = monitor.refuses("device_add", arguments);
+        assert!(again.contains("socket 1"), "{again}");
         let added = "/machine/peripheral/vcpu1";
-        let all = monitor.does("query-hotpluggable-cpus", &json!({}));
-        assert_eq!(all["return"], json!([with(place(0), first), with(place(1), added)]));
-        assert_eq!(monitor.does("query-cpus-fast", &json!({}))["return"], json!([info(0, first), info(1, added)]));
-        let devices = monitor.does("qom-list", &json!({ "path": "/machine/peripheral" }));
+        let all = monitor.does("query-hotpluggable-cpus", json!({}));
+        assert_eq!(all, json!([with(place(0), first), with(place(1), added)]));
+        assert_eq!(monitor.does("query-cpus-fast", json!({})), json!([info(0, first), info(1, added)]));
+        let devices = monitor.does("qom-list", json!({ "path": "/machine/peripheral" }));
         let child = json!({ "name": "vcpu1", "type": format!("child<{kind}>") });
-        assert!(devices["return"].as_array().unwrap().contains(&child), "{devices}");
+        assert!(devices.as_array().unwrap().contains(&child), "{devices}");
 
-        assert_eq!(monitor.does("device_del", &json!({ "id": "vcpu1" })), json!({ "return": {} }));
-        let deleted = monitor.next(&["DEVICE_DELETED"]);
-        assert_eq!(deleted["data"], json!({ "device": "vcpu1", "path": added }));
+        assert_eq!(monitor.does("device_del", json!({ "id": "vcpu1" })), json!({}));
+        assert_eq!(monitor.event("DEVICE_DELETED"), json!({ "device": "vcpu1", "path": added }));
     }
-    assert_eq!(monitor.does("quit", &json!({})), json!({ "return": {} }));
+    assert_eq!(monitor.does("quit", json!({})), json!({}));
     assert_eq!(vm.vm.wait().status.code(), Some(0));
 }
 
@@ -214,14 +177,14 @@ fn a_reset_starts_with_the_processors_that_are_there_by_then() {
         return;
     }
     let mut vm = Named::run(&come_and_go(1).unwrap(), "1,maxcpus=3");
-    let mut monitor = Monitor::connect(&vm.vm);
+    let mut monitor = Monitor::connect(&vm.vm.file("qmp"));
     assert_eq!((vm.add().unwrap(), vm.add().unwrap()), ("cpu1".into(), "cpu2".into()));
     vm.vm.debugcon_has("vcpu 0000000000000002\n");
     vm.vm.command(&["pause"]);
-    assert_eq!(monitor.does("device_del", &json!({ "id": "cpu1" })), json!({ "return": {} }));
+    assert_eq!(monitor.does("device_del", json!({ "id": "cpu1" })), json!({}));
     assert_eq!(vm.cpus(), 3);
     vm.vm.command(&["reset"]);
-    assert_eq!(monitor.next(&["DEVICE_DELETED"])["data"]["device"], "cpu1");
+    assert_eq!(monitor.event("DEVICE_DELETED")["device"], "cpu1");
     assert_eq!(vm.cpus(), 2);
     vm.vm.command(&["quit"]);
     assert_eq!(vm.vm.wait().status.code(), Some(0));

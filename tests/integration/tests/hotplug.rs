@@ -1,10 +1,9 @@
 //! Disks and network interfaces put in and taken out by a user's commands.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::time::Duration;
 
+use integration::monitor::Monitor;
 use integration::{Vm, kvm, test_name};
 use serde_json::{Value, json};
 
@@ -154,7 +153,7 @@ fn a_device_has_no_processor_s_name_and_what_is_no_name_is_told_at_once() {
     // Not yet one's name, and one that a monitor has given.
     assert_eq!(idle.add_disk(&format!("{a},id=cpu3")).unwrap(), "cpu3");
     idle.remove("cpu3").unwrap();
-    Monitor::connect(&idle.vm).does("device_add", json!({"driver": "host-x86_64-cpu", "id": "third"}));
+    Monitor::connect(&idle.vm.file("qmp")).does("device_add", json!({"driver": "host-x86_64-cpu", "id": "third"}));
     let why = idle.add_disk(&format!("{a},id=third")).unwrap_err();
     assert!(why.contains("id=third") && why.contains("already"), "{why}");
     assert_eq!(idle.add_disk(&a).unwrap(), "disk0");
@@ -191,78 +190,13 @@ fn an_interface_is_connected_while_it_is_there() {
     }
 }
 
-/// A client that speaks QMP as libvirt does.
-struct Monitor {
-    stream: BufReader<UnixStream>,
-    events: Vec<Value>,
-}
-
-impl Monitor {
-    fn connect(vm: &Vm) -> Self {
-        let stream = UnixStream::connect(vm.file("qmp")).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let mut monitor = Self { stream: BufReader::new(stream), events: Vec::new() };
-        monitor.receive();
-        monitor.does("qmp_capabilities", json!({}));
-        monitor
-    }
-
-    fn receive(&mut self) -> Value {
-        let mut line = String::new();
-        self.stream.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).unwrap()
-    }
-
-    fn execute(&mut self, command: &str, arguments: &Value) -> Value {
-        let line = json!({ "execute": command, "arguments": arguments });
-        writeln!(self.stream.get_mut(), "{line}").unwrap();
-        loop {
-            let message = self.receive();
-            if message.get("event").is_none() {
-                return message;
-            }
-            self.events.push(message);
-        }
-    }
-
-    /// Executes a command; what it returns.
-    #[expect(clippy::needless_pass_by_value, reason = "they are written where they are passed")]
-    fn does(&mut self, command: &str, arguments: Value) -> Value {
-        let reply = self.execute(command, &arguments);
-        reply.get("return").unwrap_or_else(|| panic!("{command}: {reply}")).clone()
-    }
-
-    /// Executes a command that is refused; why.
-    #[expect(clippy::needless_pass_by_value, reason = "likewise")]
-    fn refuses(&mut self, command: &str, arguments: Value) -> String {
-        let reply = self.execute(command, &arguments);
-        reply["error"]["desc"].as_str().unwrap_or_else(|| panic!("{command}: {reply}")).to_owned()
-    }
-
-    /// The data of the next event of that name.
-    fn event(&mut self, name: &str) -> Value {
-        loop {
-            let message = if self.events.is_empty() { self.receive() } else { self.events.remove(0) };
-            if message["event"] == name {
-                return message["data"].clone();
-            }
-        }
-    }
-
-    fn peripherals(&mut self) -> Vec<String> {
-        let all = self.does("qom-list", json!({"path": "/machine/peripheral"}));
-        let entry = |entry: &Value| format!("{} {}", entry["name"].as_str().unwrap(), entry["type"].as_str().unwrap());
-        all.as_array().unwrap().iter().map(entry).collect()
-    }
-}
-
 #[test]
 fn libvirt_s_calls_put_a_disk_and_an_interface_in_and_take_them_out() {
     if !kvm(&test_name()) {
         return;
     }
     let idle = Idle::run(&[]);
-    let mut monitor = Monitor::connect(&idle.vm);
+    let mut monitor = Monitor::connect(&idle.vm.file("qmp"));
     let mut ports = vec!["type string".to_owned()];
     ports.extend((1..=4).map(|n| format!("pci.{n} child<pcie-root-port>")));
     assert_eq!(monitor.peripherals(), ports);
@@ -336,7 +270,7 @@ fn devices_come_and_go_while_the_vm_is_reset_paused_and_ended() {
     }
     let idle = Idle::run(&[]);
     let plug = |name: &str, rounds: usize| {
-        let mut monitor = Monitor::connect(&idle.vm);
+        let mut monitor = Monitor::connect(&idle.vm.file("qmp"));
         for _ in 0..rounds {
             // The slots may be full, and a reset may have been quicker: each is answered.
             let file =
@@ -350,7 +284,7 @@ fn devices_come_and_go_while_the_vm_is_reset_paused_and_ended() {
     };
     std::thread::scope(|scope| {
         let plugs = ["a.img", "b.img"].map(|name| scope.spawn(move || plug(name, 40)));
-        let mut monitor = Monitor::connect(&idle.vm);
+        let mut monitor = Monitor::connect(&idle.vm.file("qmp"));
         while !plugs.iter().all(std::thread::ScopedJoinHandle::is_finished) {
             for command in ["system_reset", "stop", "cont"] {
                 monitor.does(command, json!({}));
@@ -360,7 +294,7 @@ fn devices_come_and_go_while_the_vm_is_reset_paused_and_ended() {
     assert!(idle.open_files(".img").is_empty());
     // The end comes in the middle.
     std::thread::scope(|scope| {
-        let mut monitor = Monitor::connect(&idle.vm);
+        let mut monitor = Monitor::connect(&idle.vm.file("qmp"));
         let path = idle.path("a.img");
         scope.spawn(move || {
             let spec = json!({"spec": format!("file={path},id=last"), "directory": "/"});
@@ -370,7 +304,7 @@ fn devices_come_and_go_while_the_vm_is_reset_paused_and_ended() {
                 json!({"execute": "device_del", "arguments": {"id": "last"}})
             );
             // Until it is gone.
-            while monitor.stream.get_mut().write_all(line.as_bytes()).is_ok() {}
+            while monitor.say(&line).is_ok() {}
         });
         idle.vm.command(&["quit"]);
     });

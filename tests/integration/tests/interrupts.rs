@@ -1,9 +1,8 @@
 //! Every way into the guest's interrupt controllers.
 
 use api_channel::call::{Call, Irqchip, Irqfd, Msi, Route, RouteKind, VmCreated};
-use api_channel::event::Event;
 use iced_x86::code_asm::*;
-use integration::soc::{Answer, Board, FLAT_CODE, Ioapic, Seen, Shape, Soc};
+use integration::soc::{Answer, Board, FLAT_CODE, Ioapic, Seen, Shape, Soc, resampled};
 use integration::{kvm, test_name};
 use ioreq_ring::{Completion, Kind, LineChange};
 use payloads::{EXIT_FAIL, EXIT_PASS, Payload, interrupts, ports, smp};
@@ -130,30 +129,7 @@ fn a_level_line_on_a_vector_is_resampled() {
     let (vector, gsi) = (created.free_vector, u32::from(interrupts::LEVEL_LINE));
     soc.ok(&Call::Irqfd(Irqfd { vector, gsi, on: 1, resample: 1 }));
     soc.run();
-    let mut board = Board::default();
-    let (mut high, mut notices) = (false, 0);
-    while board.exit.is_none() {
-        for event in soc.take_events() {
-            if event == (Event::Eoi { gsi }) {
-                notices += 1;
-                if high {
-                    pcie_function::SocFunction::raise(&soc.function, vector);
-                }
-            }
-        }
-        let Some(seen) = soc.try_take() else { continue };
-        let answer = match line(&seen) {
-            Some((_, level)) => {
-                high = level;
-                if level {
-                    pcie_function::SocFunction::raise(&soc.function, vector);
-                }
-                Answer::Plain(Completion::ok(0))
-            }
-            None => board.serve(&seen),
-        };
-        soc.answer(&seen, answer);
-    }
+    let (board, notices) = resampled(&mut soc, vector);
     let surplus = surplus(&board);
     assert!(notices >= interrupts::LEVEL_ROUNDS * (interrupts::LEVEL_ENTRIES - 1), "{notices} notices");
     if surplus > 0 {

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use integration::machines::{Talk, but_for_the_emulator, complaints};
+use integration::monitor::Monitor;
 use integration::{program, test_name, vhost_backend};
 use serde_json::{Value, json};
 use testbed::bed::{Bed, BedConfig, SOC_VMM};
@@ -215,7 +216,7 @@ impl Place {
         let mut guest = Guest(Shell::log_in(&mut vmm, BOOT_LIMIT).unwrap());
         guest.mount_instruments();
         self.disks(&mut guest);
-        self.networks(&mut guest, &mut Talk::connect(&monitor).unwrap());
+        self.networks(&mut guest, &mut Monitor::connect(&monitor));
         agent_by_a_port(&mut guest, &agent);
         agent_by_a_socket(&mut guest, &sockets);
         guest.has_entropy();
@@ -255,7 +256,7 @@ impl Place {
         guest.reads_the_rest_of(&thin);
     }
 
-    fn networks(&self, guest: &mut Guest<'_, '_>, monitor: &mut Talk) {
+    fn networks(&self, guest: &mut Guest<'_, '_>, monitor: &mut Monitor) {
         let lan = guest.interface(LAN_MAC);
         guest.succeeds(&format!("ip addr add {} dev {lan} && ip link set {lan} up", Network::GUEST));
         let features = guest.succeeds(&format!("cat /sys/class/net/{lan}/device/features"));
@@ -278,9 +279,8 @@ impl Place {
             guest.succeeds(&format!("ip addr flush dev {name} && ip link set {name} down"));
         }
 
-        monitor.execute("qmp_capabilities", &Value::Null);
         for up in [false, true] {
-            monitor.execute("set_link", &json!({ "name": "lan", "up": up }));
+            monitor.does("set_link", json!({ "name": "lan", "up": up }));
             guest.waits_until(&format!("[ $(cat /sys/class/net/{lan}/carrier) = {} ]", u8::from(up)));
         }
     }

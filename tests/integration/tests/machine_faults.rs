@@ -1,18 +1,16 @@
 //! A card that misbehaves, and sides that are killed, under guests of an emulated server.
 
+use std::process::Command;
 use std::time::Duration;
 
 use api_channel::call::{Call, Irqfd, VCPU_ALL, VmCreated};
-use api_channel::event::Event;
 use integration::hostile::{Running, one_line};
-use integration::machines::{MOST, Server, Watched};
-use integration::soc::{Answer, Board, Seen, Shape};
-use integration::test_name;
-use ioreq_ring::Completion;
+use integration::machines::{MOST, Server, Watched, but_for_the_emulator};
+use integration::soc::{Shape, resampled};
+use integration::{program, test_name};
 use nix::sys::signal::Signal;
 use payloads::interrupts::{self, LEVEL_ENTRIES, LEVEL_LINE, LEVEL_ROUNDS};
-use payloads::{EXIT_PASS, Payload, Privilege, ports, watch};
-use pcie_function::SocFunction;
+use payloads::{EXIT_PASS, Payload, Privilege, watch};
 use testbed::protocol::Status;
 
 /// soc-vmm's exit status after a payload that passed.
@@ -32,6 +30,10 @@ mod function {
 
 #[test]
 fn faults_of_the_card_and_killed_sides() {
+    but_for_the_emulator(faults);
+}
+
+fn faults() {
     if !testbed::machines_or_skip(&test_name()) {
         return;
     }
@@ -44,6 +46,7 @@ fn faults_of_the_card_and_killed_sides() {
     a_lost_link_ends_both_sides(&mut server);
     a_killed_soc_vmm_leaves_its_vm_held(&mut server);
     a_killed_shim_ends_its_vm(&mut server);
+    a_pool_gives_a_function_to_one_vm_after_the_other(&mut server);
     assert_eq!(server.shim_ends(function::REMOVED), UNUSABLE);
     server.wait_until("every VM's memory is given back", || free_huge_pages(&server) == free);
     assert!(server.trial.processes().is_empty());
@@ -96,41 +99,13 @@ fn level_lines_end_when_they_are_low(server: &Server) {
     let (vector, gsi) = (created.free_vector, u32::from(LEVEL_LINE));
     soc.ok(&Call::Irqfd(Irqfd { vector, gsi, on: 1, resample: 1 }));
     soc.ok(&Call::Run(VCPU_ALL));
-    let mut board = Board::default();
-    let (mut high, mut notices) = (false, 0);
-    while board.exit.is_none() {
-        for event in soc.take_events() {
-            if event == (Event::Eoi { gsi }) {
-                notices += 1;
-                if high {
-                    soc.function.raise(vector);
-                }
-            }
-        }
-        let Some(seen) = soc.try_take() else { continue };
-        let answer = match level(&seen) {
-            Some(level) => {
-                high = level;
-                if high {
-                    soc.function.raise(vector);
-                }
-                Answer::Plain(Completion::ok(0))
-            }
-            None => board.serve(&seen),
-        };
-        soc.answer(&seen, answer);
-    }
+    let (board, notices) = resampled(&mut soc, vector);
     assert_eq!(board.exit, Some(EXIT_PASS), "{}", board.console);
     assert_eq!(interrupts::parse_surplus(&board.console), Some(0));
-    // Each but a round's last raised the line again. The last one's may have come too late, or as one with the next round's first.
-    let (needed, ends) = (LEVEL_ROUNDS * (LEVEL_ENTRIES - 1), LEVEL_ROUNDS * LEVEL_ENTRIES);
-    assert!((needed..=ends).contains(&notices), "{notices} notices of {ends} ends");
+    // The very last one's may have come too late.
+    let ends = LEVEL_ROUNDS * LEVEL_ENTRIES;
+    assert!((ends - 1..=ends).contains(&notices), "{notices} notices of {ends} ends");
     soc.ok(&Call::DestroyVm);
-}
-
-/// The level that the guest sets its line to.
-fn level(seen: &Seen) -> Option<bool> {
-    seen.writes(ports::IRQ_LINES + u16::from(LEVEL_LINE)).then_some(seen.request.data != 0)
 }
 
 /// The VM goes on, if only slowly, and no exit is lost or served twice. A transfer that arrives in part is the end, typed.
@@ -233,4 +208,58 @@ fn a_killed_shim_ends_its_vm(server: &mut Server) {
     server.wait_until("its mappings are gone", || server.stat(F, "host_mapped_bytes") == 0);
     server.start_shim(F, &[]);
     serves(server, F);
+}
+
+/// Functions of a card by the pool. What a killed VM left on one keeps that one from the next VM, which gets the other.
+fn a_pool_gives_a_function_to_one_vm_after_the_other(server: &mut Server) {
+    let functions = [function::KILLED, function::INTERRUPTED];
+    for function in functions {
+        server.kill_shim(function);
+        let lease: &[&str] = if function == functions[0] { &[] } else { &["--lease", "0"] };
+        server.start_shim(function, lease);
+    }
+    let specs = functions.map(|function| format!("{:?}", server.spec(function))).join(", ");
+    let text = format!("[pool]\nsocket = {:?}\nfunctions = [{specs}]\n", server.trial.at("pool/socket"));
+    let configuration = server.trial.file("soc-vmm.toml", text.as_bytes());
+    let soc_vmm = |server: &Server, args: &[&str]| {
+        let mut command = Command::new(program("soc-vmm"));
+        server.trial.start(command.env("OUTBOARD_CONFIG", &configuration).args(args))
+    };
+    let vm = |server: &Server, name: &str, payload: &Payload| {
+        let (option, bytes) = payload.file();
+        let image = server.trial.file(&format!("{name}.image"), &bytes);
+        let [qmp, debugcon] = [("unix", "qmp"), ("file", "debugcon")]
+            .map(|(kind, end)| format!("{kind}:{}", server.trial.at(&format!("{name}.{end}"))));
+        let machine = ["run", option, &image, "--memory", "64M,hugepages=2M", "--serial", "null", "--debug-exit"];
+        let ends = ["--function", "pool", "--name", &server.trial.name(name), "--qmp", &qmp, "--debugcon", &debugcon];
+        soc_vmm(server, &[&machine[..], &ends].concat())
+    };
+    let short = payloads::pio::pio(Privilege::Cpl0).unwrap();
+    let serves = |server: &Server| {
+        let ended = vm(server, "short", &short).wait(MOST);
+        assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(PASSED), ""));
+    };
+    let mut pool = soc_vmm(server, &["pool", "serve"]);
+    server.wait_until("the pool listens", || server.trial.path("pool/socket").exists());
+    // The first one by its place in the list, and again once the pool has seen that it is free.
+    (0..2).for_each(|_| serves(server));
+
+    let [mut first, mut second] = ["first", "second"].map(|name| {
+        let running = vm(server, name, &watched(0));
+        server.trial.becomes(name, "running");
+        running
+    });
+    let refused = vm(server, "third", &short).wait(MOST);
+    one_line("a pool with nothing left", &refused, 4, &["none of 2 functions is free", &server.trial.name("second")]);
+    first.signal(Signal::SIGKILL);
+    first.wait(MOST);
+    let held = vm(server, "fourth", &short).wait(MOST);
+    one_line("a function that holds a VM", &held, 4, &["is held here", "restart this function's host-kvm-shim"]);
+    second.signal(Signal::SIGKILL);
+    second.wait(MOST);
+    serves(server);
+    pool.signal(Signal::SIGTERM);
+    assert_eq!(pool.wait(MOST).status.code(), Some(0));
+    server.kill_shim(functions[0]);
+    server.start_shim(functions[0], &[]);
 }

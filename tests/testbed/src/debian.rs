@@ -33,7 +33,7 @@ use crate::process::run;
 
 pub use instruments::{Instruments, instruments};
 pub use passt::Passt;
-pub use shell::{Answer, Shell};
+pub use shell::{Answer, Shell, Terminal};
 pub use soc::{SOC_CD, equip, serve_page, soc_programs};
 pub use virtiofsd::{Virtiofsd, virtiofsd};
 
@@ -176,7 +176,7 @@ pub fn image() -> Result<Image, Error> {
 }
 
 /// A command that runs `program` of the tree `root` by the tree's own loader and libraries.
-fn command(root: &Path, program: &str) -> Command {
+pub(crate) fn command(root: &Path, program: &str) -> Command {
     command_as(root, program, program)
 }
 

@@ -7,6 +7,8 @@
 //! | [`cross`] | Debian 12 | rustc and the standard library for aarch64, a cross linker, qemu-user |
 //! | [`debian::image`] | Debian 12 | a disk with a Debian on it, and what boots it |
 //! | [`debian::soc_programs`] | Debian 13 | passt and busybox for the Arm SoC |
+//! | [`libvirt::tree`] | Debian 12 | libvirtd, virtlogd, virsh, passt |
+//! | [`qmp_client::qmp_client`] | Debian 12 and PyPI | QEMU's QMP client, a Python |
 //!
 //! Packages come through apt with its state in a directory of its own (its mirror, proxy and keys are the machine's) and are
 //! only unpacked: nothing is installed and no root is needed. Programs of another Debian release run by that release's own
@@ -23,14 +25,14 @@ use std::process::Command;
 use std::time::Instant;
 
 use crate::process::{CommandError, run};
-use crate::{debian, paths};
+use crate::{debian, libvirt, paths, qmp_client};
 use apt::Apt;
 
 /// Why a part of the testbed isn't there.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Debian's archive, or apt itself, can't be used here.
-    #[error("Debian packages can't be fetched through apt")]
+    /// Debian's archive, apt itself, or PyPI can't be used here.
+    #[error("packages can't be fetched")]
     Unreachable(#[source] CommandError),
     /// A command failed on what had been fetched.
     #[error("unpacking failed")]
@@ -91,6 +93,8 @@ pub fn everything() -> Result<(), Error> {
     debian::soc_programs()?;
     debian::instruments()?;
     debian::virtiofsd()?;
+    libvirt::tree()?;
+    qmp_client::qmp_client()?;
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 
 pub mod bed;
 pub mod build;
+mod busy;
 pub mod card;
 pub mod console;
 pub mod control;
@@ -11,11 +12,13 @@ pub mod debian;
 pub mod fetch;
 pub mod guest;
 pub mod initramfs;
+pub mod libvirt;
 pub mod machine;
 pub mod modules;
 pub mod network;
 pub mod paths;
 pub mod process;
+pub mod qmp_client;
 pub mod scratch;
 pub mod server;
 pub mod soc;

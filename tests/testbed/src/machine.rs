@@ -16,6 +16,7 @@ use testbed_init::{
     Status, Thread,
 };
 
+use crate::busy;
 use crate::console::Console;
 use crate::control::{CallError, Control};
 use crate::fetch::{self, Kernel, QemuRoot};
@@ -31,6 +32,9 @@ const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// In [`Machine::epitaph`]: a processor of the machine met a triple fault. No user space does that to a kernel; QEMU's TCG does
 /// (docs/testbed.md).
 pub const SHUT_DOWN: &str = "a triple fault of its processor";
+/// In [`Machine::last_words`]: its processors are there, and its user space does nothing. A kernel under TCG comes to that by itself
+/// (docs/testbed.md); what each of QEMU's threads did is told with it.
+pub const SILENT: &str = "runs and doesn't answer";
 /// How QEMU logs one.
 const TRIPLE_FAULT: &str = "Triple fault";
 
@@ -415,6 +419,18 @@ impl Machine {
         let resets = fs::read_to_string(&self.resets).unwrap_or_default();
         let why = if resets.lines().any(|line| line == TRIPLE_FAULT) { SHUT_DOWN } else { "nobody asked it to" };
         Some(self.dead(&format!("has ended by itself ({status}; {why})")).to_string())
+    }
+
+    /// [`Self::epitaph`], or, if it runs and doesn't answer, that.
+    #[must_use]
+    pub fn last_words(&self) -> Option<String> {
+        self.epitaph().or_else(|| match self.call(Request::Inventory, CALL_LIMIT) {
+            Err(Error::Call { source: CallError::Silent(_), .. }) => {
+                let threads = busy::threads(self.id(), Duration::from_secs(1));
+                Some(self.dead(&format!("{SILENT}; QEMU's threads in a second: {}", threads.join(", "))).to_string())
+            }
+            _ => None,
+        })
     }
 
     fn qemu(&self) -> MutexGuard<'_, Child> {

@@ -1,7 +1,7 @@
 //! Directories for sockets: with short paths, since a socket's path is limited to 108 bytes, and gone when their owner is.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
@@ -26,15 +26,25 @@ pub(crate) fn is_alive(pid: i32) -> bool {
 }
 
 fn sweep(parent: &Path) -> io::Result<()> {
-    for entry in parent.read_dir()? {
-        let entry = entry?;
-        let name = entry.file_name();
-        if owner(&name.to_string_lossy()).is_some_and(|pid| !is_alive(pid)) {
-            // Another process may be removing it too, or it may be another user's.
-            let _ = std::fs::remove_dir_all(entry.path());
-        }
+    for dir in left_behind(parent)? {
+        // Another process may be removing it too, or it may be another user's.
+        let _ = std::fs::remove_dir_all(dir);
     }
     Ok(())
+}
+
+/// Directories in `parent` with names of processes that have ended.
+///
+/// # Errors
+/// `parent` can't be read.
+pub(crate) fn left_behind(parent: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = parent.read_dir()?.collect::<io::Result<Vec<_>>>()?;
+    let of_the_dead = |name: &str| owner(name).is_some_and(|pid| !is_alive(pid));
+    Ok(entries
+        .iter()
+        .filter(|entry| of_the_dead(&entry.file_name().to_string_lossy()))
+        .map(|entry| entry.path())
+        .collect())
 }
 
 fn owner(name: &str) -> Option<i32> {

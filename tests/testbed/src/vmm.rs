@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::bed::{Bed, GUEST_INITRD, GUEST_KERNEL, SOC_VMM, soc_channel};
 use crate::card::{SOC_HOST, SOC_VM};
+use crate::debian::Terminal;
 use crate::fetch::Arch;
 use crate::machine::{Error, Machine};
 use crate::process::Child;
@@ -47,6 +48,8 @@ pub struct VmConfig {
     pub memory: String,
     /// The function of the card that carries it.
     pub function: u32,
+    /// The value of `--function`, where it isn't to name that one.
+    pub spec: Option<String>,
     /// What it boots.
     pub boot: Boot,
     /// Further arguments of `soc-vmm run`.
@@ -64,6 +67,7 @@ impl VmConfig {
             cpus: 2,
             memory: "512M,hugepages=2M".to_owned(),
             function,
+            spec: None,
             boot: Boot::Guest,
             args: Vec::new(),
             network_of: None,
@@ -263,8 +267,18 @@ impl<'a> Vmm<'a> {
             name: self.name.clone(),
             what: what.to_owned(),
             console: lines[lines.len().saturating_sub(30)..].join("\n"),
-            said: format!("soc-vmm said: {}{}", self.errors(), self.server.epitaph().unwrap_or_default()),
+            said: format!("soc-vmm said: {}{}", self.errors(), self.server.last_words().unwrap_or_default()),
         }
+    }
+}
+
+impl Terminal for Vmm<'_> {
+    fn read_until(&mut self, text: &str, limit: Duration) -> Result<String, Error> {
+        Self::read_until(self, text, limit)
+    }
+
+    fn type_text(&mut self, text: &str) -> Result<(), Error> {
+        Self::type_text(self, text)
     }
 }
 
@@ -357,6 +371,7 @@ fn native<'a>(bed: &Bed, config: &VmConfig) -> Result<Started<'a>, Error> {
 
 fn arguments(config: &VmConfig, spec: &str, kernel: &str, initrd: &str) -> Vec<String> {
     let cpus = config.cpus.to_string();
+    let spec = config.spec.as_deref().unwrap_or(spec);
     let mut args = vec!["run", "--name", &config.name, "--memory", &config.memory, "--function", spec];
     if !config.args.iter().any(|arg| arg == "--cpus") {
         args.extend(["--cpus", &cpus]);

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 
 use super::handle::{DiskHandle, Shared};
 use super::policy::{DiskError, ErrorAction};
 use super::request::{Disk, Refusal, Request, Step};
-use super::{BlockConfig, SECTOR};
+use super::{BlockConfig, SECTOR, Trouble};
 use crate::block::{BlockError, BlockQueue, Buffer, Done, Job, Operation, open_queue};
 use crate::virtio::complaint::Complaints;
 use crate::virtio::limit::Limiter;
@@ -69,7 +69,7 @@ impl BlockEngine {
             *to = from;
         }
         let operations = open_queue(config.backend.clone(), config.aio, DEPTH)?;
-        let shared = Arc::new(Shared::new()?);
+        let shared = Arc::new(Shared::new(config.limits)?);
         let now = (config.clock)();
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(operations.fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
@@ -124,6 +124,7 @@ impl BlockEngine {
         self.requests.iter_mut().for_each(|request| request.buffer = Buffer::default());
         (self.held, self.all_unshown) = (None, 0);
         self.stopped.clear();
+        self.shared.set_trouble(None);
         self.unshown.clear();
         self.unshown.resize(session.queues.len(), 0);
         Ok(())
@@ -137,7 +138,11 @@ impl BlockEngine {
             self.told_size = size;
             session.config.change(0, &(size / SECTOR).to_le_bytes());
         }
+        if let Some(limits) = self.shared.new_limits() {
+            self.limiter = Limiter::new(limits, (self.config.clock)());
+        }
         if self.shared.retry.swap(false, Acquire) {
+            self.shared.set_trouble(None);
             while let Some(index) = self.stopped.pop() {
                 self.call(index);
             }
@@ -207,6 +212,9 @@ impl BlockEngine {
                 reason: text,
             }),
         }
+        if action == ErrorAction::Stop {
+            self.shared.set_trouble(Some(if error.is_no_space() { Trouble::NoSpace } else { Trouble::Failed }));
+        }
         if action == ErrorAction::Ignore && !is_write {
             // Nobody else's bytes.
             request.buffer.front(call.len as usize).fill(0);
@@ -239,6 +247,7 @@ impl BlockEngine {
             empty = 0;
             self.free.pop();
             request.queue = number;
+            request.since = Some((self.config.clock)());
             let disk = Disk {
                 size: self.config.backend.size(),
                 read_only: self.config.backend.is_read_only(),
@@ -296,8 +305,9 @@ impl BlockEngine {
         let written = request.finish(queue.lease(), status)?;
         queue.push(request.chain.head(), written)?;
         self.unshown[request.queue] += 1;
+        let now = (self.config.clock)();
         if self.all_unshown == 0 {
-            self.show_by = (self.config.clock)() + GATHER;
+            self.show_by = now + GATHER;
         }
         self.all_unshown += 1;
         self.free.push(index);
@@ -306,6 +316,13 @@ impl BlockEngine {
         counters.requests.fetch_add(1, Relaxed);
         counters.read.fetch_add(moved.0, Relaxed);
         counters.written.fetch_add(moved.1, Relaxed);
+        if let Some(sort) = request.sort() {
+            let counters = counters.of(sort);
+            let result = if status == VIRTIO_BLK_S_OK { &counters.done } else { &counters.failed };
+            result.fetch_add(1, Relaxed);
+            let time = request.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+            counters.nanoseconds.fetch_add(time.as_nanos() as u64, Relaxed);
+        }
         Ok(())
     }
 

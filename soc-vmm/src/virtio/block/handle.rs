@@ -1,11 +1,12 @@
 //! A disk as the VM has it, while its device is the guest's.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::block::{BlockBackend, BlockError};
+use crate::virtio::RateLimits;
 
 /// What a disk has done since it was made.
 #[derive(Debug, Default)]
@@ -22,6 +23,53 @@ pub struct BlockCounters {
     pub written: AtomicU64,
     /// Errors of the image.
     pub errors: AtomicU64,
+    /// What the requests of each [`Sort`] came to.
+    pub sorts: [SortCounters; Sort::ALL.len()],
+}
+
+impl BlockCounters {
+    /// What the requests of a sort came to.
+    pub fn of(&self, sort: Sort) -> &SortCounters {
+        &self.sorts[sort as usize]
+    }
+}
+
+/// Requests that are counted apart, as QEMU's statistics have them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sort {
+    /// Reads.
+    Read,
+    /// Writes, zeroing among them.
+    Write,
+    /// Flushes.
+    Flush,
+    /// Discards.
+    Discard,
+}
+
+impl Sort {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Read, Self::Write, Self::Flush, Self::Discard];
+}
+
+/// What the requests of one sort came to.
+#[derive(Debug, Default)]
+pub struct SortCounters {
+    /// Those that were done.
+    pub done: AtomicU64,
+    /// Those that failed or were refused.
+    pub failed: AtomicU64,
+    /// Nanoseconds from when each was taken to when it was given back, together.
+    pub nanoseconds: AtomicU64,
+}
+
+/// Why requests wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// There is no room where the image is.
+    NoSpace = 1,
+    /// The image failed in another way.
+    Failed = 2,
 }
 
 /// Reaches a disk from any thread.
@@ -36,20 +84,43 @@ pub struct DiskHandle {
 pub(super) struct Shared {
     pub(super) bell: EventFd,
     pub(super) retry: AtomicBool,
+    /// A [`Trouble`], or none.
+    trouble: AtomicU8,
+    /// What the disk is held to.
+    limits: Mutex<RateLimits>,
+    /// Those are new.
+    limited: AtomicBool,
     /// The bell has been signalled.
     woken: AtomicBool,
     pub(super) counters: BlockCounters,
 }
 
 impl Shared {
-    pub(super) fn new() -> nix::Result<Self> {
+    pub(super) fn new(limits: RateLimits) -> nix::Result<Self> {
         let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         Ok(Self {
             bell,
             retry: AtomicBool::new(false),
+            trouble: AtomicU8::new(0),
+            limits: Mutex::new(limits),
+            limited: AtomicBool::new(false),
             woken: AtomicBool::new(false),
             counters: BlockCounters::default(),
         })
+    }
+
+    fn limits(&self) -> MutexGuard<'_, RateLimits> {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Requests wait for something to be mended, or no longer.
+    pub(super) fn set_trouble(&self, trouble: Option<Trouble>) {
+        self.trouble.store(trouble.map_or(0, |trouble| trouble as u8), Ordering::Relaxed);
+    }
+
+    /// What the disk is held to from now on, if that is new.
+    pub(super) fn new_limits(&self) -> Option<RateLimits> {
+        self.limited.swap(false, Ordering::AcqRel).then(|| *self.limits())
     }
 
     /// Wakes the disk's thread. A full counter is as good as a signalled one.
@@ -91,6 +162,24 @@ impl DiskHandle {
     /// Makes the requests again that wait since the VM stopped for an error ([`super::ErrorAction::Stop`]).
     pub fn retry(&self) {
         self.shared.retry.store(true, Ordering::Release);
+        self.shared.wake();
+    }
+
+    /// Why requests wait until the VM goes on, if some do.
+    pub fn trouble(&self) -> Option<Trouble> {
+        let trouble = self.shared.trouble.load(Ordering::Relaxed);
+        [Trouble::NoSpace, Trouble::Failed].into_iter().find(|it| *it as u8 == trouble)
+    }
+
+    /// What it is held to.
+    pub fn limits(&self) -> RateLimits {
+        *self.shared.limits()
+    }
+
+    /// Holds it to other limits from now on, as if it had rested before.
+    pub fn set_limits(&self, limits: RateLimits) {
+        *self.shared.limits() = limits;
+        self.shared.limited.store(true, Ordering::Release);
         self.shared.wake();
     }
 

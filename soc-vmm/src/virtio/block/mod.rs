@@ -22,7 +22,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use engine::BlockEngine;
-pub use handle::{BlockCounters, DiskHandle};
+pub use handle::{BlockCounters, DiskHandle, Sort, SortCounters, Trouble};
 pub use policy::{DiskError, DiskErrorListener, ErrorAction, ErrorPolicy, OnError};
 
 use super::Plumbing;

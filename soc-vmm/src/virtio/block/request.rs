@@ -1,12 +1,14 @@
 //! A request of the driver's (virtio 1.2 §5.2.6), step by step.
 
+use std::time::Instant;
+
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::{MAX_RANGE, MAX_RANGES, SECTOR};
+use super::{MAX_RANGE, MAX_RANGES, SECTOR, Sort};
 use crate::block::{Buffer, Operation};
 use crate::virtio::{Chain, Lease, QueueError};
 
@@ -28,6 +30,8 @@ pub(super) struct Request {
     /// The queue that it came by.
     pub(super) queue: usize,
     pub(super) chain: Chain,
+    /// When it was taken.
+    pub(super) since: Option<Instant>,
     /// What it reads into or writes from; away while that is under way.
     pub(super) buffer: Buffer,
     /// The call that is under way, or was the last.
@@ -107,6 +111,7 @@ impl Default for Request {
     fn default() -> Self {
         Self {
             queue: 0,
+            since: None,
             chain: Chain::default(),
             buffer: Buffer::default(),
             call: Call { operation: Operation::Flush, offset: 0, len: 0 },
@@ -180,6 +185,17 @@ impl Request {
             Kind::Read => (self.room - self.chain.writable(), 0),
             Kind::Write => (0, self.at - self.first),
             _ => (0, 0),
+        }
+    }
+
+    /// As what it is counted, if it is.
+    pub(super) fn sort(&self) -> Option<Sort> {
+        match self.kind {
+            Kind::Read => Some(Sort::Read),
+            Kind::Write | Kind::Zero => Some(Sort::Write),
+            Kind::Flush => Some(Sort::Flush),
+            Kind::Discard => Some(Sort::Discard),
+            Kind::Identify => None,
         }
     }
 

@@ -193,7 +193,11 @@ impl Server {
         let functions = 0..self.shims.len() as u32;
         let shims: String = functions.map(|function| format!("{function}: {}\n", self.shim_said(function))).collect();
         let kernel = self.bed.server.console().tail(60);
-        format!("programs of this machine:\n{}shims:\n{shims}the server's kernel:\n{kernel}", self.trial.said())
+        let silent = self.bed.server.last_words().unwrap_or_default();
+        format!(
+            "programs of this machine:\n{}shims:\n{shims}the server's kernel:\n{kernel}\n{silent}",
+            self.trial.said()
+        )
     }
 
     /// Waits until the VM of a function is in a state.

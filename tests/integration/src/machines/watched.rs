@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
 use payloads::watch;
-use testbed::machine::SHUT_DOWN as SERVER_SHUT_DOWN;
+use testbed::machine::{SHUT_DOWN as SERVER_SHUT_DOWN, SILENT as SERVER_SILENT};
 
 use super::{MOST, Server};
 
@@ -86,7 +86,8 @@ const EMULATOR_S: &str = "the emulator's fault: ";
 const RUNS: usize = 3;
 
 /// Runs a test; and again, from the start, if the emulator did in it what it now and then does by itself (docs/testbed.md): it reset
-/// a guest whose watched memory is whole, or the server, or a Linux stalled for 21 s. What anybody does to either would be done to it in the next run too.
+/// a guest whose watched memory is whole, or the server, the server's kernel stopped, or a Linux stalled
+/// for 21 s. What anybody does to either would be done to it in the next run too.
 ///
 /// # Panics
 /// As the test does, at the latest in its third run.
@@ -94,6 +95,7 @@ pub fn but_for_the_emulator(test: impl Fn()) {
     let is_emulator_s = |text: &String| {
         text.starts_with(EMULATOR_S)
             || text.contains(SERVER_SHUT_DOWN)
+            || text.contains(SERVER_SILENT)
             || STALLED.iter().any(|words| text.contains(words))
     };
     for run in 1..=RUNS {
@@ -132,6 +134,10 @@ mod tests {
         assert_eq!(runs(&[&emulator_s, &emulator_s]), (3, true));
         assert_eq!(runs(&[&emulator_s, &emulator_s, &emulator_s]), (3, false));
         assert_eq!(runs(&[&format!("server-1 has ended by itself (exit status: 0; {SERVER_SHUT_DOWN})")]), (2, true));
+        assert_eq!(
+            runs(&[&format!("server-1 {SERVER_SILENT}; QEMU's threads in a second: CPU 0/TCG R 100")]),
+            (2, true)
+        );
         assert_eq!(runs(&["dmesg: [\"watchdog: BUG: soft lockup - CPU#0 stuck for 35s! [swapper/0:0]\"]"]), (2, true));
         assert_eq!(runs(&["VM 0 was touched"]), (1, false));
         assert_eq!(runs(&[&emulator_s, "VM 0 was touched"]), (2, false));

@@ -7,6 +7,7 @@
 mod board;
 mod guest;
 mod ioapic;
+mod level;
 mod shim;
 
 use std::collections::VecDeque;
@@ -29,6 +30,7 @@ use pcie_function::{Doorbell, SocFunction, Window, Windowed};
 pub use board::Board;
 pub use guest::{FLAT_CODE, Shape};
 pub use ioapic::Ioapic;
+pub use level::resampled;
 use shim::Shim;
 
 /// What is waited for at most, anywhere: a hang is a failure, not a wait.

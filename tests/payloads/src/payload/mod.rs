@@ -6,6 +6,7 @@ pub mod dirty;
 pub mod hot;
 pub mod interrupts;
 pub mod mmio;
+pub mod operated;
 pub mod order;
 pub mod pio;
 pub mod real;
@@ -33,6 +34,7 @@ pub fn catalogue(vcpus: u8) -> Result<Vec<Payload>, IcedError> {
         order::order(vcpus)?,
         watch::watch(1)?,
         cpu_hotplug::come_and_go(1)?,
+        operated::operated()?,
     ];
     for privilege in [Privilege::Cpl0, Privilege::Cpl3] {
         payloads.push(pio::pio(privilege)?);

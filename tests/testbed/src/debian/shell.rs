@@ -3,12 +3,26 @@
 use std::time::Duration;
 
 use crate::machine::Error;
-use crate::vmm::Vmm;
 
 use super::{PASSWORD, USER};
 
 /// How long what needs no booting may take.
 const PROMPT_LIMIT: Duration = Duration::from_secs(60);
+
+/// Where somebody sits: a serial line of soc-vmm's own, or one behind a console of libvirt's.
+pub trait Terminal {
+    /// Waits until `text` has been shown, behind what was waited for before; what was shown in front of it.
+    ///
+    /// # Errors
+    /// It isn't, within `limit`, or nobody is there any more.
+    fn read_until(&mut self, text: &str, limit: Duration) -> Result<String, Error>;
+
+    /// Types `text`.
+    ///
+    /// # Errors
+    /// Nobody is there.
+    fn type_text(&mut self, text: &str) -> Result<(), Error>;
+}
 
 /// A command's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,9 +34,8 @@ pub struct Answer {
 }
 
 /// A shell on a serial console.
-#[derive(Debug)]
 pub struct Shell<'a, 'v> {
-    line: &'a mut Vmm<'v>,
+    line: &'a mut (dyn Terminal + 'v),
     commands: u32,
 }
 
@@ -31,7 +44,7 @@ impl<'a, 'v> Shell<'a, 'v> {
     ///
     /// # Errors
     /// No prompt, or no shell behind it.
-    pub fn log_in(line: &'a mut Vmm<'v>, boot_limit: Duration) -> Result<Self, Error> {
+    pub fn log_in(line: &'a mut (dyn Terminal + 'v), boot_limit: Duration) -> Result<Self, Error> {
         line.read_until("login: ", boot_limit)?;
         line.type_text(&format!("{USER}\n"))?;
         line.read_until("Password: ", PROMPT_LIMIT)?;

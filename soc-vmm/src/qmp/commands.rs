@@ -1,0 +1,91 @@
+//! All commands.
+
+use super::about::{QueryCommands, QueryKvm, QueryName, QueryQmpSchema, QueryStatus, QueryTarget, QueryVersion};
+use super::backends::{BlockdevDel, NetdevDel, ObjectAdd, ObjectDel};
+use super::block::{BlockSetIoThrottle, QueryBlock, QueryBlockstats, QueryNamedBlockNodes};
+use super::cdrom::{
+    BlockdevChangeMedium, BlockdevCloseTray, BlockdevInsertMedium, BlockdevOpenTray, BlockdevRemoveMedium, Eject,
+};
+use super::chardevs::{ChardevAdd, ChardevRemove};
+use super::command::Entry;
+use super::cpus::{AddCpu, QueryCpusFast, QueryHotpluggableCpus};
+use super::devices::{AddDisk, AddNet, DeviceDel, QomList};
+use super::life::{Cont, QueryJobs, Quit, SetAction, Stop, SystemPowerdown, SystemReset};
+use super::machines::{QueryCpuDefinitions, QueryCpuModelExpansion, QueryMachines, QueryTpmModels, QueryTpmTypes};
+use super::migration::{MigrateSetCapabilities, QueryMigrateCapabilities};
+use super::objects::{DeviceListProperties, QomListProperties, QomListTypes};
+use super::options::QueryCommandLineOptions;
+use super::ours::{QueryOutboardCounters, QueryOutboardVm};
+use super::passed::{AddFd, CloseFd, GetFd, QueryFdsets, RemoveFd};
+use super::streams::QueryChardev;
+use super::tune::{Balloon, BlockResize, QomGet, QomSet, QueryBalloon, SetLink};
+use crate::qemu::{BlockdevAdd, Device, NetdevAdd};
+
+/// Every command but `qmp_capabilities`, which is the session's own.
+pub const COMMANDS: &[Entry] = &[
+    Entry::of::<QueryStatus>(),
+    Entry::of::<Stop>(),
+    Entry::of::<Cont>(),
+    Entry::of::<SystemReset>(),
+    Entry::of::<SystemPowerdown>(),
+    Entry::of::<Quit>(),
+    Entry::of::<Eject>(),
+    Entry::of::<BlockdevChangeMedium>(),
+    Entry::of::<BlockdevOpenTray>(),
+    Entry::of::<BlockdevCloseTray>(),
+    Entry::of::<BlockdevRemoveMedium>(),
+    Entry::of::<BlockdevInsertMedium>(),
+    Entry::of::<QueryBlock>(),
+    Entry::of::<QueryBlockstats>(),
+    Entry::of::<QueryNamedBlockNodes>(),
+    Entry::of::<BlockSetIoThrottle>(),
+    Entry::of::<QueryChardev>(),
+    Entry::of::<SetAction>(),
+    Entry::of::<QueryJobs>(),
+    Entry::of::<BlockdevAdd>(),
+    Entry::of::<BlockdevDel>(),
+    Entry::of::<NetdevAdd>(),
+    Entry::of::<NetdevDel>(),
+    Entry::of::<ChardevAdd>(),
+    Entry::of::<ChardevRemove>(),
+    Entry::of::<ObjectAdd>(),
+    Entry::of::<ObjectDel>(),
+    Entry::of::<Device>(),
+    Entry::of::<DeviceDel>(),
+    Entry::of::<QomList>(),
+    Entry::of::<QomGet>(),
+    Entry::of::<QomSet>(),
+    Entry::of::<BlockResize>(),
+    Entry::of::<SetLink>(),
+    Entry::of::<Balloon>(),
+    Entry::of::<QueryBalloon>(),
+    Entry::of::<AddDisk>(),
+    Entry::of::<AddNet>(),
+    Entry::of::<AddCpu>(),
+    Entry::of::<QueryCpusFast>(),
+    Entry::of::<QueryHotpluggableCpus>(),
+    Entry::of::<GetFd>(),
+    Entry::of::<CloseFd>(),
+    Entry::of::<AddFd>(),
+    Entry::of::<RemoveFd>(),
+    Entry::of::<QueryFdsets>(),
+    Entry::of::<QueryName>(),
+    Entry::of::<QueryVersion>(),
+    Entry::of::<QueryCommands>(),
+    Entry::of::<QueryKvm>(),
+    Entry::of::<QueryTarget>(),
+    Entry::of::<QueryQmpSchema>(),
+    Entry::of::<QueryMachines>(),
+    Entry::of::<QueryCpuDefinitions>(),
+    Entry::of::<QueryCpuModelExpansion>(),
+    Entry::of::<QueryTpmModels>(),
+    Entry::of::<QueryTpmTypes>(),
+    Entry::of::<QomListTypes>(),
+    Entry::of::<DeviceListProperties>(),
+    Entry::of::<QomListProperties>(),
+    Entry::of::<QueryCommandLineOptions>(),
+    Entry::of::<QueryMigrateCapabilities>(),
+    Entry::of::<MigrateSetCapabilities>(),
+    Entry::of::<QueryOutboardVm>(),
+    Entry::of::<QueryOutboardCounters>(),
+];

@@ -1,0 +1,186 @@
+//! A guest that somebody operates by its serial port and its power button.
+
+use iced_x86::code_asm::*;
+
+use crate::kit::LongMode;
+use crate::{Ends, IcedError, Payload};
+
+/// What it says first. It says so again after each reset.
+pub const UP: &str = "operated guest is up";
+/// Begins the line of a tick; its number follows in 16 hexadecimal digits, from 1.
+pub const TICK: &str = "tick ";
+/// Begins the answer to a key that means nothing; its code follows in 16 hexadecimal digits.
+pub const KEY: &str = "key ";
+/// What it says when its power button is pressed, before it switches itself off.
+pub const BUTTON: &str = "power button";
+
+/// Keys, and what it does by them.
+pub mod keys {
+    /// Switches itself off (ACPI S5).
+    pub const OFF: char = 'o';
+    /// Resets the machine (port 0xcf9).
+    pub const RESET: char = 'r';
+    /// Says that its kernel panicked (pvpanic).
+    pub const PANIC: char = 'p';
+}
+
+const DATA: u32 = 0x3f8;
+const LINE_STATUS: u32 = 0x3fd;
+const RECEIVED: i32 = 1;
+const ROOM: i32 = 1 << 5;
+const PM1_STATUS: u32 = 0x600;
+const PM1_ENABLE: u32 = 0x602;
+const PM1_CONTROL: u32 = 0x604;
+const POWER_BUTTON: i32 = 1 << 8;
+/// SLP_EN; SLP_TYP of S5 is 0.
+const SLEEP: i32 = 1 << 13;
+const RESET_CONTROL: u32 = 0xcf9;
+const PVPANIC: u32 = 0x505;
+/// Of the time-stamp counter, from tick to tick: 0.05 to 0.15 s.
+const PERIOD: u32 = 1 << 28;
+
+/// Ticks, says which keys it gets, and does what it is told.
+///
+/// | touches | how |
+/// | --- | --- |
+/// | the serial port at 0x3f8 | polled; lines end with CR LF |
+/// | PM1 at 0x600 | the power button, S5 |
+/// | 0xcf9, 0x505 | by [`keys`] |
+pub fn operated() -> Result<Payload, IcedError> {
+    let mut p = LongMode::new()?;
+    let [mut wait, mut no_key, mut not_off, mut not_reset, mut not_panic, mut off, mut pressed] =
+        [0; 7].map(|_| p.asm.create_label());
+    let mut speech = Speech { text: p.asm.create_label(), hex: p.asm.create_label(), byte: p.asm.create_label() };
+
+    speech.say(&mut p, &format!("{UP}\r\n"))?;
+    p.asm.mov(edx, PM1_ENABLE)?;
+    p.asm.mov(eax, POWER_BUTTON)?;
+    p.asm.out(dx, ax)?;
+    // rbx: ticks, rdi: when the next is due.
+    p.asm.xor(ebx, ebx)?;
+    p.read_clock()?;
+    p.asm.mov(rdi, rax)?;
+
+    p.place(&mut wait)?;
+    p.asm.mov(edx, PM1_STATUS)?;
+    p.asm.in_(ax, dx)?;
+    p.asm.test(eax, POWER_BUTTON)?;
+    p.asm.jne(pressed)?;
+    p.asm.mov(edx, LINE_STATUS)?;
+    p.asm.in_(al, dx)?;
+    p.asm.test(al, RECEIVED)?;
+    p.asm.je(no_key)?;
+
+    p.asm.mov(edx, DATA)?;
+    p.asm.in_(al, dx)?;
+    p.asm.movzx(ebp, al)?;
+    p.asm.cmp(ebp, keys::OFF as i32)?;
+    p.asm.jne(not_off)?;
+    p.asm.jmp(off)?;
+    p.place(&mut not_off)?;
+    p.asm.cmp(ebp, keys::RESET as i32)?;
+    p.asm.jne(not_reset)?;
+    p.asm.mov(edx, RESET_CONTROL)?;
+    p.asm.mov(al, 6)?;
+    p.asm.out(dx, al)?;
+    p.place(&mut not_reset)?;
+    p.asm.cmp(ebp, keys::PANIC as i32)?;
+    p.asm.jne(not_panic)?;
+    p.asm.mov(edx, PVPANIC)?;
+    p.asm.mov(al, 1)?;
+    p.asm.out(dx, al)?;
+    p.asm.jmp(wait)?;
+    p.place(&mut not_panic)?;
+    speech.say(&mut p, KEY)?;
+    p.asm.mov(rax, rbp)?;
+    p.asm.call(speech.hex)?;
+    speech.say(&mut p, "\r\n")?;
+    p.asm.jmp(wait)?;
+
+    p.place(&mut no_key)?;
+    p.read_clock()?;
+    p.asm.cmp(rax, rdi)?;
+    p.asm.jb(wait)?;
+    p.asm.add(rax, PERIOD as i32)?;
+    p.asm.mov(rdi, rax)?;
+    p.asm.inc(rbx)?;
+    speech.say(&mut p, TICK)?;
+    p.asm.mov(rax, rbx)?;
+    p.asm.call(speech.hex)?;
+    speech.say(&mut p, "\r\n")?;
+    p.asm.jmp(wait)?;
+
+    p.place(&mut pressed)?;
+    speech.say(&mut p, &format!("{BUTTON}\r\n"))?;
+    p.place(&mut off)?;
+    p.asm.mov(edx, PM1_CONTROL)?;
+    p.asm.mov(eax, SLEEP)?;
+    p.asm.out(dx, ax)?;
+    p.asm.jmp(wait)?;
+
+    speech.emit(&mut p)?;
+    Ok(Payload::kernel("operated", 1, p.finish()?).that_ends(Ends::Never))
+}
+
+/// Routines that write to the serial port.
+struct Speech {
+    /// ecx bytes from rsi.
+    text: CodeLabel,
+    /// rax as 16 digits.
+    hex: CodeLabel,
+    /// al. Keeps every register.
+    byte: CodeLabel,
+}
+
+impl Speech {
+    /// Uses rsi, rcx.
+    fn say(&self, p: &mut LongMode, text: &str) -> Result<(), IcedError> {
+        let at = p.data(text.as_bytes());
+        p.asm.mov(esi, at)?;
+        p.asm.mov(ecx, text.len() as u32)?;
+        p.asm.call(self.text)
+    }
+
+    fn emit(&mut self, p: &mut LongMode) -> Result<(), IcedError> {
+        let [mut next, mut digit, mut decimal, mut full] = [0; 4].map(|_| p.asm.create_label());
+        p.place(&mut self.text)?;
+        p.asm.set_label(&mut next)?;
+        p.asm.mov(al, byte_ptr(rsi))?;
+        p.asm.call(self.byte)?;
+        p.asm.inc(rsi)?;
+        p.asm.dec(ecx)?;
+        p.asm.jne(next)?;
+        p.asm.ret()?;
+
+        p.place(&mut self.hex)?;
+        p.asm.mov(rsi, rax)?;
+        p.asm.mov(ecx, 16)?;
+        p.asm.set_label(&mut digit)?;
+        p.asm.rol(rsi, 4)?;
+        p.asm.mov(eax, esi)?;
+        p.asm.and(eax, 0xf)?;
+        p.asm.add(eax, i32::from(b'0'))?;
+        p.asm.cmp(eax, i32::from(b'9'))?;
+        p.asm.jbe(decimal)?;
+        p.asm.add(eax, i32::from(b'a' - b'9' - 1))?;
+        p.asm.set_label(&mut decimal)?;
+        p.asm.call(self.byte)?;
+        p.asm.dec(ecx)?;
+        p.asm.jne(digit)?;
+        p.asm.ret()?;
+
+        p.place(&mut self.byte)?;
+        p.asm.push(rdx)?;
+        p.asm.push(rax)?;
+        p.asm.mov(edx, LINE_STATUS)?;
+        p.asm.set_label(&mut full)?;
+        p.asm.in_(al, dx)?;
+        p.asm.test(al, ROOM)?;
+        p.asm.je(full)?;
+        p.asm.pop(rax)?;
+        p.asm.mov(edx, DATA)?;
+        p.asm.out(dx, al)?;
+        p.asm.pop(rdx)?;
+        p.asm.ret()
+    }
+}
