@@ -24,6 +24,7 @@ mod run_dir;
 mod run_state;
 mod signals;
 mod slots;
+mod stand_ins;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -49,6 +50,7 @@ pub use listen::{ListenError, ListeningSocket};
 pub use run_dir::{Claim, NameError, RunDir, RunDirError, VmName};
 pub use run_state::RunState;
 pub use signals::end_on_signals;
+pub use stand_ins::StandIns;
 
 /// Commands that may wait for the VM; who asks more waits for room.
 const QUEUED_COMMANDS: usize = 16;
@@ -93,6 +95,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
         built,
         fds: Arc::default(),
         chardevs: chardevs.clone(),
+        stand_ins: StandIns::default(),
         actions: actions.clone(),
     };
     (
@@ -102,6 +105,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
             state: state_in,
             events,
             autostart: true,
+            emulates: false,
             cdrom,
             slots,
             cpus,
@@ -142,6 +146,7 @@ pub struct VmHandle {
     built: watch::Receiver<bool>,
     fds: Arc<Fds>,
     chardevs: Arc<Chardevs>,
+    stand_ins: StandIns,
     actions: Actions,
 }
 
@@ -211,6 +216,11 @@ impl VmHandle {
     /// The host's processor; none: there is no host, or it was not asked yet.
     pub fn host(&self) -> Option<&HostCpu> {
         self.host.get()
+    }
+
+    /// The threads that stand for its vCPUs here.
+    pub fn stand_ins(&self) -> &StandIns {
+        &self.stand_ins
     }
 
     /// Waits until the machine is built: everything can be asked of it from then on. False: the VM has ended before.
@@ -354,13 +364,15 @@ pub struct VmControl {
     events: broadcast::Sender<Event>,
     /// Whether the vCPUs run once the VM is built.
     autostart: bool,
+    /// Whether it stands in for QEMU.
+    emulates: bool,
     cdrom: CdromSlot,
     slots: SlotsPlace,
     cpus: CpusPlace,
     host: HostPlace,
     actions: Actions,
-    chardevs: Arc<Chardevs>,
     built: watch::Sender<bool>,
+    chardevs: Arc<Chardevs>,
 }
 
 impl VmControl {
@@ -372,6 +384,11 @@ impl VmControl {
     /// Whether the vCPUs run once the VM is built: yes, if nobody says otherwise.
     pub fn autostart(&self) -> bool {
         self.autostart
+    }
+
+    /// The VM is lost as one of QEMU's is: without an event, by the end of its monitors.
+    pub fn emulate(&mut self) {
+        self.emulates = true;
     }
 
     /// Sets [`VmControl::autostart`].
@@ -546,12 +563,14 @@ impl VmControl {
     ///
     /// Where powering off is to be a pause it is the same, and goes on.
     pub fn ends(&mut self, cause: ShutdownCause) {
-        let event = EventKind::Shutdown { guest: cause.by_guest(), reason: cause };
+        // libvirt takes whatever says SHUTDOWN for a guest that was shut down; one whose process just ends has crashed.
+        let told = !(self.emulates && cause == ShutdownCause::HostError);
+        let event = told.then(|| EventKind::Shutdown { guest: cause.by_guest(), reason: cause });
         let last = if cause == ShutdownCause::HostError { RunState::InternalError } else { RunState::Shutdown };
         if self.state().may_become(last) {
-            self.enter_for(last, Some(event));
+            self.enter_for(last, event);
         } else {
-            self.tell(event);
+            event.into_iter().for_each(|event| self.tell(event));
         }
     }
 

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 
 use super::{OpenError, StreamBackend};
+use crate::sandbox;
 
 /// The program, on the path.
 const PROGRAM: &str = "passt";
@@ -20,6 +21,9 @@ pub(super) struct Passt(Child);
 /// It is not there, or can't be started.
 pub(super) fn start() -> Result<StreamBackend, OpenError> {
     let failed = |why: io::Error| OpenError::Passt { why };
+    if !sandbox::may_spawn() {
+        return Err(failed(io::Error::other("this process may start no others (-sandbox spawn=deny)")));
+    }
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
     // It takes over its standard input as the connection, and ends with that.
     let mut command = Command::new(PROGRAM);

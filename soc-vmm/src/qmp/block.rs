@@ -146,7 +146,7 @@ impl Command for QueryBlock {
         let find = |name: &Option<String>| nodes.iter().find(|node| Some(&node.name) == name.as_ref()).cloned();
         let disks = slots.disks().into_iter().map(|disk| BlockInfo {
             device: "",
-            qdev: format!("{}{BACKEND}", disk.path),
+            qdev: disk.path,
             kind: "unknown",
             removable: false,
             locked: false,
@@ -298,7 +298,7 @@ impl Command for QueryBlockstats {
         }
         let of_disks = disks.into_iter().map(|disk| BlockStats {
             device: Some(""),
-            qdev: Some(format!("{}{BACKEND}", disk.path)),
+            qdev: Some(disk.path),
             node_name: disk.node,
             stats: BlockDeviceStats::of(disk.handle.counters()),
         });

@@ -9,7 +9,7 @@ use super::QmpError;
 use super::aside::aside;
 use super::command::Command;
 use super::types::Empty;
-use crate::chardev::ChardevError;
+use crate::chardev::{self, ChardevError};
 use crate::cli::with_causes;
 use crate::control::VmHandle;
 use crate::qemu::{Chardev, ChardevKind, LogFile, Socket, Wrong};
@@ -155,5 +155,31 @@ impl Command for ChardevRemove {
 impl From<ChardevError> for QmpError {
     fn from(e: ChardevError) -> Self {
         Self::generic(with_causes(&e))
+    }
+}
+
+/// QMP `query-chardev`.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct QueryChardev {}
+
+/// QMP `ChardevInfo`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct ChardevInfo {
+    label: String,
+    filename: String,
+    frontend_open: bool,
+}
+
+impl Command for QueryChardev {
+    const NAME: &'static str = "query-chardev";
+    type Reply = Vec<ChardevInfo>;
+
+    async fn run(self, vm: VmHandle) -> Result<Vec<ChardevInfo>, QmpError> {
+        let ports = vm.slots().map(|slots| slots.serial_ports()).unwrap_or_default();
+        let info =
+            |chardev::ChardevInfo { label, filename, frontend_open }| ChardevInfo { label, filename, frontend_open };
+        Ok(vm.chardevs().list(&ports).into_iter().map(info).collect())
     }
 }

@@ -6,7 +6,7 @@ use super::block::{BlockSetIoThrottle, QueryBlock, QueryBlockstats, QueryNamedBl
 use super::cdrom::{
     BlockdevChangeMedium, BlockdevCloseTray, BlockdevInsertMedium, BlockdevOpenTray, BlockdevRemoveMedium, Eject,
 };
-use super::chardevs::{ChardevAdd, ChardevRemove};
+use super::chardevs::{ChardevAdd, ChardevRemove, QueryChardev};
 use super::command::Entry;
 use super::cpus::{AddCpu, QueryCpusFast, QueryHotpluggableCpus};
 use super::devices::{AddDisk, AddNet, DeviceDel, QomList};
@@ -17,7 +17,6 @@ use super::objects::{DeviceListProperties, QomListProperties, QomListTypes};
 use super::options::QueryCommandLineOptions;
 use super::ours::{QueryOutboardCounters, QueryOutboardVm};
 use super::passed::{AddFd, CloseFd, GetFd, QueryFdsets, RemoveFd};
-use super::streams::QueryChardev;
 use super::tune::{Balloon, BlockResize, QomGet, QomSet, QueryBalloon, SetLink};
 use crate::qemu::{BlockdevAdd, Device, NetdevAdd};
 
@@ -39,6 +38,8 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<QueryBlockstats>(),
     Entry::of::<QueryNamedBlockNodes>(),
     Entry::of::<BlockSetIoThrottle>(),
+    Entry::of::<ChardevAdd>(),
+    Entry::of::<ChardevRemove>(),
     Entry::of::<QueryChardev>(),
     Entry::of::<SetAction>(),
     Entry::of::<QueryJobs>(),
@@ -46,8 +47,6 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<BlockdevDel>(),
     Entry::of::<NetdevAdd>(),
     Entry::of::<NetdevDel>(),
-    Entry::of::<ChardevAdd>(),
-    Entry::of::<ChardevRemove>(),
     Entry::of::<ObjectAdd>(),
     Entry::of::<ObjectDel>(),
     Entry::of::<Device>(),

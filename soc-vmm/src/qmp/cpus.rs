@@ -124,13 +124,14 @@ impl Command for QueryHotpluggableCpus {
     }
 }
 
-/// QMP `CpuInfoFast`, without the thread: that is on the host.
+/// QMP `CpuInfoFast`. The thread stands for the vCPU, which runs on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[schemars(rename = "CpuInfoFast")]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct CpuInfo {
     cpu_index: usize,
     qom_path: String,
+    thread_id: i32,
     props: CpuProperties,
     target: &'static str,
 }
@@ -147,9 +148,17 @@ impl Command for QueryCpusFast {
     async fn run(self, vm: VmHandle) -> Result<Vec<CpuInfo>, QmpError> {
         let cpu = |CpuSlot { index, place, occupant }| {
             let Occupant { path, .. } = occupant?;
-            Some(CpuInfo { cpu_index: index, qom_path: path, props: place.into(), target: "x86_64" })
+            let thread = vm.stand_ins().of(index);
+            let thread = thread.map_err(|e| QmpError::generic(format!("There is no thread for vCPU {index}: {e}")));
+            Some(thread.map(|thread_id| CpuInfo {
+                cpu_index: index,
+                qom_path: path,
+                thread_id,
+                props: place.into(),
+                target: "x86_64",
+            }))
         };
-        Ok(cpus_of(&vm)?.slots().into_iter().filter_map(cpu).collect())
+        cpus_of(&vm)?.slots().into_iter().filter_map(cpu).collect()
     }
 }
 

@@ -28,7 +28,6 @@ mod passed;
 pub mod schema;
 mod server;
 mod session;
-mod streams;
 mod tune;
 pub mod types;
 

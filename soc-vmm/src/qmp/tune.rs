@@ -152,8 +152,13 @@ impl Command for QomGet {
     type Reply = Value;
 
     async fn run(self, vm: VmHandle) -> Result<Value, QmpError> {
-        if self.property == cpus::UNAVAILABLE && cpus::is_cpu_path(&vm, &self.path) {
-            return Ok(Value::Array(Vec::new()));
+        if cpus::is_cpu_path(&vm, &self.path) {
+            // libvirt looks for `migratable` when it comes back to a domain, and gives the domain up at another class of errors.
+            return if self.property == cpus::UNAVAILABLE {
+                Ok(Value::Array(Vec::new()))
+            } else {
+                Err(QmpError::generic(format!("Property '{}.{}' not found", self.path, self.property)))
+            };
         }
         let balloon = property_of_balloon(&vm, &self.path, &self.property)?;
         if self.property == INTERVAL {

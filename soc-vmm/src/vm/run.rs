@@ -48,6 +48,9 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
     let (handle, mut control) = control::channel(info);
     handle.actions().set(config.machine.actions);
     control.set_autostart(!config.paused);
+    if config.process.emulator {
+        control.emulate();
+    }
     // Files first: a wrong one is refused before anything is touched.
     let layout = MemoryLayout::new(config.memory.size).map_err(|e| Failure::of(ExitStatus::Usage, "--memory", &e))?;
     let (plan, media) = media::open(config, &layout, &handle)?;

@@ -9,8 +9,30 @@ use soc_vmm::qemu::DeviceKind;
 
 /// Options with a value, beside any text.
 const OPTIONS: [&str; 24] = [
-    "-name", "-machine", "-accel", "-cpu", "-m", "-smp", "-numa", "-uuid", "-object", "-chardev", "-mon", "-qmp", "-serial", "-rtc",
-    "-boot", "-blockdev", "-netdev", "-device", "-add-fd", "-drive", "-smbios", "-fw_cfg", "-sandbox", "-global",
+    "-name",
+    "-machine",
+    "-accel",
+    "-cpu",
+    "-m",
+    "-smp",
+    "-numa",
+    "-uuid",
+    "-object",
+    "-chardev",
+    "-mon",
+    "-qmp",
+    "-serial",
+    "-rtc",
+    "-boot",
+    "-blockdev",
+    "-netdev",
+    "-device",
+    "-add-fd",
+    "-drive",
+    "-smbios",
+    "-fw_cfg",
+    "-sandbox",
+    "-global",
 ];
 
 #[derive(Debug, Arbitrary)]
@@ -23,10 +45,46 @@ enum Word {
 
 /// Parts of properties that mean something somewhere.
 const PARTS: [&str; 40] = [
-    "q35", "none", "virtio-blk-pci", "virtio-net-pci", "pcie-root-port", "ide-cd", "virtserialport", "virtio-serial-pci", "isa-serial",
-    "socket", "pty", "file", "raw", "tap", "user", "vhost-user", "iothread", "memory-backend-memfd", "rng-builtin", "throttle-group", "id",
-    "bus", "addr", "drive", "netdev", "chardev", "node-name", "filename", "size", "server", "wait", "on", "off", "a", "b", "pcie.0", "0x1.0x2",
-    "1G", "1", "kvm",
+    "q35",
+    "none",
+    "virtio-blk-pci",
+    "virtio-net-pci",
+    "pcie-root-port",
+    "ide-cd",
+    "virtserialport",
+    "virtio-serial-pci",
+    "isa-serial",
+    "socket",
+    "pty",
+    "file",
+    "raw",
+    "tap",
+    "user",
+    "vhost-user",
+    "iothread",
+    "memory-backend-memfd",
+    "rng-builtin",
+    "throttle-group",
+    "id",
+    "bus",
+    "addr",
+    "drive",
+    "netdev",
+    "chardev",
+    "node-name",
+    "filename",
+    "size",
+    "server",
+    "wait",
+    "on",
+    "off",
+    "a",
+    "b",
+    "pcie.0",
+    "0x1.0x2",
+    "1G",
+    "1",
+    "kvm",
 ];
 
 fuzz_target!(|words: Vec<Word>| {
@@ -37,7 +95,8 @@ fuzz_target!(|words: Vec<Word>| {
         match word {
             Word::Option(index, text) => args.extend([option(index), text]),
             Word::Properties(index, parts) => {
-                let parts: Vec<_> = parts.iter().map(|(key, value)| format!("{}={}", part(*key), part(*value))).collect();
+                let parts: Vec<_> =
+                    parts.iter().map(|(key, value)| format!("{}={}", part(*key), part(*value))).collect();
                 let text = parts.join(",");
                 args.extend([option(index), text.split_once('=').map_or(text.clone(), |(_, text)| text.to_owned())]);
             }

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::pty::openpty;
+use nix::sys::termios::{LocalFlags, tcgetattr};
 
 use crate::debian::Terminal;
 use crate::machine;
@@ -57,7 +58,21 @@ impl Console {
         });
         let mut console = Self { terminal, screen, seen: 0, _virsh: virsh };
         console.expect("Escape character is", super::LIMIT)?;
+        console.wait_for_virsh()?;
         Ok(console)
+    }
+
+    /// What is typed before virsh has taken the terminal over, which it does after it said so, is lost.
+    fn wait_for_virsh(&self) -> Result<(), Error> {
+        let end = Instant::now() + super::LIMIT;
+        let is_taken = || tcgetattr(&self.terminal).map(|it| !it.local_flags.contains(LocalFlags::ICANON));
+        while !is_taken().map_err(|errno| Error::file(Path::new("/dev/ptmx"))(errno.into()))? {
+            if Instant::now() >= end {
+                return Err(Error::Late { what: "virsh didn't take its terminal".to_owned(), story: self.text() });
+            }
+            thread::sleep(super::PAUSE);
+        }
+        Ok(())
     }
 
     /// Types `text`.
