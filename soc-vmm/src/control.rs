@@ -532,6 +532,14 @@ impl VmControl {
         self.tell(EventKind::GuestPanicked { action });
     }
 
+    /// The guest told of its kernel's panic, and was stopped for that.
+    ///
+    /// # Panics
+    /// It didn't run.
+    pub fn stopped_by_panic(&mut self) {
+        self.enter_for(RunState::GuestPanicked, Some(EventKind::GuestPanicked { action: CrashAction::Pause }));
+    }
+
     /// The guest's kernel panicked, and another one takes over that sees to it.
     pub fn crash_loaded(&self) {
         self.tell(EventKind::GuestCrashloaded { action: CrashAction::Run });
@@ -556,28 +564,35 @@ impl VmControl {
     /// Where powering off is to be a pause it is the same, and goes on.
     pub fn ends(&mut self, cause: ShutdownCause) {
         // libvirt takes whatever says SHUTDOWN for a guest that was shut down; one whose process just ends has crashed.
-        if !(self.emulates && cause == ShutdownCause::HostError) {
-            self.tell(EventKind::Shutdown { guest: cause.by_guest(), reason: cause });
-        }
+        let told = !(self.emulates && cause == ShutdownCause::HostError);
+        let event = told.then(|| EventKind::Shutdown { guest: cause.by_guest(), reason: cause });
         let last = if cause == ShutdownCause::HostError { RunState::InternalError } else { RunState::Shutdown };
         if self.state().may_become(last) {
-            self.enter(last);
+            self.enter_for(last, event);
+        } else {
+            event.into_iter().for_each(|event| self.tell(event));
         }
     }
 
     fn was_reset(&mut self, reason: ShutdownCause) {
-        self.tell(EventKind::Reset { guest: reason.by_guest(), reason });
+        let event = EventKind::Reset { guest: reason.by_guest(), reason };
         match self.state() {
             // A reset wakes it: it runs.
-            RunState::Suspended => self.enter(RunState::Running),
-            state if state.may_become(RunState::Prelaunch) => self.enter(RunState::Prelaunch),
-            _ => {}
+            RunState::Suspended => self.enter_for(RunState::Running, Some(event)),
+            state if state.may_become(RunState::Prelaunch) => self.enter_for(RunState::Prelaunch, Some(event)),
+            _ => self.tell(event),
         }
     }
 
     fn enter(&mut self, next: RunState) {
+        self.enter_for(next, None);
+    }
+
+    /// Enters a state because of something that is told first: who hears of that finds the state entered.
+    fn enter_for(&mut self, next: RunState, because: Option<EventKind>) {
         let before = self.state.send_replace(next);
         assert!(before.may_become(next), "a VM that is {before} can't become {next}");
+        because.into_iter().for_each(|event| self.tell(event));
         match (before, next) {
             (RunState::Suspended, RunState::Running) => self.tell(EventKind::Wakeup),
             (_, RunState::Suspended) => self.tell(EventKind::Suspend),

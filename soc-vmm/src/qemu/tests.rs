@@ -365,7 +365,7 @@ fn what_is_not_there_is_named() {
         (&["-boot", "order=cc"], "-boot: order: write up to three"),
         (&["-boot", "order=cœ"], "-boot: order: write up to three"),
         (&["-uuid", "1-2"], "-uuid: '1-2' is no UUID"),
-        (&["-sandbox", "on,spawn=children"], "-sandbox: spawn: write allow or deny"),
+        (&["-sandbox", "on,spawn=children"], "-sandbox: spawn is allow or deny"),
         (&["-kernel", "k", "-bios", "b"], "-kernel: a kernel is started without firmware"),
         (&["-initrd", "i"], "-initrd: it needs -kernel"),
         (&["-add-fd", "set=0"], "-add-fd: it needs 'fd'"),

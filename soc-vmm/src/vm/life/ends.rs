@@ -4,7 +4,7 @@ use pcie_function::SocFunction;
 
 use super::{LifeError, Vm};
 use crate::cli::{ExitStatus, Failure};
-use crate::control::{CrashAction, RunState, ShutdownCause, VmControl};
+use crate::control::{CrashAction, ShutdownCause, VmControl};
 use crate::qemu::small::{PanicAction, RebootAction, ShutdownAction};
 
 impl<F: SocFunction> Vm<F> {
@@ -54,10 +54,11 @@ impl<F: SocFunction> Vm<F> {
     }
 
     async fn stop_after_panic(&mut self, control: &mut VmControl) -> Result<Option<ExitStatus>, Failure> {
-        control.panicked(CrashAction::Pause);
         if control.state().is_running() {
             self.host.pause().await.map_err(|e| LifeError::from(e).of_a_vm())?;
-            control.stopped(RunState::GuestPanicked);
+            control.stopped_by_panic();
+        } else {
+            control.panicked(CrashAction::Pause);
         }
         Ok(None)
     }
