@@ -5,7 +5,7 @@
 use std::process::ExitCode;
 
 use soc_vmm::cli::{self, ExitStatus, Failure, FunctionSpec, Invocation, PoolVerb};
-use soc_vmm::{inventory, log, pool, probe, say::say, vm};
+use soc_vmm::{inventory, log, pool, probe, vm};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -13,10 +13,7 @@ fn main() -> ExitCode {
     let ended = Invocation::parse(std::env::args_os()).and_then(invoke);
     match ended {
         Ok(status) => status.into(),
-        Err(failure) => {
-            say(format_args!("soc-vmm: {failure}"));
-            failure.status().into()
-        }
+        Err(failure) => failure.tell().status().into(),
     }
 }
 

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use nix::errno::Errno;
 
+use crate::say::say;
+
 /// soc-vmm's exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitStatus {
@@ -49,12 +51,14 @@ pub struct Failure {
     line: String,
     /// The function's other end went away.
     loss: bool,
+    /// Standard error has the line.
+    told: bool,
 }
 
 impl Failure {
     /// A failure in words. Whatever is in `text` becomes one printable line.
     pub fn new(status: ExitStatus, text: impl AsRef<str>) -> Self {
-        Self { status, line: with_advice(one_line(text.as_ref())), loss: false }
+        Self { status, line: with_advice(one_line(text.as_ref())), loss: false, told: false }
     }
 
     /// The same, where its cause is that the function's other end went away.
@@ -65,6 +69,15 @@ impl Failure {
     /// Whether its cause is that the function's other end went away.
     pub(crate) fn is_loss(&self) -> bool {
         self.loss
+    }
+
+    /// Says it on standard error, if that has not been done.
+    #[must_use]
+    pub fn tell(self) -> Self {
+        if !self.told {
+            say(format_args!("soc-vmm: {self}"));
+        }
+        Self { told: true, ..self }
     }
 
     /// The same, with something more to say.

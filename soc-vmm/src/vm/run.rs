@@ -1,7 +1,6 @@
 //! `soc-vmm run`: from a checked command line to an exit status.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pcie_function::SocFunction;
@@ -16,6 +15,7 @@ use crate::chardev::ChardevError;
 use crate::cli::{ExitStatus, Failure, RunConfig};
 use crate::console::{Attached, ConsoleError, DebugconBackend, SerialBackend};
 use crate::control::{self, Claim, RunDir, RunDirError, VmControl, VmInfo, VmName};
+use crate::daemon::PidFile;
 use crate::devices::{input_pipe, output_pipe};
 use crate::function::{self, Use};
 use crate::layout::MemoryLayout;
@@ -135,6 +135,8 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         for console in consoles {
             console.finish().await;
         }
+        // Who waits at a monitor reads why when that is closed.
+        let ended = ended.map_err(Failure::tell);
         monitors.close().await;
         ended
     })
@@ -154,25 +156,6 @@ fn claim(config: &RunConfig) -> Result<Claim, Failure> {
 
 fn of_chardev(option: &str, e: &ChardevError) -> Failure {
     Failure::of(ExitStatus::Usage, option, e)
-}
-
-/// A file with this process's id, for as long as the VM is there.
-struct PidFile(PathBuf);
-
-impl PidFile {
-    fn write(path: &Path) -> Result<Self, Failure> {
-        match std::fs::write(path, format!("{}\n", std::process::id())) {
-            Ok(()) => Ok(Self(path.to_owned())),
-            Err(e) => Err(Failure::new(ExitStatus::Usage, format!("-pidfile: can't write {}: {e}", path.display()))),
-        }
-    }
-}
-
-impl Drop for PidFile {
-    fn drop(&mut self) {
-        // Somebody may have removed it.
-        let _ = std::fs::remove_file(&self.0);
-    }
 }
 
 /// What is to be done with the function: build the VM, and keep it until it ends.

@@ -292,7 +292,7 @@ fn a_process_without_room_says_so_in_one_line() {
         trial.leaves_nothing(&what);
     }
     assert!(refused > 3);
-    for mebibytes in [24, 32] {
+    for mebibytes in [32, 40] {
         let shell = format!("ulimit -v {}; exec \"$@\"", mebibytes << 10);
         let ended = within(&trial, &shell, &short(), &[]).wait(MOST);
         one_line(&format!("{mebibytes} MiB"), &ended, 4, &[]);
