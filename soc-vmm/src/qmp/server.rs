@@ -14,7 +14,7 @@ use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::unix::WriteHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::types::{Greeting, Response, Timestamp};
@@ -87,6 +87,7 @@ async fn listen(
     mut closing: oneshot::Receiver<()>,
 ) {
     let room = Arc::new(Semaphore::new(MAX_MONITORS));
+    let (over_in, over) = watch::channel(false);
     let mut monitors = JoinSet::new();
     let mut told_full = false;
     let mut failing = false;
@@ -108,9 +109,9 @@ async fn listen(
                 Ok((stream, _)) => match room.clone().try_acquire_owned() {
                     Ok(place) => {
                         told_full = false;
-                        let vm = vm.clone();
+                        let (vm, over) = (vm.clone(), over.clone());
                         monitors.spawn(async move {
-                            if let Err(why) = monitor(stream, vm, greet).await {
+                            if let Err(why) = monitor(stream, vm, greet, over).await {
                                 tracing::debug!("QMP: a monitor was dropped: {why}");
                             }
                             drop(place);
@@ -129,6 +130,7 @@ async fn listen(
             },
         }
     }
+    over_in.send_replace(true);
     drop(socket);
     let rest = async { while monitors.join_next().await.is_some() {} };
     // What is left after that is cut off when the set is dropped.
@@ -145,8 +147,15 @@ fn turn_away(stream: UnixStream) {
 }
 
 /// Serves one client until it goes, misbehaves, or the VM has ended.
-async fn monitor(mut stream: UnixStream, vm: VmHandle, greet: Greet) -> io::Result<()> {
+async fn monitor(
+    mut stream: UnixStream,
+    vm: VmHandle,
+    greet: Greet,
+    mut over: watch::Receiver<bool>,
+) -> io::Result<()> {
     if greet == Greet::WhenBuilt && !vm.built().await {
+        // Why not is said elsewhere: who waits here shall not see the end of it before.
+        let _ = over.wait_for(|over| *over).await;
         return Ok(());
     }
     let (reader, mut writer) = stream.split();

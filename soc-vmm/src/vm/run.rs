@@ -22,7 +22,7 @@ use crate::layout::MemoryLayout;
 use crate::link::Link;
 use crate::qmp;
 use crate::runtime::runtime;
-use crate::say::say;
+use crate::say::{self, say};
 
 /// Bytes that may wait between the guest's serial port and its far end, each way.
 const SERIAL_QUEUE: usize = 4096;
@@ -137,6 +137,9 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         }
         // Who waits at a monitor reads why when that is closed.
         let ended = ended.map_err(Failure::tell);
+        if ended.is_err() && config.process.emulator {
+            say::until_read();
+        }
         monitors.close().await;
         ended
     })
