@@ -21,6 +21,7 @@ const STEPS: usize = 80;
 const NONE_FREE: &str = "none of 4 functions is free";
 
 #[test]
+#[ignore = "minutes: cargo xtask soak libvirt_random runs it"]
 fn nothing_is_left_of_ten_domains() {
     if !kvm(&test_name()) {
         return;
