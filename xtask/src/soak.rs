@@ -44,7 +44,8 @@ pub(crate) fn run(names: &[String], minutes: u32) -> Result<ExitCode, String> {
         let mut rounds = 0;
         while rounds == 0 || began.elapsed() < share {
             rounds += 1;
-            let command = cargo(["test", "--quiet", "--package", "integration", "--test", test]);
+            let command =
+                cargo(["test", "--quiet", "--package", "integration", "--test", test, "--", "--include-ignored"]);
             if step::run(&format!("test {test}, round {rounds}"), command, LIMIT)?.ok {
                 passed += 1;
             } else {
