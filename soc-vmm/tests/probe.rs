@@ -104,7 +104,9 @@ fn a_host_that_can_t_be_asked_has_no_kvm_to_offer() {
     assert!(said.contains("no pool serves at"), "{said}");
     let mut monitor = Client::connect(&dir.path().join("qmp.monitor"), PATIENCE).unwrap();
     assert_eq!(monitor.execute::<Value>("query-kvm").unwrap(), json!({ "enabled": false, "present": false }));
-    assert!(monitor.execute::<Value>("query-cpu-definitions").is_err());
+    // libvirtd 9.0 crashes where there is none.
+    let models = monitor.execute::<Value>("query-cpu-definitions").unwrap();
+    assert_eq!((models.as_array().unwrap().len(), &models[0]["name"]), (1, &json!("host")));
     ends(&daemon, dir.path());
 }
 

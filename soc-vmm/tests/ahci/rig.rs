@@ -207,6 +207,8 @@ impl Rig {
         loop {
             self.ahci.poll();
             if done(self) {
+                // What it saw may have come after the look before: so may the interrupt.
+                self.ahci.poll();
                 return;
             }
             self.woken.recv_timeout(PATIENCE).expect("the controller wakes who waits for it");
