@@ -6,10 +6,11 @@ use serde::Deserialize;
 use super::QmpError;
 use super::aside::aside;
 use super::command::Command;
-use super::devices::slots_of;
+use super::devices::{in_world, slots_of};
 use super::types::Empty;
 use crate::control::VmHandle;
 use crate::qemu::{BlockdevAdd, NetdevAdd, Object, ObjectKind, Properties, World};
+use crate::slots::SlotsHandle;
 
 /// QMP `blockdev-add`: a file, or an image in one.
 impl Command for BlockdevAdd {
@@ -17,14 +18,11 @@ impl Command for BlockdevAdd {
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        let slots = slots_of(&vm)?;
-        aside(move || {
-            let reserved = slots.reserved()?;
-            let world = World { fds: vm.fds(), chardevs: vm.chardevs(), reserved: &reserved, names: &slots };
-            let (name, node) = self.0.open(&world)?;
+        let add = move |slots: &SlotsHandle, world: &World<'_>| {
+            let (name, node) = self.0.open(world)?;
             Ok(slots.name_disk(&name, node)?)
-        })
-        .await?;
+        };
+        in_world(vm, add).await?;
         Ok(Empty {})
     }
 }
@@ -54,14 +52,11 @@ impl Command for NetdevAdd {
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        let slots = slots_of(&vm)?;
-        aside(move || {
-            let reserved = slots.reserved()?;
-            let world = World { fds: vm.fds(), chardevs: vm.chardevs(), reserved: &reserved, names: &slots };
-            let (name, net) = self.0.open(&world)?;
+        let add = move |slots: &SlotsHandle, world: &World<'_>| {
+            let (name, net) = self.0.open(world)?;
             Ok(slots.name_net(&name, net)?)
-        })
-        .await?;
+        };
+        in_world(vm, add).await?;
         Ok(Empty {})
     }
 }

@@ -7,13 +7,13 @@ use serde::Deserialize;
 
 use super::aside::{aside, drop_aside};
 use super::command::Command;
-use super::devices::slots_of;
+use super::devices::in_world;
 use super::types::Empty;
 use super::{ErrorClass, QmpError};
 use crate::ahci::TrayLocked;
 use crate::block::{self, ImageFormat, ImageSpec};
 use crate::control::{CdromDrive, VmHandle};
-use crate::qemu::{World, image};
+use crate::qemu::image;
 
 /// QMP `eject`.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
@@ -172,14 +172,8 @@ impl Command for BlockdevInsertMedium {
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
         let drive = drive(&vm, Some(self.id), None)?.clone();
-        let slots = slots_of(&vm)?;
         let name = self.node_name.clone();
-        // A file may be far away.
-        let open = move || {
-            let world = World { fds: vm.fds(), chardevs: vm.chardevs(), reserved: &*slots.reserved()?, names: &slots };
-            Ok(image(&slots.disk_node(&name)?, &world)?)
-        };
-        let medium = aside(open).await?;
+        let medium = in_world(vm, move |slots, world| Ok(image(&slots.disk_node(&name)?, world)?)).await?;
         drive.handle.insert_medium(medium).map_err(|e| QmpError::generic(e.to_string()))?;
         drive.set_node(Some(self.node_name));
         Ok(Empty {})

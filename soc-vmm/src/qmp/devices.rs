@@ -34,18 +34,9 @@ impl Command for Device {
             cpus::add(&vm, self.id, [socket_id, core_id, thread_id]).await?;
             return Ok(Empty {});
         }
-        let slots = slots_of(&vm)?;
+        slots_of(&vm)?;
         cpus::is_none(&vm, self.id.as_deref())?;
-        aside(move || {
-            let planned = self.plan(&World {
-                fds: vm.fds(),
-                chardevs: vm.chardevs(),
-                reserved: &*slots.reserved()?,
-                names: &slots,
-            })?;
-            Ok(slots.put(planned)?)
-        })
-        .await?;
+        in_world(vm, move |slots, world| Ok(slots.put(self.plan(world)?)?)).await?;
         Ok(Empty {})
     }
 }
@@ -219,6 +210,19 @@ impl Command for AddNet {
         });
         Ok(NewDeviceId { id: id.await? })
     }
+}
+
+/// Does what devices and their back ends are made by, with all that they are made from, where it may take long.
+pub(super) async fn in_world<T: Send + 'static>(
+    vm: VmHandle,
+    work: impl FnOnce(&SlotsHandle, &World<'_>) -> Result<T, QmpError> + Send + 'static,
+) -> Result<T, QmpError> {
+    let slots = slots_of(&vm)?;
+    let work = move || {
+        let reserved = slots.reserved()?;
+        work(&slots, &World { fds: vm.fds(), chardevs: vm.chardevs(), reserved: &reserved, names: &slots })
+    };
+    aside(work).await
 }
 
 /// The VM's slots.
