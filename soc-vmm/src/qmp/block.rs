@@ -416,6 +416,6 @@ fn is_shared(slots: &SlotsHandle, disk: &str, group: &str) -> bool {
 
 /// A disk's name, however it is told: by its place in the tree of objects too.
 pub(super) fn disk_of(name: &str) -> &str {
-    let name = name.strip_prefix(super::PERIPHERAL).and_then(|rest| rest.strip_prefix('/')).unwrap_or(name);
+    let name = super::tree::in_peripheral(name).unwrap_or(name);
     name.strip_suffix(BACKEND).unwrap_or(name)
 }

@@ -92,7 +92,7 @@ impl Command for BlockdevChangeMedium {
     }
 }
 
-/// QMP `blockdev-open-tray`.
+/// QMP `blockdev-open-tray`: a guest that has locked the tray is asked to open it, which it may do later.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct BlockdevOpenTray {
@@ -110,7 +110,8 @@ impl Command for BlockdevOpenTray {
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        drive(&vm, self.id, self.device)?.handle.open_tray(self.force)?;
+        // A guest that was asked opens the tray when it likes: who waits for that waits for DEVICE_TRAY_MOVED.
+        let (Ok(()) | Err(TrayLocked)) = drive(&vm, self.id, self.device)?.handle.open_tray(self.force);
         Ok(Empty {})
     }
 }

@@ -9,7 +9,7 @@ use super::cdrom::{
 use super::chardevs::{ChardevAdd, ChardevRemove, QueryChardev};
 use super::command::Entry;
 use super::cpus::{AddCpu, QueryCpusFast, QueryHotpluggableCpus};
-use super::devices::{AddDisk, AddNet, DeviceDel, QomList};
+use super::devices::{AddDisk, AddNet, DeviceDel};
 use super::life::{Cont, QueryJobs, Quit, SetAction, Stop, SystemPowerdown, SystemReset};
 use super::machines::{QueryCpuDefinitions, QueryCpuModelExpansion, QueryMachines, QueryTpmModels, QueryTpmTypes};
 use super::migration::{MigrateSetCapabilities, QueryMigrateCapabilities};
@@ -17,7 +17,8 @@ use super::objects::{DeviceListProperties, QomListProperties, QomListTypes};
 use super::options::QueryCommandLineOptions;
 use super::ours::{QueryOutboardCounters, QueryOutboardVm};
 use super::passed::{AddFd, CloseFd, GetFd, QueryFdsets, RemoveFd};
-use super::tune::{Balloon, BlockResize, QomGet, QomSet, QueryBalloon, SetLink};
+use super::tree::{QomGet, QomList, QomSet};
+use super::tune::{Balloon, BlockResize, QueryBalloon, SetLink};
 use crate::qemu::{BlockdevAdd, Device, NetdevAdd};
 
 /// Every command but `qmp_capabilities`, which is the session's own.

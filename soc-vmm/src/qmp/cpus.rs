@@ -58,7 +58,7 @@ pub(super) fn remove(vm: &VmHandle, id: &str) -> Option<Result<(), QmpError>> {
 /// The processors that were added, as `qom-list` has them: name and type.
 pub(super) fn added(vm: &VmHandle) -> impl Iterator<Item = (String, &'static str)> {
     let occupants = vm.cpus().map(CpusHandle::slots).unwrap_or_default().into_iter().filter_map(|slot| slot.occupant);
-    occupants.filter(|cpu| cpu.path.starts_with(super::devices::PERIPHERAL)).map(|cpu| (cpu.id, TYPE))
+    occupants.filter(|cpu| cpu.path.starts_with(super::PERIPHERAL)).map(|cpu| (cpu.id, TYPE))
 }
 
 /// `x-outboard-add-cpu`, a command of ours: `soc-vmm add-cpu`.

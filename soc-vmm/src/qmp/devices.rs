@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::aside::aside;
 use super::command::Command;
 use super::cpus;
-use super::types::{Empty, NewDeviceId, ObjectProperty};
+use super::tree::in_peripheral;
+use super::types::{Empty, NewDeviceId};
 use super::{ErrorClass, QmpError};
 use crate::block::{BlockBackend, ImageSpec};
 use crate::cli::{AnyDisk, AnyNet, DiskSpec, VhostSpec, with_causes};
@@ -19,8 +20,8 @@ use crate::net::{NetSource, TapSource};
 use crate::qemu::{Cpu, Device, DeviceKind, PlanError, World};
 use crate::slots::{self, NewDevice, NewDisk, NewKind, NodeError, Place, SlotError, SlotsHandle};
 
-const DISK: &str = "virtio-blk-pci";
-const NET: &str = "virtio-net-pci";
+pub(super) const DISK: &str = "virtio-blk-pci";
+pub(super) const NET: &str = "virtio-net-pci";
 
 /// QMP `device_add`, of what [`Device`] can be while the guest runs.
 impl Command for Device {
@@ -59,7 +60,7 @@ impl Command for DeviceDel {
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        let id = self.id.strip_prefix(PERIPHERAL).and_then(|rest| rest.strip_prefix('/')).unwrap_or(&self.id);
+        let id = in_peripheral(&self.id).unwrap_or(&self.id);
         let slots = slots_of(&vm)?;
         match cpus::remove(&vm, id) {
             Some(outcome) => outcome?,
@@ -67,60 +68,6 @@ impl Command for DeviceDel {
             None => slots.remove(id)?,
         }
         Ok(Empty {})
-    }
-}
-
-/// Where devices are in QEMU's tree of objects.
-pub const PERIPHERAL: &str = "/machine/peripheral";
-/// What it calls the ports that they are behind.
-pub const ROOT_PORT: &str = "pcie-root-port";
-
-/// QMP `qom-list`, of the one place where the devices are that can be added and deleted.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct QomList {
-    /// `/machine/peripheral`.
-    path: String,
-}
-
-impl Command for QomList {
-    const NAME: &'static str = "qom-list";
-    type Reply = Vec<ObjectProperty>;
-
-    async fn run(self, vm: VmHandle) -> Result<Vec<ObjectProperty>, QmpError> {
-        // A processor's features are asked of its model.
-        if cpus::is_cpu_path(&vm, &self.path) {
-            return Ok(Vec::new());
-        }
-        if self.path != PERIPHERAL {
-            return Err(QmpError {
-                class: ErrorClass::DeviceNotFound,
-                desc: format!("There is nothing at '{}': only {PERIPHERAL} is there", self.path),
-            });
-        }
-        let slots = slots_of(&vm)?;
-        let child = |name, driver| ObjectProperty { name, kind: format!("child<{driver}>") };
-        let ports = slots.ports().into_iter().map(|name| child(name, ROOT_PORT));
-        let devices = slots.devices().into_iter().map(|device| {
-            let driver = match device.kind {
-                slots::DeviceKind::Disk => DISK,
-                slots::DeviceKind::Net(_) => NET,
-                slots::DeviceKind::Entropy => "virtio-rng-pci",
-                slots::DeviceKind::Ports => "virtio-serial-pci",
-                slots::DeviceKind::Vsock => "vhost-vsock-pci",
-                slots::DeviceKind::Balloon => "virtio-balloon-pci",
-                slots::DeviceKind::VhostDisk => "vhost-user-blk-pci",
-                slots::DeviceKind::VhostNet(_) => NET,
-                slots::DeviceKind::VhostFs => "vhost-user-fs-pci",
-            };
-            child(device.id, driver)
-        });
-        let streams = slots.serial_ports().into_iter().map(|port| child(port.id, "virtserialport"));
-        let board = slots.on_board();
-        let board = board.iter().map(|(id, driver)| child(id.clone(), driver));
-        let own = ObjectProperty { name: "type".into(), kind: "string".into() };
-        let processors = cpus::added(&vm).map(|(name, driver)| child(name, driver));
-        Ok(std::iter::once(own).chain(ports).chain(devices).chain(streams).chain(board).chain(processors).collect())
     }
 }
 

@@ -28,13 +28,15 @@ mod passed;
 pub mod schema;
 mod server;
 mod session;
+mod tree;
 mod tune;
 pub mod types;
 
 pub use client::{Client, ClientError};
-pub use devices::{Add, PERIPHERAL, ROOT_PORT};
+pub use devices::Add;
 pub use error::{ErrorClass, QmpError};
 pub use framing::{FrameError, Framer, MAX_COMMAND};
 pub use passed::Passed;
 pub use server::{Greet, MAX_MONITORS, Server};
 pub use session::{Call, Session, Step};
+pub use tree::{PERIPHERAL, ROOT_PORT};

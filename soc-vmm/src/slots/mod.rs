@@ -136,7 +136,7 @@ pub enum SlotError {
     /// It doesn't fit.
     #[error(transparent)]
     Plug(#[from] PlugError),
-    /// It would be a balloon that gives nothing back.
+    /// No balloon can be as it shall be.
     #[error("--balloon")]
     Balloon(#[from] BalloonError),
     /// There is no machine any more.

@@ -61,11 +61,15 @@ impl Memory {
     }
 }
 
+/// Why memory doesn't go back: it never can, or the host says so each time.
+const PINNED: &str = "the function reaches RAM by DMA";
+const REFUSES: &str = "refuses";
+
 struct Shared(Arc<Memory>, Option<&'static str>);
 
 impl Pages for Shared {
     fn pinned(&self) -> Option<String> {
-        self.1.filter(|why| *why != "refuses").map(Into::into)
+        self.1.filter(|why| *why != REFUSES).map(Into::into)
     }
 
     fn revoke(&mut self, runs: &[PageRun]) -> Result<(), PagesError> {
@@ -108,13 +112,17 @@ struct Desk {
     queues: Vec<Driver>,
 }
 
-fn config(memory: &Arc<Memory>, why: Option<&'static str>) -> (BalloonConfig, Arc<BalloonHandle>, Arc<Sizes>) {
+fn config(
+    memory: &Arc<Memory>,
+    why: Option<&'static str>,
+    reporting: bool,
+) -> (BalloonConfig, Arc<BalloonHandle>, Arc<Sizes>) {
     let handle = Arc::new(BalloonHandle::new(PAGES * PAGE).unwrap());
     let sizes = Arc::new(Sizes::default());
     let config = BalloonConfig {
         name: "balloon".into(),
         deflate_on_oom: true,
-        reporting: true,
+        reporting,
         pages: Box::new(Shared(memory.clone(), why)),
         handle: handle.clone(),
         events: sizes.clone(),
@@ -129,7 +137,7 @@ impl Desk {
 
     fn with(features: u64, why: Option<&'static str>) -> Self {
         let memory = Memory::new();
-        let (config, handle, sizes) = config(&memory, why);
+        let (config, handle, sizes) = config(&memory, why, why != Some(PINNED));
         let guest = Guest::new(|plumbing| Ok(balloon::new(config, plumbing).unwrap()));
         let mut desk = Self { guest, memory, handle, sizes, queues: Vec::new() };
         desk.start(features);
@@ -163,7 +171,7 @@ fn what_the_guest_gives_the_host_has() {
         let mut desk = Desk::new(features);
         assert_eq!(desk.guest.function.read_config(0, 4), 0x1045_1af4);
         assert_eq!(desk.guest.offered() & 0x3f, STATS | ON_OOM | POISON | REPORTING);
-        desk.handle.set_target((PAGES - 300) * PAGE);
+        desk.handle.set_target((PAGES - 300) * PAGE).unwrap();
         eventually(|| (desk.guest.get(0x2000, 4) == 300).then_some(()));
         // 300 pages in two lists: neighbours in any order, and one by itself.
         let pages: Vec<u32> = (100..399).rev().collect();
@@ -182,7 +190,7 @@ fn what_the_guest_gives_the_host_has() {
         );
         eventually(|| (desk.handle.memory() == (PAGES - 300) * PAGE).then_some(()));
         // It takes pages back, and touches them.
-        desk.handle.set_target(u64::MAX);
+        desk.handle.set_target(u64::MAX).unwrap();
         eventually(|| (desk.guest.get(0x2000, 4) == 0).then_some(()));
         desk.list(1, &pages);
         desk.memory.touch(150);
@@ -202,13 +210,13 @@ fn what_the_guest_gives_the_host_has() {
 fn a_change_of_the_target_is_told() {
     let mut desk = Desk::new(0);
     let generation = desk.guest.get(0x15, 1);
-    desk.handle.set_target(0);
+    desk.handle.set_target(0).unwrap();
     eventually(|| (desk.guest.get(0x2000, 4) == PAGES).then_some(()));
     eventually(|| (desk.guest.get(0x1000, 1) & 2 != 0).then_some(()));
     assert_ne!(desk.guest.get(0x15, 1), generation);
     // Before there is a driver it is only remembered.
     desk.guest.put(0x14, 1, 0);
-    desk.handle.set_target(PAGE);
+    desk.handle.set_target(PAGE).unwrap();
     desk.start(0);
     eventually(|| (desk.guest.get(0x2000, 4) == PAGES - 1).then_some(()));
 }
@@ -280,19 +288,27 @@ fn statistics_are_asked_for_as_often_as_wanted() {
 }
 
 #[test]
-fn pinned_memory_has_no_balloon() {
-    let memory = Memory::new();
-    let board = Board::default();
-    let (config, ..) = config(&memory, Some("the function reaches RAM by DMA"));
-    let why = balloon::new(config, board.plumbing()).err().unwrap();
-    assert!(matches!(why, BalloonError::Pinned(_)));
+fn pinned_memory_stays_with_the_guest() {
+    let (config, handle, _) = config(&Memory::new(), Some(PINNED), true);
+    let why = balloon::new(config, Board::default().plumbing()).err().unwrap();
+    assert!(matches!(why, BalloonError::Reporting(_)));
     let text = why.to_string();
-    assert!(text.contains("the function reaches RAM by DMA") && text.contains("leave it out"), "{text}");
+    assert!(text.contains(PINNED) && text.contains("leave it out"), "{text}");
+    assert!(handle.set_target(PAGE).is_ok(), "there is no balloon, and nobody knows yet");
+
+    let mut desk = Desk::with(STATS, Some(PINNED));
+    assert_eq!(desk.guest.offered() & 0x3f, STATS | ON_OOM);
+    desk.handle.set_target(PAGES * PAGE).unwrap();
+    let why = desk.handle.set_target(PAGE).unwrap_err().to_string();
+    assert!(why.contains(PINNED), "{why}");
+    // What nobody asked for is taken and changes nothing.
+    desk.list(0, &[1, 2, 3]);
+    assert_eq!((desk.guest.get(0x2000, 4), desk.memory.calls(), desk.memory.held()), (0, 0, PAGES));
 }
 
 #[test]
 fn a_host_that_refuses_holds_no_guest_up() {
-    let mut desk = Desk::with(REPORTING | STATS, Some("refuses"));
+    let mut desk = Desk::with(REPORTING | STATS, Some(REFUSES));
     for _ in 0..30 {
         desk.list(0, &[1, 2, 3]);
         desk.use_buffers(4, &[(0, PAGE as u32, true)]);
@@ -328,7 +344,7 @@ fn what_is_no_page_is_an_error() {
     let mut queue = Driver::new(&board.ram, 0x1_0000, 8);
     let mut session = board.session(VERSION_1, &[queue.at]);
     let memory = Memory::new();
-    let mut engine = balloon::BalloonEngine::new(config(&memory, None).0).unwrap();
+    let mut engine = balloon::BalloonEngine::new(config(&memory, None, true).0).unwrap();
     queue.add(&[(LIST, u32::MAX - 3, false)]);
     let error = soc_vmm::virtio::Engine::serve(&mut engine, &mut session).unwrap_err();
     assert!(matches!(error, QueueError::Memory(_)), "{error}");

@@ -173,7 +173,7 @@ impl Outside {
             _ => {}
         }
         if let Some(handle) = &self.balloon {
-            handle.set_target(u64::from(source.number()) << 4);
+            handle.set_target(u64::from(source.number()) << 4).expect("memory that isn't pinned");
             handle.set_interval((source.byte() < 100).then_some(Duration::from_nanos(1)));
         }
     }

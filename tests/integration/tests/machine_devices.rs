@@ -194,7 +194,7 @@ impl Place {
     }
 
     fn debian(&self) {
-        self.refuses_a_balloon();
+        self.refuses_reports();
         let [agent, sockets, monitor] = ["agent", "vsock", "qmp"].map(|name| self.socket(name));
         let options = [
             ("--disk", format!("file={}", self.image.disk.display())),
@@ -230,8 +230,8 @@ impl Place {
     }
 
     /// A function's DMA pins the guest's memory.
-    fn refuses_a_balloon(&self) {
-        let mut vmm = self.run(&["--balloon".to_owned(), "on".to_owned()]);
+    fn refuses_reports(&self) {
+        let mut vmm = self.run(&["--balloon".to_owned(), "on,free-page-reporting=on".to_owned()]);
         let status = vmm.wait_for_exit(LIMIT).unwrap();
         let said = vmm.errors();
         assert_eq!(status, Status::Code(4), "{said}");

@@ -1,7 +1,7 @@
 //! The side of a balloon that isn't the guest's: how much memory the guest shall have, and what it says of it.
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use nix::sys::eventfd::EventFd;
@@ -52,10 +52,16 @@ impl GuestStats {
     }
 }
 
+/// Why no memory goes back to the host.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the guest's memory can't go back to the host: {0}")]
+pub struct Pinned(pub(super) String);
+
 /// From where a balloon is told its size, and asked.
 #[derive(Debug)]
 pub struct BalloonHandle {
     ram: u64,
+    pinned: OnceLock<Pinned>,
     state: Mutex<State>,
     bell: EventFd,
 }
@@ -78,14 +84,21 @@ impl BalloonHandle {
     /// # Errors
     /// This process can have no more descriptors.
     pub fn new(ram: u64) -> io::Result<Self> {
-        Ok(Self { ram, state: Mutex::default(), bell: eventfd()? })
+        Ok(Self { ram, pinned: OnceLock::new(), state: Mutex::default(), bell: eventfd()? })
     }
 
     /// Asks the guest to make do with so many bytes of memory: QMP's `balloon`. More than it has means all of it.
-    pub fn set_target(&self, memory: u64) {
+    ///
+    /// # Errors
+    /// It must keep all of its memory, and that is more.
+    pub fn set_target(&self, memory: u64) -> Result<(), Pinned> {
         let pages = self.ram.saturating_sub(memory) / PAGE;
+        if let Some(pinned) = self.pinned.get().filter(|_| pages > 0) {
+            return Err(pinned.clone());
+        }
         self.state().wanted = u32::try_from(pages).unwrap_or(u32::MAX);
         ring_bell(&self.bell);
+        Ok(())
     }
 
     /// Bytes of memory that the guest has: QMP's `query-balloon`.
@@ -112,6 +125,16 @@ impl BalloonHandle {
     /// Bytes that went back to the host since the device was made, some of them more than once.
     pub fn freed(&self) -> u64 {
         self.state().freed
+    }
+
+    /// Nothing goes back from now on.
+    pub(super) fn pin(&self, pinned: Pinned) {
+        // What is pinned stays so.
+        _ = self.pinned.set(pinned);
+    }
+
+    pub(super) fn is_pinned(&self) -> bool {
+        self.pinned.get().is_some()
     }
 
     pub(super) fn bell(&self) -> &EventFd {

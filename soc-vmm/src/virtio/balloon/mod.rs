@@ -4,7 +4,7 @@
 //! reports pages that happen to be free, unasked. Either way the frames go back through [`Pages`], in two phases.
 //!
 //! Where guest memory is pinned (a function that reaches it by DMA, a device of the host's that is assigned), no frame can go back. There
-//! the device isn't made: a balloon that takes memory from the guest and gives none to the host is worse than none.
+//! the device has the guest's statistics alone: a balloon that takes memory from the guest and gives none to the host is worse than none.
 
 mod engine;
 mod handle;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
 pub use engine::BalloonEngine;
-pub use handle::{BalloonEvents, BalloonHandle, GuestStats};
+pub use handle::{BalloonEvents, BalloonHandle, GuestStats, Pinned};
 pub use pages::{PAGE, PageRun, Pages, PagesError};
 
 use super::Plumbing;
@@ -67,9 +67,9 @@ pub struct BalloonConfig {
 /// Why there is no balloon.
 #[derive(Debug, thiserror::Error)]
 pub enum BalloonError {
-    /// No memory can go back to the host.
-    #[error("a balloon can't give memory back here: {0}; leave it out")]
-    Pinned(String),
+    /// The guest was to report free pages, and no memory can go back to the host.
+    #[error("free-page-reporting=on: {0}; leave it out")]
+    Reporting(Pinned),
     /// This process can have no more threads or descriptors.
     #[error("can't make a balloon")]
     Io(#[from] io::Error),
@@ -88,7 +88,11 @@ pub(super) struct Words {
 /// See [`BalloonError`].
 pub fn new(balloon: BalloonConfig, plumbing: Plumbing<'_>) -> Result<Box<dyn PciFunction>, BalloonError> {
     if let Some(why) = balloon.pages.pinned() {
-        return Err(BalloonError::Pinned(why));
+        let pinned = Pinned(why);
+        if balloon.reporting {
+            return Err(BalloonError::Reporting(pinned));
+        }
+        balloon.handle.pin(pinned);
     }
     let mut features = vec![F_STATS_VQ];
     features.extend(balloon.deflate_on_oom.then_some(F_DEFLATE_ON_OOM));
