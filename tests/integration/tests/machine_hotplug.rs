@@ -20,10 +20,6 @@ const ROUNDS: usize = 20;
 /// Bytes of the disk that comes and goes.
 const SIZE: u64 = 8 << 20;
 
-/// Said once, when a real-time thread has taken most of a second. The one that takes on what was plugged is such a thread, and needs that
-/// long on an emulated server.
-const RT_THROTTLING: &str = "sched: RT throttling activated";
-
 #[test]
 fn a_disk_an_interface_and_a_processor_come_and_go_under_load() {
     but_for_the_emulator(|| _ = Place::new().as_ref().map(Place::plug_and_pull));
@@ -111,8 +107,7 @@ impl Place {
             );
         }
         let said = guest.succeeds("dmesg --notime --level emerg,alert,crit,err,warn");
-        let complaints = complaints::of_the_kernel(&said).into_iter().filter(|line| !line.contains(RT_THROTTLING));
-        assert_eq!(complaints.collect::<Vec<_>>(), [""; 0], "dmesg");
+        assert_eq!(complaints::of_the_kernel(&said), [""; 0], "dmesg");
         let functions = guest.succeeds("lspci -vv");
         assert_eq!(complaints::of_lspci(&functions), [""; 0], "{functions}");
         guest.0.last("poweroff").unwrap();

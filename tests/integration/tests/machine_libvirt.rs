@@ -42,7 +42,6 @@ const SECOND: Wire = Wire { tap: "guest1", mac: "52:54:00:00:01:02", guest: "10.
 const USER_MAC: &str = "52:54:00:00:01:03";
 
 #[test]
-#[ignore = "by hand for now: it was not seen to pass yet"]
 fn virsh_works_on_a_debian_of_an_emulated_server() {
     but_for_the_emulator(|| _ = Place::new().as_ref().map(Place::is_used));
 }
