@@ -131,12 +131,13 @@ impl SerialBackend {
         }
     }
 
-    /// The file that it writes to, if it is one.
-    pub fn file(&self) -> Option<&File> {
-        match &self.kind {
-            Kind::File(sink) => Some(&sink.file),
+    /// The files that it writes to: its far end if that is one, and its log.
+    pub fn files(&self) -> impl Iterator<Item = &File> {
+        let end = match &self.kind {
+            Kind::File(sink) => Some(sink),
             _ => None,
-        }
+        };
+        end.into_iter().chain(&self.log).map(|sink| &sink.file)
     }
 
     /// Joins it to the device's queues. On a terminal this makes it raw, and Ctrl-A x ends `vm`. Must be called inside a tokio
