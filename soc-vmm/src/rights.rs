@@ -28,11 +28,22 @@ pub(crate) fn send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) -> Result<
     sendmsg::<UnixAddr>(socket, &[IoSlice::new(bytes)], rights, MsgFlags::MSG_NOSIGNAL, None)
 }
 
-/// Receives some bytes; descriptors that come with them are appended to `fds`. 0: the peer has hung up.
+/// What came with one message.
+#[derive(Debug)]
+pub(crate) struct Received {
+    /// Bytes; 0: the peer has hung up.
+    pub(crate) bytes: usize,
+    /// Descriptors: all that were sent, or none.
+    pub(crate) fds: Vec<OwnedFd>,
+    /// There were more than [`MOST`], or than this process may have: they are closed.
+    pub(crate) lost: bool,
+}
+
+/// Receives some bytes, and the descriptors that come with them.
 ///
 /// # Errors
-/// The system's; [`Errno::EMSGSIZE`]: there came more descriptors than [`MOST`], or than this process may have. Those that came are closed.
-pub(crate) fn receive(socket: &impl AsFd, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno> {
+/// The system's.
+pub(crate) fn receive(socket: &impl AsFd, bytes: &mut [u8]) -> Result<Received, Errno> {
     /// Room for [`MOST`] descriptors and what is before them, aligned as a header is.
     const SPACE: usize = (size_of::<cmsghdr>() + MOST * size_of::<RawFd>()).div_ceil(8);
     let mut space = [0_u64; SPACE];
@@ -45,13 +56,13 @@ pub(crate) fn receive(socket: &impl AsFd, bytes: &mut [u8], fds: &mut Vec<OwnedF
     message.msg_controllen = size_of_val(&space) as _;
     // SAFETY: both buffers are there for the call, and have the lengths that it is told.
     let count = Errno::result(unsafe { recvmsg(socket.as_fd().as_raw_fd(), &raw mut message, MSG_CMSG_CLOEXEC) })?;
+    let lost = message.msg_flags & MSG_CTRUNC != 0;
     // Also where not all of them came: those that did are open.
-    let received = rights_of(&message);
-    if message.msg_flags & MSG_CTRUNC != 0 {
-        return Err(Errno::EMSGSIZE);
+    let mut fds = rights_of(&message);
+    if lost {
+        fds.clear();
     }
-    fds.extend(received);
-    Ok(count as usize)
+    Ok(Received { bytes: count as usize, fds, lost })
 }
 
 /// The descriptors of a message that was just received.
@@ -94,17 +105,16 @@ mod tests {
         let (mut readers, writers) = pipes(MOST);
         send(&theirs, b"x", &writers).unwrap();
         drop(writers);
-        let (mut bytes, mut fds) = ([0; 8], Vec::new());
-        assert_eq!(receive(&ours, &mut bytes, &mut fds), Ok(1));
-        assert_eq!((bytes[0], fds.len()), (b'x', MOST));
-        drop(fds);
+        let mut bytes = [0; 8];
+        let received = receive(&ours, &mut bytes).unwrap();
+        assert_eq!((received.bytes, bytes[0], received.fds.len(), received.lost), (1, b'x', MOST, false));
+        drop(received);
         assert!(readers.iter_mut().all(|reader| reader.read(&mut [0]).unwrap() == 0));
         send(&theirs, b"yz", &[]).unwrap();
-        let mut fds = Vec::new();
-        assert_eq!(receive(&ours, &mut bytes, &mut fds), Ok(2));
-        assert!(fds.is_empty());
+        let received = receive(&ours, &mut bytes).unwrap();
+        assert_eq!((received.bytes, received.fds.len(), received.lost), (2, 0, false));
         drop(theirs);
-        assert_eq!(receive(&ours, &mut bytes, &mut fds), Ok(0));
+        assert_eq!(receive(&ours, &mut bytes).unwrap().bytes, 0);
     }
 
     #[test]
@@ -113,9 +123,8 @@ mod tests {
         let (mut readers, writers) = pipes(MOST + 1);
         send(&theirs, b"x", &writers).unwrap();
         drop(writers);
-        let mut fds = Vec::new();
-        assert_eq!(receive(&ours, &mut [0; 8], &mut fds), Err(Errno::EMSGSIZE));
-        assert!(fds.is_empty());
+        let received = receive(&ours, &mut [0; 8]).unwrap();
+        assert_eq!((received.bytes, received.fds.len(), received.lost), (1, 0, true));
         for reader in &mut readers {
             // One that is open somewhere would make this wait.
             nix::fcntl::fcntl(&*reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
