@@ -433,7 +433,7 @@ fn a_block_node_is_one_disk_s_or_one_drive_s() {
         match refusal {
             None => assert_eq!(reply, json!({"return": {}}), "{command}"),
             Some(why) => {
-                assert!(reply["error"]["desc"].as_str().is_some_and(|desc| desc.contains(why)), "{command}: {reply}")
+                assert!(reply["error"]["desc"].as_str().is_some_and(|desc| desc.contains(why)), "{command}: {reply}");
             }
         }
     }
