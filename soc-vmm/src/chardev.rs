@@ -2,9 +2,7 @@
 //! of it afterwards.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::fcntl::OFlag;
 
 use crate::cli::SerialSpec;
-use crate::console::{ConsoleError, SerialBackend};
+use crate::console::{ConsoleError, SerialBackend, Sink};
 use crate::control::{ListenError, ListeningSocket};
 use crate::fds::{FdError, Fds};
 use crate::qemu::{Chardev, ChardevKind, Socket};
@@ -45,7 +43,7 @@ pub enum ChardevError {
     /// Its far end can't be opened.
     #[error("chardev '{0}'")]
     Console(String, #[source] ConsoleError),
-    /// Its file can't be opened, or nobody is at the other end.
+    /// Nobody is at the other end.
     #[error("chardev '{0}': can't open {1}")]
     Open(String, PathBuf, #[source] io::Error),
 }
@@ -76,7 +74,7 @@ struct Entry {
 #[derive(Debug)]
 enum Opened {
     Serial(SerialBackend),
-    Listen(ListeningSocket, Option<File>),
+    Listen(ListeningSocket, Option<Sink>),
     Connect(PathBuf),
 }
 
@@ -119,13 +117,8 @@ impl Chardevs {
                 let serial = SerialBackend::open(&SerialSpec::Stdio).map_err(console)?;
                 (Opened::Serial(with_log(serial, log)), Shown::Words("stdio".into()))
             }
-            ChardevKind::File { path, append: false } if !is_set(path) => {
-                let serial = SerialBackend::open(&SerialSpec::File(path.clone())).map_err(console)?;
-                (Opened::Serial(with_log(serial, log)), Shown::Words("file".into()))
-            }
             ChardevKind::File { path, append } => {
-                let file = open_file(id, path, *append, fds)?;
-                let serial = SerialBackend::opened(file, path.clone());
+                let serial = SerialBackend::file_of(open_file(id, path, *append, fds)?);
                 (Opened::Serial(with_log(serial, log)), Shown::Words("file".into()))
             }
             ChardevKind::Listen(socket) => {
@@ -284,7 +277,7 @@ impl Chardevs {
     }
 }
 
-fn with_log(serial: SerialBackend, log: Option<File>) -> SerialBackend {
+fn with_log(serial: SerialBackend, log: Option<Sink>) -> SerialBackend {
     match log {
         Some(log) => serial.logged(log),
         None => serial,
@@ -306,22 +299,18 @@ fn refuse<T>(entry: &mut Entry, opened: Option<Opened>, id: &str, wanted: &'stat
     Err(ChardevError::Kind(id.into(), wanted))
 }
 
-/// Whether a path is a set of descriptors.
-fn is_set(path: &Path) -> bool {
-    path.starts_with("/dev/fdset")
-}
-
-/// Opens a file to be written, or a descriptor of a set.
-fn open_file(id: &str, path: &Path, append: bool, fds: &Fds) -> Result<File, ChardevError> {
-    if let Some(opened) = fds.open_path(path, OFlag::O_WRONLY) {
-        return opened.map(|fd: OwnedFd| fd.into()).map_err(|e| ChardevError::Fd(id.into(), e));
+/// Opens a file to be written, or a descriptor of a set. It is emptied when a VM is about to run, if at all: it may be somebody's disk.
+fn open_file(id: &str, path: &Path, append: bool, fds: &Fds) -> Result<Sink, ChardevError> {
+    match fds.open_path(path, OFlag::O_WRONLY) {
+        Some(Ok(opened)) => Ok(Sink::opened(opened.into(), path.to_owned())),
+        Some(Err(e)) => Err(ChardevError::Fd(id.into(), e)),
+        None => Sink::open(path, append).map_err(|e| ChardevError::Console(id.into(), e)),
     }
-    let opened = OpenOptions::new().write(true).create(true).append(append).truncate(!append).open(path);
-    opened.map_err(|e| ChardevError::Open(id.into(), path.to_owned(), e))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::os::unix::net::UnixListener;
 
     use super::*;
@@ -370,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_emptied_or_kept_and_a_set_is_opened() {
+    fn a_file_keeps_its_content_until_a_vm_runs_and_a_set_is_opened() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         std::fs::write(&path, "before").unwrap();
@@ -378,12 +367,25 @@ mod tests {
         add(&all, &format!("file,id=a,path={},append=on", path.display())).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"before");
         add(&all, &format!("null,id=l,logfile={}", path.display())).unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"", "a log without logappend=on is begun anew");
+        assert_eq!(std::fs::read(&path).unwrap(), b"before", "it may be somebody's disk");
         let fds = Fds::default();
         let set = Chardev::parse("file,id=s,path=/dev/fdset/3,append=on").unwrap();
         assert!(matches!(all.add(&set, &fds), Err(ChardevError::Fd(_, FdError::NoSet(3)))));
         fds.add_to_set(Some(3), File::options().append(true).open(&path).unwrap().into(), None).unwrap();
         all.add(&set, &fds).unwrap();
         assert_eq!(shown(&all, "s").0, "file");
+    }
+
+    #[test]
+    fn nobody_waits_for_a_fifo_s_reader() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let all = Chardevs::default();
+        for (id, text) in [("a", "file,id=a,append=on,path"), ("b", "file,id=b,path"), ("c", "pty,id=c,logfile")] {
+            let why = add(&all, &format!("{text}={}", path.display())).unwrap_err();
+            assert!(matches!(why, ChardevError::Console(of, ConsoleError::NoReader(_)) if of == id));
+        }
+        assert!(all.list(&[]).is_empty());
     }
 }

@@ -4,9 +4,11 @@
 //! `unsafe`, and who waits for a daemon can't tell the two apart.
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -92,13 +94,26 @@ impl PidFile {
     /// Writes it.
     ///
     /// # Errors
-    /// It can't be.
+    /// It can't be, or is no file of its own: a device would be removed at the end.
     pub fn write(path: &Path) -> Result<Self, Failure> {
-        let written = std::fs::write(path, format!("{}\n", std::process::id()));
-        let failed = |e| Failure::of(ExitStatus::Usage, &format!("-pidfile {}", path.display()), &e);
-        written.map_err(failed)?;
+        let failed = |why: &dyn Display| {
+            Failure::new(
+                ExitStatus::Usage,
+                format!("-pidfile: can't write {}: {why}; name a file of its own", path.display()),
+            )
+        };
+        // Without O_NONBLOCK, open(2) of a FIFO waits for its reader.
+        let flags = (OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits();
+        let mut options = OpenOptions::new();
+        let mut file =
+            options.write(true).create(true).truncate(false).custom_flags(flags).open(path).map_err(|e| failed(&e))?;
+        if !file.metadata().map_err(|e| failed(&e))?.is_file() {
+            return Err(failed(&"it is no regular file"));
+        }
         // The directory may be another one by the time that it is removed.
-        Ok(Self(std::path::absolute(path).unwrap_or_else(|_| path.to_owned())))
+        let written = Self(std::path::absolute(path).unwrap_or_else(|_| path.to_owned()));
+        file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(|e| failed(&e))?;
+        Ok(written)
     }
 }
 

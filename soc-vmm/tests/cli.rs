@@ -1,5 +1,6 @@
 //! The program itself: what it prints where, and how it ends.
 
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Output, Stdio};
 
 use soc_vmm::control::{Action, ListeningSocket, VmControl, VmInfo, channel};
@@ -162,6 +163,44 @@ fn a_file_is_one_thing_of_a_vm() {
         assert_eq!(ended.status.code(), Some(2), "{more:?}: {err:?}");
         assert!(files() == before, "{more:?}: a file was changed");
     }
+}
+
+#[test]
+fn nothing_is_waited_for_and_no_file_of_the_vm_is_destroyed() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (rom, disk, fifo, read) = (at("rom"), at("disk"), at("fifo"), at("read"));
+    std::fs::write(&rom, [1; 0x1000]).unwrap();
+    std::fs::write(&disk, [2; 0x1000]).unwrap();
+    for path in [&fifo, &read] {
+        nix::unistd::mkfifo(path.as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    }
+    let _reader = std::fs::File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&read).unwrap();
+    let node = format!("driver=raw,node-name=d,file.driver=file,file.filename={disk}");
+    let log = |path: &str| format!("null,id=c,logfile={path}");
+    let (of_fifo, of_rom, of_disk) = (log(&fifo), log(&rom), log(&disk));
+    let content = |path: &str| format!("name=opt/x,file={path}");
+    let (from_fifo, from_zero) = (content(&fifo), content("/dev/zero"));
+    for (more, words) in [
+        (vec!["-chardev", &of_fifo], "nobody reads the FIFO"),
+        (vec!["-chardev", &of_rom, "-device", "isa-serial,chardev=c"], "the file is the firmware image of this VM"),
+        (vec!["-chardev", &of_disk, "-blockdev", &node], "disk is also the chardev's output of this VM"),
+        (vec!["-pidfile", &fifo], "-pidfile: can't write"),
+        (vec!["-pidfile", &read], "it is no regular file"),
+        (vec!["-fw_cfg", &from_fifo], "it is no regular file"),
+        (vec!["-fw_cfg", &from_zero], "it is no regular file"),
+    ] {
+        // A function that isn't there is not reached; a VM that was started would have no end.
+        let function = format!("function=unix:{}", at("absent"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_soc-vmm"));
+        command.args(["-machine", "q35", "-nodefaults", "-nographic", "-bios", &rom, "-outboard", &function]);
+        let ended = command.env("XDG_RUNTIME_DIR", dir.path()).args(&more).output().unwrap();
+        let err = String::from_utf8(ended.stderr).unwrap();
+        assert!(err.contains(words) && err.lines().count() == 1, "{more:?}: {err:?}");
+        assert_eq!(ended.status.code(), Some(2), "{more:?}: {err:?}");
+        assert_eq!((std::fs::read(&rom).unwrap(), std::fs::read(&disk).unwrap()), (vec![1; 0x1000], vec![2; 0x1000]));
+    }
+    assert!(std::path::Path::new(&read).exists(), "it is not this process's");
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! The QMP server over real sockets, in front of a VM whose control loop is played by the test.
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, IoSlice};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 use serde_json::{Value, json};
 use soc_vmm::control::{Action, ListeningSocket, ShutdownCause, VmControl, VmHandle, VmInfo, channel};
 use soc_vmm::qmp::types::{Empty, Greeting, OutboardVm, StatusInfo};
@@ -95,6 +97,25 @@ impl Monitor {
         let message = self.receive().await.expect("the server closed the connection");
         assert!(message["timestamp"]["seconds"].as_u64().unwrap() > 1_600_000_000, "{message}");
         message["event"].as_str().unwrap_or_else(|| panic!("{message} is no event")).to_owned()
+    }
+}
+
+#[tokio::test]
+async fn of_too_many_descriptors_none_is_taken_and_the_monitor_goes_on() {
+    let vm = serve();
+    let mut monitor = Monitor::negotiated(&vm.path).await;
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let command = br#"{"execute":"getfd","arguments":{"fdname":"a"}}"#;
+    for (count, words) in [(16, None), (17, Some("No file descriptor supplied via SCM_RIGHTS"))] {
+        let raw = vec![null.as_raw_fd(); count];
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let socket = monitor.write.as_ref().as_raw_fd();
+        sendmsg::<UnixAddr>(socket, &[IoSlice::new(command)], &rights, MsgFlags::empty(), None).unwrap();
+        let reply = monitor.receive().await.unwrap();
+        match words {
+            None => assert_eq!(reply, json!({"return": {}})),
+            Some(words) => assert!(reply["error"]["desc"].as_str().unwrap().starts_with(words), "{reply}"),
+        }
     }
 }
 

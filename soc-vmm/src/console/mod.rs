@@ -69,7 +69,7 @@ pub enum ConsoleError {
 pub struct SerialBackend {
     kind: Kind,
     /// Where a copy of the output goes.
-    log: Option<File>,
+    log: Option<Sink>,
     /// Whether somebody is connected to its socket.
     connected: Arc<AtomicBool>,
 }
@@ -93,7 +93,7 @@ impl SerialBackend {
             SerialSpec::Stdio => Kind::Stdio,
             SerialSpec::Null => Kind::Null,
             SerialSpec::Pty => Kind::Pty(Pty::open().map_err(ConsoleError::Pty)?),
-            SerialSpec::File(path) => Kind::File(Sink::open(path)?),
+            SerialSpec::File(path) => Kind::File(Sink::open(path, false)?),
             SerialSpec::Unix(path) => Kind::Unix(ListeningSocket::bind(path)?),
         }))
     }
@@ -103,14 +103,14 @@ impl SerialBackend {
         Self::of(Kind::Unix(socket))
     }
 
-    /// An open file, whose content stays.
-    pub fn opened(file: File, path: PathBuf) -> Self {
-        Self::of(Kind::File(Sink { file, path, keeps: true }))
+    /// A file that is open.
+    pub fn file_of(sink: Sink) -> Self {
+        Self::of(Kind::File(sink))
     }
 
     /// The same, of whose output a copy goes to `log`.
     #[must_use]
-    pub fn logged(self, log: File) -> Self {
+    pub fn logged(self, log: Sink) -> Self {
         Self { log: Some(log), ..self }
     }
 
@@ -131,12 +131,13 @@ impl SerialBackend {
         }
     }
 
-    /// The file that it writes to, if it is one.
-    pub fn file(&self) -> Option<&File> {
-        match &self.kind {
-            Kind::File(sink) => Some(&sink.file),
+    /// The files that it writes to: its far end if that is one, and its log.
+    pub fn files(&self) -> impl Iterator<Item = &File> {
+        let end = match &self.kind {
+            Kind::File(sink) => Some(sink),
             _ => None,
-        }
+        };
+        end.into_iter().chain(&self.log).map(|sink| &sink.file)
     }
 
     /// Joins it to the device's queues. On a terminal this makes it raw, and Ctrl-A x ends `vm`. Must be called inside a tokio
@@ -145,12 +146,13 @@ impl SerialBackend {
     /// # Errors
     /// See [`ConsoleError`].
     pub fn attach(self, output: OutputReader, input: InputWriter, vm: &VmHandle) -> Result<Attached, ConsoleError> {
-        let mut attached = Attached { sink: None, written: None, logged: None, task: None, terminal: None };
+        let mut attached = Attached { sinks: Vec::new(), written: None, logged: None, task: None, terminal: None };
         let output = match self.log {
             None => output,
             Some(log) => {
-                let (copies, written) = thread::copy(log).map_err(ConsoleError::Stdio)?;
+                let (copies, written) = thread::copy(log.file_again()?).map_err(ConsoleError::Stdio)?;
                 attached.logged = Some(written);
+                attached.sinks.push(log);
                 output.copying(copies)
             }
         };
@@ -160,7 +162,7 @@ impl SerialBackend {
             Kind::Null => attached.task = Some(tokio::spawn(peer::discard(output))),
             Kind::File(sink) => {
                 attached.written = Some(thread::write(output, sink.file_again()?).map_err(ConsoleError::Stdio)?);
-                attached.sink = Some(sink);
+                attached.sinks.push(sink);
             }
             Kind::Stdio => {
                 attached.terminal = RawTerminal::enter().map_err(ConsoleError::Stdio)?;
@@ -214,7 +216,7 @@ impl DebugconBackend {
     pub fn open(spec: &DebugconSpec) -> Result<Self, ConsoleError> {
         Ok(Self(match spec {
             DebugconSpec::Stdio => Debugcon::Stdio(standard_output()?),
-            DebugconSpec::File(path) => Debugcon::File(Sink::open(path)?),
+            DebugconSpec::File(path) => Debugcon::File(Sink::open(path, false)?),
         }))
     }
 
@@ -231,12 +233,12 @@ impl DebugconBackend {
     /// # Errors
     /// See [`ConsoleError`].
     pub fn attach(self, output: OutputReader) -> Result<Attached, ConsoleError> {
-        let (file, sink) = match self.0 {
-            Debugcon::Stdio(file) => (file, None),
-            Debugcon::File(sink) => (sink.file_again()?, Some(sink)),
+        let (file, sinks) = match self.0 {
+            Debugcon::Stdio(file) => (file, Vec::new()),
+            Debugcon::File(sink) => (sink.file_again()?, vec![sink]),
         };
         let written = thread::write(output, file).map_err(ConsoleError::Stdio)?;
-        Ok(Attached { sink, written: Some(written), logged: None, task: None, terminal: None })
+        Ok(Attached { sinks, written: Some(written), logged: None, task: None, terminal: None })
     }
 }
 
@@ -244,7 +246,7 @@ impl DebugconBackend {
 #[derive(Debug)]
 pub struct Attached {
     /// What is to be emptied before its VM runs.
-    sink: Option<Sink>,
+    sinks: Vec<Sink>,
     /// Closes when the last byte is written.
     written: Option<oneshot::Receiver<()>>,
     /// Likewise of the log.
@@ -259,7 +261,7 @@ impl Attached {
     /// # Errors
     /// [`ConsoleError::Empty`].
     pub fn begin(&self) -> Result<(), ConsoleError> {
-        self.sink.as_ref().map_or(Ok(()), Sink::empty)
+        self.sinks.iter().try_for_each(Sink::empty)
     }
 
     /// Waits until the output of a device that is gone is out, at most 2 s, and restores the terminal.
@@ -287,7 +289,7 @@ impl Attached {
 /// A file to write to, or what is used like one. Its content stays until it is [emptied](Sink::empty): before the VM runs nothing is
 /// known to work.
 #[derive(Debug)]
-struct Sink {
+pub struct Sink {
     file: File,
     path: PathBuf,
     /// Its content stays.
@@ -295,11 +297,16 @@ struct Sink {
 }
 
 impl Sink {
-    /// Opens or creates `path`, without waiting: not for a FIFO's reader, nor for a terminal's line.
-    fn open(path: &Path) -> Result<Self, ConsoleError> {
+    /// Opens or creates `path`, without waiting: not for a FIFO's reader, nor for a terminal's line. What it has already stays if more is
+    /// to be appended.
+    ///
+    /// # Errors
+    /// See [`ConsoleError`].
+    pub fn open(path: &Path, append: bool) -> Result<Self, ConsoleError> {
         let failed = |e| ConsoleError::Create(path.to_owned(), e);
         let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-        let options = OpenOptions::new().write(true).create(true).truncate(false).custom_flags(flags.bits()).clone();
+        let mut options = OpenOptions::new();
+        options.write(true).append(append).create(true).truncate(false).custom_flags(flags.bits());
         let file = options.open(path).map_err(|e| match e.raw_os_error() {
             Some(nix::libc::ENXIO) if path.metadata().is_ok_and(|m| m.file_type().is_fifo()) => {
                 ConsoleError::NoReader(path.to_owned())
@@ -311,8 +318,14 @@ impl Sink {
             return Err(ConsoleError::NotAFile(path.to_owned()));
         }
         // From now on writes wait, on a thread of their own.
-        fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|e| failed(e.into()))?;
-        Ok(Self { file, path: path.to_owned(), keeps: false })
+        let flags = if append { OFlag::O_APPEND } else { OFlag::empty() };
+        fcntl(&file, FcntlArg::F_SETFL(flags)).map_err(|e| failed(e.into()))?;
+        Ok(Self { file, path: path.to_owned(), keeps: append })
+    }
+
+    /// One that somebody else opened as `path`, whose content stays.
+    pub fn opened(file: File, path: PathBuf) -> Self {
+        Self { file, path, keeps: true }
     }
 
     fn file_again(&self) -> Result<File, ConsoleError> {

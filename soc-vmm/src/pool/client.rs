@@ -14,7 +14,7 @@ use super::wire::{Complaint, Listed, MOST_REPLY, Reply, Request, Standing, VERSI
 use crate::cli::{self, ExitStatus, Failure};
 use crate::config::{Config, FILE, PoolFunction};
 use crate::dial::dial;
-use crate::rights;
+use crate::rights::{self, Received};
 
 /// How long the pool may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -204,12 +204,20 @@ fn answer(connection: &UnixStream) -> Result<(Reply, Vec<OwnedFd>), Failure> {
     let (mut read, mut fds) = (Vec::new(), Vec::new());
     let mut some = vec![0; 16 << 10];
     let line = loop {
-        match rights::receive(connection, &mut some, &mut fds) {
-            Ok(0) => return Err(broken("it hung up: it has too many clients, or was ended")),
-            Ok(_) if fds.len() > MOST_DESCRIPTORS => {
+        match rights::receive(connection, &mut some) {
+            Ok(Received { bytes: 0, .. }) => return Err(broken("it hung up: it has too many clients, or was ended")),
+            Ok(Received { lost: true, .. }) => {
+                return Err(broken(
+                    "it sends more descriptors than a function has, or than this process may have (ulimit -n)",
+                ));
+            }
+            Ok(received) if fds.len() + received.fds.len() > MOST_DESCRIPTORS => {
                 return Err(broken("it sends more descriptors than a function has"));
             }
-            Ok(count) => read.extend_from_slice(&some[..count]),
+            Ok(received) => {
+                read.extend_from_slice(&some[..received.bytes]);
+                fds.extend(received.fds);
+            }
             Err(Errno::EINTR) => continue,
             Err(Errno::EAGAIN) => return Err(broken("it doesn't answer")),
             Err(e) => return Err(unavailable(format!("can't hear the pool: {}", e.desc()))),

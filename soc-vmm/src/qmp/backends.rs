@@ -5,6 +5,7 @@ use serde::Deserialize;
 
 use super::QmpError;
 use super::aside::aside;
+use super::cdrom::in_no_drive;
 use super::command::Command;
 use super::devices::{in_world, slots_of};
 use super::types::Empty;
@@ -41,6 +42,7 @@ impl Command for BlockdevDel {
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
         let slots = slots_of(&vm)?;
+        in_no_drive(&vm, &self.node_name)?;
         aside(move || Ok(slots.delete_disk(&self.node_name)?)).await?;
         Ok(Empty {})
     }

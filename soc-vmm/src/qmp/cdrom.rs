@@ -7,13 +7,14 @@ use serde::Deserialize;
 
 use super::aside::{aside, drop_aside};
 use super::command::Command;
-use super::devices::in_world;
+use super::devices::{in_world, slots_of};
 use super::types::Empty;
 use super::{ErrorClass, QmpError};
 use crate::ahci::TrayLocked;
 use crate::block::{self, ImageFormat, ImageSpec};
 use crate::control::{CdromDrive, VmHandle};
 use crate::qemu::image;
+use crate::slots::NodeError;
 
 /// QMP `eject`.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
@@ -174,10 +175,21 @@ impl Command for BlockdevInsertMedium {
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
         let drive = drive(&vm, Some(self.id), None)?.clone();
         let name = self.node_name.clone();
+        if let Some(disk) = slots_of(&vm)?.disks().into_iter().find(|disk| disk.node.as_ref() == Some(&name)) {
+            return Err(NodeError::InUse(name, disk.id).into());
+        }
         let medium = in_world(vm, move |slots, world| Ok(image(&slots.disk_node(&name)?, world)?)).await?;
         drive.handle.insert_medium(medium).map_err(|e| QmpError::generic(e.to_string()))?;
         drive.set_node(Some(self.node_name));
         Ok(Empty {})
+    }
+}
+
+/// `Ok` unless a drive has this block node in it.
+pub(super) fn in_no_drive(vm: &VmHandle, node: &str) -> Result<(), QmpError> {
+    match vm.cdroms().iter().find(|drive| drive.node().as_deref() == Some(node)) {
+        Some(drive) => Err(NodeError::InUse(node.into(), drive.id.clone()).into()),
+        None => Ok(()),
     }
 }
 

@@ -147,7 +147,8 @@ impl Command for ChardevRemove {
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        vm.chardevs().remove(&self.id)?;
+        // One that connects holds up who asks.
+        aside(move || Ok(vm.chardevs().remove(&self.id)?)).await?;
         Ok(Empty {})
     }
 }
@@ -180,6 +181,7 @@ impl Command for QueryChardev {
         let ports = vm.slots().map(|slots| slots.serial_ports()).unwrap_or_default();
         let info =
             |chardev::ChardevInfo { label, filename, frontend_open }| ChardevInfo { label, filename, frontend_open };
-        Ok(vm.chardevs().list(&ports).into_iter().map(info).collect())
+        // As above.
+        aside(move || Ok(vm.chardevs().list(&ports).into_iter().map(info).collect())).await
     }
 }

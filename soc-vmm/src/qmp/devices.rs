@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::aside::aside;
+use super::cdrom::in_no_drive;
 use super::command::Command;
 use super::cpus;
 use super::tree::in_peripheral;
@@ -37,6 +38,9 @@ impl Command for Device {
         }
         slots_of(&vm)?;
         cpus::is_none(&vm, self.id.as_deref())?;
+        if let DeviceKind::Disk(disk) = &self.kind {
+            in_no_drive(&vm, &disk.drive)?;
+        }
         in_world(vm, move |slots, world| Ok(slots.put(self.plan(world)?)?)).await?;
         Ok(Empty {})
     }

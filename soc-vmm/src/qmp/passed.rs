@@ -10,6 +10,7 @@ use super::command::Command;
 use super::types::Empty;
 use crate::control::VmHandle;
 use crate::fds::{FdError, FdSet};
+use crate::rights::MOST;
 
 /// The descriptors that a client sent and no command has taken yet: those of its last message that had any, as QEMU keeps them.
 #[derive(Debug, Default)]
@@ -33,7 +34,13 @@ struct Attached(Option<OwnedFd>);
 
 impl Attached {
     fn get(self) -> Result<OwnedFd, QmpError> {
-        self.0.ok_or_else(|| QmpError::generic("No file descriptor supplied via SCM_RIGHTS: send it with the command"))
+        let why = || {
+            format!(
+                "No file descriptor supplied via SCM_RIGHTS: send it with the command, {MOST} at most at a time, and see that the VM's \
+                 process may have more (ulimit -n)"
+            )
+        };
+        self.0.ok_or_else(|| QmpError::generic(why()))
     }
 }
 

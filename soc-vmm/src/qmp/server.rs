@@ -5,7 +5,6 @@
 //! doesn't take its replies and events.
 
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -20,7 +19,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::types::{Greeting, Response, Timestamp};
 use super::{QmpError, Session, Step};
 use crate::control::{Event, EventKind, ListeningSocket, VmHandle};
-use crate::rights;
+use crate::rights::{self, Received};
 
 /// Monitors of one socket at a time: who fills one has not filled another. A connection more is told so and closed.
 pub const MAX_MONITORS: usize = 32;
@@ -195,11 +194,12 @@ async fn monitor(
             },
             response = finished(&mut running) => send(&mut writer, &response).await?,
             read = receive(reader.as_ref(), &mut buffer), if running.is_none() => {
-                let (n, fds) = read?;
-                if !fds.is_empty() {
+                let Received { bytes, fds, lost } = read?;
+                // Where some were lost none is kept: an earlier one would be taken in their place.
+                if lost || !fds.is_empty() {
                     session.passed(fds);
                 }
-                match n {
+                match bytes {
                     0 => return Ok(()),
                     n => unread = 0..n,
                 }
@@ -208,15 +208,13 @@ async fn monitor(
     }
 }
 
-/// Bytes and what descriptors came with them; 0 bytes: the client has hung up. Safe to cancel.
-async fn receive(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+/// Bytes and what descriptors came with them. Safe to cancel.
+async fn receive(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<Received> {
     loop {
         stream.readable().await?;
-        let mut fds = Vec::new();
-        match stream.try_io(Interest::READABLE, || Ok(rights::receive(&stream, buffer, &mut fds)?)) {
-            Ok(n) => return Ok((n, fds)),
+        match stream.try_io(Interest::READABLE, || Ok(rights::receive(&stream, buffer)?)) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e),
+            received => return received,
         }
     }
 }

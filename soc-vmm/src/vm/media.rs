@@ -1,8 +1,12 @@
 //! The files that a VM is made from, opened and examined before anything is touched: images to boot, disks, media, flash.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use nix::fcntl::OFlag;
 
 use super::hardware::{self, Opened};
 use super::shape::Shape;
@@ -18,6 +22,8 @@ use crate::qemu::small::{FwCfgContent, FwCfgFile};
 use crate::slots::{self, Named, NewDevice, NewDisk, NewKind, NewNet, Place, Planned, Reserved};
 use crate::virtio::console::{HostEnd, PortConfig};
 
+/// Most bytes of a file for the guest in fw_cfg.
+const FW_CFG_MOST: u64 = 64 << 20;
 /// What messages call the file of `--nvram`.
 const VARIABLES: &str = "variable store";
 
@@ -165,10 +171,25 @@ pub(super) fn open(config: &RunConfig, layout: &MemoryLayout, vm: &VmHandle) -> 
 fn fw_cfg_file(file: &FwCfgFile) -> Result<(String, Vec<u8>), Failure> {
     let bytes = match &file.content {
         FwCfgContent::Text(text) => text.clone().into_bytes(),
-        FwCfgContent::File(path) => std::fs::read(path)
+        FwCfgContent::File(path) => read(path)
             .map_err(|e| Failure::new(ExitStatus::Usage, format!("-fw_cfg: can't read {}: {e}", path.display())))?,
     };
     Ok((file.name.clone(), bytes))
+}
+
+/// What is in a regular file of at most [`FW_CFG_MOST`] bytes: it is held in memory.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    // Without O_NONBLOCK, open(2) of a FIFO waits for its writer.
+    let file = File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file: copy what it gives into one"));
+    }
+    let mut bytes = Vec::new();
+    file.take(FW_CFG_MOST + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > FW_CFG_MOST {
+        return Err(io::Error::other(format!("it has more than {} MiB: pass it on a disk", FW_CFG_MOST >> 20)));
+    }
+    Ok(bytes)
 }
 
 /// What stands in slots from the start.

@@ -94,7 +94,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
                 Err(Failure::new(ExitStatus::Usage, why))
             })
         };
-        is_no_image("--serial", serial.file())?;
+        serial.files().try_for_each(|file| is_no_image("--serial", Some(file)))?;
         let mut consoles = vec![serial.attach(reader, writer, &handle).map_err(|e| wrong("--serial", &e))?];
         let mut debugcon = None;
         let backend = match (hardware.and_then(|hardware| hardware.debugcon.as_ref()), &config.debugcon) {

@@ -407,6 +407,39 @@ fn a_descriptor_is_taken_once_and_of_its_kind_alone() {
 }
 
 #[test]
+fn a_block_node_is_one_disk_s_or_one_drive_s() {
+    let port = ["-device", "pcie-root-port,id=pci.1,bus=pcie.0,addr=1", "-device", "ide-cd,id=cd,bus=ide.0"];
+    let Some(mut emulator) = doing(&[], &port) else { return };
+    emulator.built();
+    let image = emulator.file("image");
+    std::fs::write(&image, [0; 4096]).unwrap();
+    let node = json!({"driver": "raw", "node-name": "n", "read-only": true,
+                      "file": {"driver": "file", "filename": image.display().to_string()}});
+    let disk = json!({"driver": "virtio-blk-pci", "id": "disk", "bus": "pci.1", "drive": "n"});
+    let (drive, delete) = (json!({"id": "cd"}), json!({"node-name": "n"}));
+    let insert = json!({"id": "cd", "node-name": "n"});
+    for (command, arguments, refusal) in [
+        ("blockdev-add", node, None),
+        ("blockdev-open-tray", drive.clone(), None),
+        ("blockdev-insert-medium", insert.clone(), None),
+        ("blockdev-del", delete.clone(), Some("'n' is in use by 'cd'")),
+        ("device_add", disk.clone(), Some("'n' is in use by 'cd'")),
+        ("blockdev-remove-medium", drive, None),
+        ("device_add", disk, None),
+        ("blockdev-insert-medium", insert, Some("'n' is in use by 'disk'")),
+        ("blockdev-del", delete, Some("'n' is in use by 'disk'")),
+    ] {
+        let reply = emulator.monitor.execute(command, arguments);
+        match refusal {
+            None => assert_eq!(reply, json!({"return": {}}), "{command}"),
+            Some(why) => {
+                assert!(reply["error"]["desc"].as_str().is_some_and(|desc| desc.contains(why)), "{command}: {reply}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_user_s_network_is_a_passt_that_ends_with_its_vm() {
     if !kvm(&test_name()) {
         return;
