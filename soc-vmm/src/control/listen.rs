@@ -67,6 +67,11 @@ impl ListeningSocket {
         Ok(Self { listener, path, identity: None })
     }
 
+    /// Whether somebody else made it, and passed it to this process.
+    pub fn is_inherited(&self) -> bool {
+        self.identity.is_none()
+    }
+
     /// The socket; its accepts don't block.
     pub fn listener(&self) -> &UnixListener {
         &self.listener

@@ -81,7 +81,7 @@ pub struct Fabric {
     view: MemoryView,
     platform: Arc<dyn Platform>,
     slots: Option<Box<dyn SlotSink>>,
-    /// The guest has looked at none of it since the machine was built or reset.
+    /// The guest has looked at no configuration space since the machine was built or reset. That it uses the board's own ports says nothing.
     untouched: bool,
     deadline: Option<Instant>,
 }
@@ -424,9 +424,11 @@ impl Fabric {
 
     fn read(&mut self, io: bool, access: &Access, addr: u64, reply: Deferred<'_>) -> Answer {
         if io && addr == CONFIG_ADDRESS && access.len == 4 {
+            self.untouched = false;
             return Answer::Done(self.latch.into());
         }
         if let Some((bus, devfn, offset)) = if io { self.in_data_port(addr) } else { self.in_ecam(addr) } {
+            self.untouched = false;
             return Answer::Done(self.read_config(bus, devfn, offset, access.len));
         }
         let Some((node, region, offset)) = self.route(io, addr) else { return Answer::Unclaimed };
@@ -437,10 +439,11 @@ impl Fabric {
 
     fn write(&mut self, io: bool, access: &Access, addr: u64, data: u64, reply: Deferred<'_>) -> Answer {
         if io && addr == CONFIG_ADDRESS && access.len == 4 {
-            self.latch = data as u32 & !0x7f00_0000;
+            (self.latch, self.untouched) = (data as u32 & !0x7f00_0000, false);
             return Answer::Done(0);
         }
         if let Some((bus, devfn, offset)) = if io { self.in_data_port(addr) } else { self.in_ecam(addr) } {
+            self.untouched = false;
             return self.write_config(bus, devfn, offset, access.len, data, reply);
         }
         let Some((node, region, offset)) = self.route(io, addr) else { return Answer::Unclaimed };
@@ -514,22 +517,15 @@ impl FabricSide {
     fn fabric(&self) -> MutexGuard<'_, Fabric> {
         self.fabric.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// The same, for an access of the guest's.
-    fn touched(&self) -> MutexGuard<'_, Fabric> {
-        let mut fabric = self.fabric();
-        fabric.untouched = false;
-        fabric
-    }
 }
 
 impl Device for FabricSide {
     fn read(&mut self, access: &Access, offset: u64, reply: Deferred<'_>) -> Answer {
-        self.touched().read(self.io, access, offset, reply)
+        self.fabric().read(self.io, access, offset, reply)
     }
 
     fn write(&mut self, access: &Access, offset: u64, data: u64, reply: Deferred<'_>) -> Answer {
-        self.touched().write(self.io, access, offset, data, reply)
+        self.fabric().write(self.io, access, offset, data, reply)
     }
 
     fn poll(&mut self) {

@@ -30,6 +30,8 @@ const READ: usize = 16 << 10;
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long monitors may take to hear the last words of a VM that ended.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long whoever passed a listening descriptor may take to connect to it.
+const MEETING: Duration = Duration::from_secs(2);
 /// Pause after a failed accept, so that a lack of descriptors doesn't spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -37,6 +39,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Server {
     sockets: Vec<(oneshot::Sender<()>, JoinHandle<()>)>,
+    /// Of the sockets that were passed to this process: whether anybody has connected.
+    met: Vec<watch::Receiver<bool>>,
 }
 
 /// When a monitor is greeted.
@@ -55,13 +59,28 @@ impl Server {
     /// A socket can't be watched.
     pub fn start(vm: &VmHandle, sockets: Vec<ListeningSocket>, greet: Greet) -> io::Result<Self> {
         let mut started = Vec::with_capacity(sockets.len());
+        let mut met = Vec::new();
         for socket in sockets {
             let listener = UnixListener::from_std(socket.listener().try_clone()?)?;
             let (close, closing) = oneshot::channel();
-            let task = tokio::spawn(listen(listener, socket, vm.clone(), greet, closing));
+            let (meet, meeting) = watch::channel(false);
+            met.extend(socket.is_inherited().then_some(meeting));
+            let task = tokio::spawn(listen(listener, socket, vm.clone(), greet, meet, closing));
             started.push((close, task));
         }
-        Ok(Self { sockets: started })
+        Ok(Self { sockets: started, met })
+    }
+
+    /// Waits until somebody has connected to each socket that was passed to this process, 2 s at most. Who passes a socket connects next,
+    /// and takes one that nobody listens on any more for an error of its own: libvirtd then doesn't look for what this process said.
+    pub async fn until_met(&mut self) {
+        let all = async {
+            for met in &mut self.met {
+                // An error: it is not listened on any more.
+                let _ = met.wait_for(|met| *met).await;
+            }
+        };
+        let _ = tokio::time::timeout(MEETING, all).await;
     }
 
     /// Removes the sockets and lets the monitors hear what the VM said last. Its [`crate::control::VmControl`] should be gone
@@ -83,6 +102,7 @@ async fn listen(
     socket: ListeningSocket,
     vm: VmHandle,
     greet: Greet,
+    meet: watch::Sender<bool>,
     mut closing: oneshot::Receiver<()>,
 ) {
     let room = Arc::new(Semaphore::new(MAX_MONITORS));
@@ -97,6 +117,7 @@ async fn listen(
             accepted = listener.accept() => {
                 // Once, however long it lasts: a log must not grow with it.
                 let failed = accepted.is_err();
+                meet.send_if_modified(|met| !failed && !std::mem::replace(met, true));
                 if std::mem::replace(&mut failing, failed) != failed {
                     let path = socket.path().display();
                     match &accepted {

@@ -69,7 +69,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         }
         let _pid_file = config.process.pid_file.as_deref().map(PidFile::write).transpose()?;
         let greet = if config.process.emulator { qmp::Greet::WhenBuilt } else { qmp::Greet::AtOnce };
-        let monitors = qmp::Server::start(&handle, sockets, greet).map_err(|e| unavailable("can't serve QMP", &e))?;
+        let mut monitors = qmp::Server::start(&handle, sockets, greet).map_err(|e| unavailable("can't serve QMP", &e))?;
 
         let waker = Waker::new().map_err(|e| unavailable("can't start", &e))?;
         let (output, reader) = output_pipe(SERIAL_QUEUE, waker.clone());
@@ -139,6 +139,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         let ended = ended.map_err(Failure::tell);
         if ended.is_err() && config.process.emulator {
             say::until_read();
+            monitors.until_met().await;
         }
         monitors.close().await;
         ended

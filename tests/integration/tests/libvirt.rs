@@ -407,8 +407,9 @@ fn is_measured(host: &Host) {
     let info = |name: &str| host.field(&["dominfo", NAME], name);
     assert_eq!((info("State").as_str(), info("CPU(s)").as_str()), ("running", "1"));
     assert_eq!((info("Max memory").as_str(), info("Used memory").as_str()), ("65536 KiB", "65536 KiB"));
-    let first = info("CPU time");
-    host.waits("its CPU time grows", || info("CPU time") != first);
+    let time = || host.field(&["domstats", NAME, "--cpu-total"], "cpu.time");
+    let first = time();
+    host.waits("its CPU time grows", || time() != first);
 
     let stats = host.virsh(&["domstats", NAME]);
     for line in

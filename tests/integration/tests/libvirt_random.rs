@@ -1,11 +1,11 @@
 //! Ten domains of libvirtd's that have four functions between them, and whatever virsh and SIGKILL do to them, at random: nothing of
-//! any of them is left. Every run is another one; `cargo xtask soak` repeats it.
+//! any of them is left. Every run is another one, unless `OUTBOARD_SEED` is set to the seed that one printed.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Stdio;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use integration::hostile::Dice;
 use integration::libvirt::{Boot, Domain, Host, disk};
@@ -17,12 +17,23 @@ use testbed::process::Child;
 
 const DOMAINS: usize = 10;
 const FUNCTIONS: usize = 4;
-const STEPS: usize = 80;
 const NONE_FREE: &str = "none of 4 functions is free";
+/// How long the last of what a domain was may take to go.
+const LIMIT: Duration = Duration::from_secs(30);
+const SEED: &str = "OUTBOARD_SEED";
 
 #[test]
-#[ignore = "minutes: cargo xtask soak libvirt_random runs it"]
 fn nothing_is_left_of_ten_domains() {
+    is_left_as_found(20);
+}
+
+#[test]
+#[ignore = "a minute a round: cargo xtask soak libvirt_random runs it"]
+fn nothing_is_left_of_ten_domains_after_long() {
+    is_left_as_found(150);
+}
+
+fn is_left_as_found(steps: usize) {
     if !kvm(&test_name()) {
         return;
     }
@@ -31,23 +42,47 @@ fn nothing_is_left_of_ten_domains() {
     // What is made once, and stays, is there then.
     place.start(0);
     place.host.virsh(&["destroy", &name(0)]);
+    place.all_are_free();
     let before = place.left();
 
-    let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
-    println!("seed {seed:#x}");
+    let seed = seed();
+    println!("{SEED}={seed:#x}");
     let mut dice = Dice::new(seed);
     let mut domains = [State::Off; DOMAINS];
-    for _ in 0..STEPS {
-        let number = dice.below(DOMAINS as u64) as usize;
+    for _ in 0..steps {
+        let number = one_of(&domains, &mut dice);
+        let (began, was) = (Instant::now(), domains[number]);
         place.step(number, &mut domains, &mut dice);
+        println!("{number}: {was:?} -> {:?} in {:.1?}", domains[number], began.elapsed());
     }
     for (number, state) in domains.iter().enumerate() {
         if *state != State::Off {
             place.host.virsh(&["destroy", &name(number)]);
         }
     }
-    place.host.waits("all is as it was before", || place.left() == before);
+    place.all_are_free();
+    let end = Instant::now() + LIMIT;
+    while place.left() != before && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(place.left(), before, "{}", place.host.story());
     place.host.check_messages();
+}
+
+/// Most are off: one that is on every second time.
+fn one_of(domains: &[State; DOMAINS], dice: &mut Dice) -> usize {
+    let on: Vec<usize> = (0..DOMAINS).filter(|&number| domains[number] != State::Off).collect();
+    match dice.below(2) {
+        0 if !on.is_empty() => *dice.one(&on),
+        _ => dice.below(DOMAINS as u64) as usize,
+    }
+}
+
+fn seed() -> u64 {
+    match std::env::var(SEED) {
+        Ok(text) => u64::from_str_radix(text.trim_start_matches("0x"), 16).expect("a number in hexadecimal"),
+        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64,
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +131,12 @@ impl Place {
         Self { host, _pool: pool, _shims: shims }
     }
 
+    /// Waits until every function is clean again.
+    fn all_are_free(&self) {
+        let free = || self.host.pool().iter().filter(|one| one["state"] == "free").count();
+        self.host.waits("all functions are free", || free() == FUNCTIONS);
+    }
+
     /// Starts a domain for which there is a function, or will be once what was just given back is clean.
     fn start(&self, number: usize) {
         self.host.waits(&format!("{} starts", name(number)), || {
@@ -115,8 +156,13 @@ impl Place {
                 let why = self.host.virsh_fails(&["start", domain]);
                 assert!(why.contains(NONE_FREE), "{why}");
             } else {
-                self.start(number);
-                domains[number] = State::On { paused: false, plugged: false };
+                domains[number] = match dice.below(4) {
+                    0 => self.start_and_kill(number, Duration::from_millis(dice.below(200))),
+                    _ => {
+                        self.start(number);
+                        State::On { paused: false, plugged: false }
+                    }
+                };
             }
             return;
         };
@@ -126,10 +172,7 @@ impl Place {
                 State::Off
             }
             1 => {
-                let all = self.host.libvirt.running("soc-vmm");
-                let mark = format!("guest={domain},");
-                let is_it = |vmm: &&Process| vmm.arguments.iter().any(|argument| argument.starts_with(&mark));
-                self.host.libvirt.signal(all.iter().find(is_it).unwrap(), Signal::SIGKILL).unwrap();
+                self.kill(&self.emulator(domain).expect("it runs"));
                 self.host.becomes(domain, "shut off (crashed)");
                 State::Off
             }
@@ -153,14 +196,39 @@ impl Place {
         };
     }
 
+    /// Kills a domain's emulator that long after it is there, wherever its start is then.
+    fn start_and_kill(&self, number: usize, after: Duration) -> State {
+        let domain = &name(number);
+        std::thread::scope(|scope| {
+            let start = scope.spawn(|| self.host.libvirt.virsh(&["start", domain]).unwrap());
+            self.host.waits("the emulator is there", || self.emulator(domain).is_some() || start.is_finished());
+            std::thread::sleep(after);
+            // It may have found no function, and have ended.
+            if let Some(emulator) = self.emulator(domain) {
+                self.kill(&emulator);
+            }
+        });
+        self.host.becomes(domain, "shut off");
+        State::Off
+    }
+
+    fn emulator(&self, domain: &str) -> Option<Process> {
+        let mark = format!("guest={domain},");
+        let is_it = |vmm: &Process| vmm.arguments.iter().any(|argument| argument.starts_with(&mark));
+        self.host.libvirt.running("soc-vmm").into_iter().find(is_it)
+    }
+
+    /// Whoever has ended by himself needs no more.
+    fn kill(&self, emulator: &Process) {
+        let _ = self.host.libvirt.signal(emulator, Signal::SIGKILL);
+    }
+
     fn left(&self) -> Left {
         let libvirt = &self.host.libvirt;
         let of_all = libvirt.processes();
-        // This test's own look.
-        let processes: Vec<Process> = of_all
-            .into_iter()
-            .filter(|process| !["virsh", "soc-vmm"].contains(&process.name()) || is_pool(process))
-            .collect();
+        // This test's own look: busybox is what bounds the time of all that it runs.
+        let own = |process: &Process| ["busybox", "virsh"].contains(&process.name()) || is_pool_list(process);
+        let processes: Vec<Process> = of_all.into_iter().filter(|process| !own(process)).collect();
         let open = |process: &Process| fs::read_dir(format!("/proc/{}/fd", process.pid)).map_or(0, Iterator::count);
         let mut files = BTreeSet::new();
         for dir in ["/run", "/tmp", "/var/lib", "/var/cache"] {
@@ -177,9 +245,8 @@ impl Place {
     }
 }
 
-fn is_pool(process: &Process) -> bool {
-    process.arguments.get(1).is_some_and(|word| word == "pool")
-        && process.arguments.get(2).is_some_and(|w| w == "serve")
+fn is_pool_list(process: &Process) -> bool {
+    process.arguments.get(1..3).is_some_and(|words| words == ["pool", "list"])
 }
 
 fn list(dir: &Path, into: &mut BTreeSet<String>) {

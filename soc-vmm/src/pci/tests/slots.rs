@@ -163,6 +163,27 @@ fn a_reset_takes_out_what_the_guest_was_asked_for() {
 }
 
 #[test]
+fn a_guest_that_never_looked_at_a_bus_is_not_asked() {
+    let slot = Slot::new(true);
+    // Where nobody is: as it masks an 8259 that KVM has.
+    let idles = || assert!(matches!(slot.rig.access(true, 0x21, 1, Some(0xff)), Answer::Unclaimed));
+    idles();
+    slot.insert().unwrap();
+    slot.reset();
+    idles();
+    slot.ask_out().unwrap();
+    assert_eq!(*slot.emptied.lock().unwrap(), [(slot.port, 1)]);
+
+    slot.insert().unwrap();
+    slot.reset();
+    slot.get(SLOT_STATUS);
+    slot.ask_out().unwrap();
+    assert_eq!(slot.emptied.lock().unwrap().len(), 1, "it is up to the guest");
+    slot.reset();
+    assert_eq!(slot.emptied.lock().unwrap().len(), 2);
+}
+
+#[test]
 fn what_needs_more_room_than_a_port_has_is_refused() {
     let slot = Slot::new(true);
     let large = Bar { size: 4 << 20, ..MEM32 };

@@ -193,6 +193,19 @@ impl LongMode {
         self.asm.mov(dword_ptr(rax), 0x1ff)
     }
 
+    /// Lets the local APIC's timer interrupt whenever `period` cycles of its clock have passed. Uses rax, rcx.
+    pub(crate) fn start_timer(&mut self, vector: u8, period: u32) -> Result<(), IcedError> {
+        const PERIODIC: i32 = 1 << 17;
+        const UNDIVIDED: i32 = 0b1011;
+        self.asm.mov(eax, apic::TIMER)?;
+        self.asm.mov(dword_ptr(rax), PERIODIC | i32::from(vector))?;
+        self.asm.mov(eax, apic::TIMER_DIVIDE)?;
+        self.asm.mov(dword_ptr(rax), UNDIVIDED)?;
+        self.asm.mov(ecx, period)?;
+        self.asm.mov(eax, apic::TIMER_COUNT)?;
+        self.asm.mov(dword_ptr(rax), ecx)
+    }
+
     /// Sleeps until the word at `address`, which an interrupt's handler counts up, is at least `value`. Interrupts are
     /// off afterwards.
     pub(crate) fn sleep_until(&mut self, address: u32, value: AsmRegister32) -> Result<(), IcedError> {
@@ -363,7 +376,10 @@ pub(super) mod apic {
     pub(crate) const ID: u32 = BASE + 0x20;
     pub(crate) const EOI: u32 = BASE + 0xb0;
     pub(crate) const SPURIOUS: u32 = BASE + 0xf0;
+    pub(crate) const TIMER: u32 = BASE + 0x320;
     pub(crate) const LINT0: u32 = BASE + 0x350;
+    pub(crate) const TIMER_COUNT: u32 = BASE + 0x380;
+    pub(crate) const TIMER_DIVIDE: u32 = BASE + 0x3e0;
     pub(crate) const COMMAND_LOW: u32 = BASE + 0x300;
     pub(crate) const COMMAND_HIGH: u32 = BASE + 0x310;
 }

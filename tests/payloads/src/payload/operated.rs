@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 
-use crate::kit::LongMode;
+use crate::kit::{LongMode, layout};
 use crate::{Ends, IcedError, Payload};
 
 /// What it says first. It says so again after each reset.
@@ -36,30 +36,34 @@ const POWER_BUTTON: i32 = 1 << 8;
 const SLEEP: i32 = 1 << 13;
 const RESET_CONTROL: u32 = 0xcf9;
 const PVPANIC: u32 = 0x505;
-/// Of the time-stamp counter, from tick to tick: 0.05 to 0.15 s.
-const PERIOD: u32 = 1 << 28;
+/// Of the local APIC's clock, from tick to tick: 0.1 s by KVM's, which has 1 GHz.
+const PERIOD: u32 = 100_000_000;
+const TIMER_VECTOR: u8 = 0x42;
 
-/// Ticks, says which keys it gets, and does what it is told.
+/// Ticks, says which keys it gets, and does what it is told. In between it is halted.
 ///
 /// | touches | how |
 /// | --- | --- |
-/// | the serial port at 0x3f8 | polled; lines end with CR LF |
-/// | PM1 at 0x600 | the power button, S5 |
+/// | local APIC | its timer interrupts, at each tick |
+/// | the serial port at 0x3f8 | looked at by tick; lines end with CR LF |
+/// | PM1 at 0x600 | the power button, looked at by tick; S5 |
 /// | 0xcf9, 0x505 | by [`keys`] |
 pub fn operated() -> Result<Payload, IcedError> {
+    let ticks = layout::word(0);
     let mut p = LongMode::new()?;
-    let [mut wait, mut no_key, mut not_off, mut not_reset, mut not_panic, mut off, mut pressed] =
-        [0; 7].map(|_| p.asm.create_label());
+    let [mut wait, mut no_key, mut due, mut not_off, mut not_reset, mut not_panic, mut off, mut pressed] =
+        [0; 8].map(|_| p.asm.create_label());
     let mut speech = Speech { text: p.asm.create_label(), hex: p.asm.create_label(), byte: p.asm.create_label() };
 
     speech.say(&mut p, &format!("{UP}\r\n"))?;
     p.asm.mov(edx, PM1_ENABLE)?;
     p.asm.mov(eax, POWER_BUTTON)?;
     p.asm.out(dx, ax)?;
-    // rbx: ticks, rdi: when the next is due.
+    // Ticks that were said, and that came: memory is what it was before a reset.
     p.asm.xor(ebx, ebx)?;
-    p.read_clock()?;
-    p.asm.mov(rdi, rax)?;
+    p.asm.mov(dword_ptr(ticks), ebx)?;
+    p.enable_apic()?;
+    p.start_timer(TIMER_VECTOR, PERIOD)?;
 
     p.place(&mut wait)?;
     p.asm.mov(edx, PM1_STATUS)?;
@@ -98,11 +102,12 @@ pub fn operated() -> Result<Payload, IcedError> {
     p.asm.jmp(wait)?;
 
     p.place(&mut no_key)?;
-    p.read_clock()?;
-    p.asm.cmp(rax, rdi)?;
-    p.asm.jb(wait)?;
-    p.asm.add(rax, PERIOD as i32)?;
-    p.asm.mov(rdi, rax)?;
+    p.asm.cmp(dword_ptr(ticks), ebx)?;
+    p.asm.jne(due)?;
+    p.asm.lea(ecx, ptr(rbx + 1))?;
+    p.sleep_until(ticks, ecx)?;
+    p.asm.jmp(wait)?;
+    p.place(&mut due)?;
     p.asm.inc(rbx)?;
     speech.say(&mut p, TICK)?;
     p.asm.mov(rax, rbx)?;
@@ -119,6 +124,7 @@ pub fn operated() -> Result<Payload, IcedError> {
     p.asm.jmp(wait)?;
 
     speech.emit(&mut p)?;
+    p.handler(TIMER_VECTOR, |p| p.asm.inc(dword_ptr(ticks)))?;
     Ok(Payload::kernel("operated", 1, p.finish()?).that_ends(Ends::Never))
 }
 
