@@ -3,9 +3,11 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use nix::fcntl::OFlag;
 use serde::Deserialize;
 
 use crate::cli::{Bdf, ExitStatus, Failure, FunctionSpec, ValueError};
@@ -105,7 +107,9 @@ impl Config {
         let path = named.map_or(Path::new(FILE), Path::new);
         let wrong = |why: &str| Failure::new(ExitStatus::Usage, format!("{}: {why}", path.display()));
         let mut text = String::new();
-        let read = File::open(path).and_then(|file| file.take(MOST_BYTES + 1).read_to_string(&mut text));
+        // What has no end has no more than that, and a FIFO that nobody writes is empty.
+        let open = File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+        let read = open.and_then(|file| file.take(MOST_BYTES + 1).read_to_string(&mut text));
         match read {
             Ok(_) if text.len() as u64 > MOST_BYTES => Err(wrong("has more than 1 MiB, which is no configuration")),
             Ok(_) => text.parse().map_err(|why: String| wrong(&why)),
@@ -213,5 +217,14 @@ mod tests {
         let failure = Config::of(Some(OsStr::new("/nonexistent/soc-vmm.toml"))).unwrap_err();
         assert_eq!(failure.status(), ExitStatus::Usage);
         assert!(failure.to_string().starts_with("/nonexistent/soc-vmm.toml: "), "{failure}");
+    }
+
+    #[test]
+    fn no_file_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(Config::of(Some(fifo.as_os_str())).unwrap(), Config::default());
+        assert!(Config::of(Some(OsStr::new("/dev/zero"))).unwrap_err().to_string().contains("more than 1 MiB"));
     }
 }

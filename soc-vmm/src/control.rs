@@ -79,6 +79,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
     let (state_in, state) = watch::channel(RunState::Prelaunch);
     let (events, _) = broadcast::channel(QUEUED_EVENTS);
     let (built_in, built) = watch::channel(false);
+    let (quits, quit) = watch::channel(None);
     let cdrom = CdromSlot::default();
     let slots = SlotsPlace::default();
     let cpus = CpusPlace::default();
@@ -94,6 +95,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
         cpus: cpus.clone(),
         host: host.clone(),
         built,
+        quits,
         fds: Arc::default(),
         chardevs: chardevs.clone(),
         stand_ins: StandIns::default(),
@@ -114,6 +116,7 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
             actions,
             chardevs,
             built: built_in,
+            quit,
         },
     )
 }
@@ -202,6 +205,8 @@ pub struct VmControl {
     host: HostPlace,
     actions: Actions,
     built: watch::Sender<bool>,
+    /// Why it is to end, as soon as somebody wants it to, whatever is done for others meanwhile.
+    quit: watch::Receiver<Option<ShutdownCause>>,
     chardevs: Arc<Chardevs>,
 }
 
@@ -308,6 +313,17 @@ impl VmControl {
                 Decision::Do(action) => return Some(Order { action, reply }),
                 // Who asked may have gone: then nobody wants the answer.
                 Decision::Answer(answer) => drop(reply.send(answer.map(|()| Counters::new()))),
+            }
+        }
+    }
+
+    /// Waits until somebody wants the VM to end, and why, beside what is done for others; for ever if nobody is left who could.
+    pub fn wanted_to_end(&self) -> impl Future<Output = ShutdownCause> + use<> {
+        let mut quit = self.quit.clone();
+        async move {
+            match quit.wait_for(Option::is_some).await.map(|cause| *cause) {
+                Ok(Some(cause)) => cause,
+                Ok(None) | Err(_) => std::future::pending().await,
             }
         }
     }

@@ -31,6 +31,8 @@ pub struct VmHandle {
     pub(super) cpus: CpusPlace,
     pub(super) host: HostPlace,
     pub(super) built: watch::Receiver<bool>,
+    /// Says at once that the VM is to end; commands have their turn.
+    pub(super) quits: watch::Sender<Option<ShutdownCause>>,
     pub(super) fds: Arc<Fds>,
     pub(super) chardevs: Arc<Chardevs>,
     pub(super) stand_ins: StandIns,
@@ -157,12 +159,14 @@ impl VmHandle {
     /// # Errors
     /// See [`ControlError`].
     pub async fn quit(&self, cause: ShutdownCause) -> Result<(), ControlError> {
+        self.quits.send_replace(Some(cause));
         self.ask(Command::Quit(cause)).await
     }
 
     /// [`VmHandle::quit`] from a thread outside tokio's, without waiting for the end.
     pub fn quit_from_thread(&self, cause: ShutdownCause) {
         let (reply, _) = oneshot::channel();
+        self.quits.send_replace(Some(cause));
         // A closed queue means that the VM has ended, which is what was asked for.
         let _ = self.commands.blocking_send(Request { command: Command::Quit(cause), reply });
     }

@@ -163,7 +163,7 @@ impl Command for QueryCpusFast {
 }
 
 fn cpus_of(vm: &VmHandle) -> Result<CpusHandle, QmpError> {
-    vm.cpus().cloned().ok_or_else(|| QmpError::generic("the VM is still being built"))
+    vm.cpus().cloned().ok_or_else(|| QmpError::generic(super::devices::NO_MACHINE))
 }
 
 impl From<CpuError> for QmpError {

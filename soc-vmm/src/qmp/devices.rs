@@ -176,9 +176,12 @@ pub(super) async fn in_world<T: Send + 'static>(
     aside(work).await
 }
 
+/// Why nothing can be asked of a machine.
+pub(super) const NO_MACHINE: &str = "there is no machine, or it is still being built";
+
 /// The VM's slots.
 pub(super) fn slots_of(vm: &VmHandle) -> Result<SlotsHandle, QmpError> {
-    vm.slots().cloned().ok_or_else(|| QmpError::generic("the VM is still being built"))
+    vm.slots().cloned().ok_or_else(|| QmpError::generic(NO_MACHINE))
 }
 
 impl From<SlotError> for QmpError {

@@ -35,7 +35,7 @@ use crate::pci::MemoryView;
 type Allocated = (Memory, Vec<(u32, Vec<Extent>)>);
 
 /// How long the host may take to end the VM.
-const LAST_CALL: Duration = Duration::from_secs(10);
+const LAST_CALL: Duration = Duration::from_secs(5);
 
 /// Why the host made no VM.
 #[derive(Debug, thiserror::Error)]

@@ -347,14 +347,32 @@ impl<F: SocFunction> Vm<F> {
         mut control: VmControl,
         consoles: &[Attached],
     ) -> Result<ExitStatus, Failure> {
-        let ended = match self.begin(consoles, &mut control).await {
-            Ok(()) => self.keep(&mut notices, &mut control).await,
-            Err(failure) => Err(failure),
+        let wanted = control.wanted_to_end();
+        let cut = async {
+            let cause = wanted.await;
+            tokio::time::sleep(HALT).await;
+            cause
         };
+        // What the host was asked before may wait for it for a minute: who wants the VM to end doesn't.
+        let mut halts = true;
+        let kept = async {
+            self.begin(consoles, &mut control).await?;
+            self.keep(&mut notices, &mut control).await
+        };
+        let kept = tokio::select! {
+            biased;
+            ended = kept => Ok(ended),
+            cause = cut => Err(cause),
+        };
+        let ended = kept.unwrap_or_else(|cause| {
+            halts = false;
+            control.ends(cause);
+            Ok(ExitStatus::Done)
+        });
         if ended.is_err() && control.state() != RunState::Shutdown {
             control.ends(ShutdownCause::HostError);
         }
-        if ended.is_ok() {
+        if ended.is_ok() && halts {
             self.halt().await;
         }
         self.end().await;

@@ -217,8 +217,12 @@ fn a_stopped_shim_is_reported_and_its_vm_goes_on() {
     shim.signal(Signal::SIGCONT);
     vm.says("heartbeat goes on", SOON);
     goes_on(&trial, "vm");
-    // A VM whose shim stands still can be ended too.
+    // A VM whose shim stands still can be ended too, also while it is to do something else.
     shim.signal(Signal::SIGSTOP);
+    let mut monitor = monitor(&trial, "vm");
+    monitor.get_mut().write_all(b"{\"execute\":\"stop\"}\n").unwrap();
+    // Time to ask the shim; where it is too short, the VM just ends at once.
+    std::thread::sleep(Duration::from_millis(500));
     vm.signal(Signal::SIGTERM);
     assert_eq!(vm.wait(Duration::from_secs(40)).status.code(), Some(0));
 }
