@@ -12,6 +12,8 @@ pub struct BalloonSpec {
     pub deflate_on_oom: bool,
     /// Whether the guest is to report free pages.
     pub reporting: bool,
+    /// Whether it is there, for the guest's statistics, where no memory can go back: QEMU's command line has one for libvirt always.
+    pub even_pinned: bool,
 }
 
 impl FromStr for BalloonSpec {
@@ -40,7 +42,7 @@ impl FromStr for BalloonSpec {
                 other => return wrong(format!("{name}={other}: write on or off")),
             };
         }
-        Ok(Self { deflate_on_oom: deflate.unwrap_or(false), reporting: reporting.unwrap_or(false) })
+        Ok(Self { deflate_on_oom: deflate.unwrap_or(false), reporting: reporting.unwrap_or(false), even_pinned: false })
     }
 }
 
@@ -51,7 +53,7 @@ mod tests {
     #[test]
     fn a_balloon_in_every_notation() {
         assert_eq!("on".parse(), Ok(BalloonSpec::default()));
-        let all = BalloonSpec { deflate_on_oom: true, reporting: true };
+        let all = BalloonSpec { deflate_on_oom: true, reporting: true, even_pinned: false };
         assert_eq!("on,free-page-reporting=on,deflate-on-oom=on".parse(), Ok(all));
         for bad in
             ["", "off", "deflate-on-oom=on", "on,on", "on,deflate-on-oom", "on,deflate-on-oom=on,deflate-on-oom=on"]

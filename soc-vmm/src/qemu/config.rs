@@ -101,9 +101,11 @@ fn run(mut line: Line, machine: &MachineOption) -> Result<RunConfig, Wrong> {
         daemonize: line.daemonize,
     };
     let balloon = line.devices.iter().find_map(|device| match &device.kind {
-        DeviceKind::Balloon(balloon) => {
-            Some(BalloonSpec { deflate_on_oom: balloon.deflate_on_oom, reporting: balloon.free_page_reporting })
-        }
+        DeviceKind::Balloon(balloon) => Some(BalloonSpec {
+            deflate_on_oom: balloon.deflate_on_oom,
+            reporting: balloon.free_page_reporting,
+            even_pinned: true,
+        }),
         _ => None,
     });
     let debug_exit = line.devices.iter().any(|device| device.kind == DeviceKind::DebugExit);

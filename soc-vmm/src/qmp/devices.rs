@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::aside::aside;
 use super::command::Command;
 use super::cpus;
+use super::tune;
 use super::types::{Empty, NewDeviceId, ObjectProperty};
 use super::{ErrorClass, QmpError};
 use crate::block::{BlockBackend, ImageSpec};
@@ -75,11 +76,11 @@ pub const PERIPHERAL: &str = "/machine/peripheral";
 /// What it calls the ports that they are behind.
 pub const ROOT_PORT: &str = "pcie-root-port";
 
-/// QMP `qom-list`, of the one place where the devices are that can be added and deleted.
+/// QMP `qom-list`, of the place where the devices are that can be added and deleted, and of the balloon.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QomList {
-    /// `/machine/peripheral`.
+    /// `/machine/peripheral`, or the balloon in it.
     path: String,
 }
 
@@ -92,10 +93,14 @@ impl Command for QomList {
         if cpus::is_cpu_path(&vm, &self.path) {
             return Ok(Vec::new());
         }
+        if self.path == tune::BALLOON_PATH {
+            return tune::properties_of_balloon(&vm);
+        }
         if self.path != PERIPHERAL {
+            let Self { path } = self;
             return Err(QmpError {
                 class: ErrorClass::DeviceNotFound,
-                desc: format!("There is nothing at '{}': only {PERIPHERAL} is there", self.path),
+                desc: format!("There is nothing at '{path}': only {PERIPHERAL} and {} are there", tune::BALLOON_PATH),
             });
         }
         let slots = slots_of(&vm)?;

@@ -11,7 +11,7 @@ use super::aside::aside;
 use super::command::Command;
 use super::cpus;
 use super::devices::slots_of;
-use super::types::{BalloonInfo, Empty};
+use super::types::{BalloonInfo, Empty, ObjectProperty};
 use super::{ErrorClass, QmpError};
 use crate::control::{BALLOON_ID, VmHandle};
 use crate::slots::{DeviceHandle, SlotError};
@@ -89,10 +89,11 @@ impl Command for Balloon {
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
         let balloon = balloon_of(&vm)?;
         match u64::try_from(self.value) {
-            Ok(memory) if memory > 0 => balloon.set_target(memory),
-            _ => return Err(QmpError::generic("A guest can't do without memory: 'value' is its bytes")),
+            Ok(memory) if memory > 0 => {
+                balloon.set_target(memory).map(|()| Empty {}).map_err(|e| QmpError::generic(e.to_string()))
+            }
+            _ => Err(QmpError::generic("A guest can't do without memory: 'value' is its bytes")),
         }
-        Ok(Empty {})
     }
 }
 
@@ -123,7 +124,7 @@ fn balloon_of(vm: &VmHandle) -> Result<Arc<BalloonHandle>, QmpError> {
 }
 
 /// Where the balloon is in QEMU's tree of objects, and its properties.
-const BALLOON_PATH: &str = "/machine/peripheral/balloon0";
+pub(super) const BALLOON_PATH: &str = "/machine/peripheral/balloon0";
 const STATS: &str = "guest-stats";
 const INTERVAL: &str = "guest-stats-polling-interval";
 
@@ -141,7 +142,7 @@ pub(super) struct QomGet {
 #[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 struct Stats {
-    /// Each by its name; −1: the guest didn't say.
+    /// Each by its name; 2⁶⁴ − 1: the guest didn't say.
     stats: serde_json::Map<String, Value>,
     /// Seconds since the epoch; 0: it said nothing yet.
     last_update: u64,
@@ -165,7 +166,7 @@ impl Command for QomGet {
             return Ok(balloon.interval().map_or(0, |interval| interval.as_secs()).into());
         }
         let stats = balloon.stats();
-        let value = |value: Option<u64>| value.map_or(Value::from(-1), Value::from);
+        let value = |value: Option<u64>| Value::from(value.unwrap_or(u64::MAX));
         let named = stats.named().map(|(name, number)| (name.to_owned(), value(number))).collect();
         let since = stats.updated.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
         let stats = Stats { stats: named, last_update: since.map_or(0, |since| since.as_secs()) };
@@ -198,6 +199,13 @@ impl Command for QomSet {
         balloon.set_interval(Some(Duration::from_secs(seconds.into())));
         Ok(Empty {})
     }
+}
+
+/// The properties of the balloon, if the VM has one: by them libvirt finds that it tells statistics.
+pub(super) fn properties_of_balloon(vm: &VmHandle) -> Result<Vec<ObjectProperty>, QmpError> {
+    balloon_of(vm)?;
+    let property = |name: &str, kind: &str| ObjectProperty { name: name.into(), kind: kind.into() };
+    Ok(vec![property(STATS, "guest statistics"), property(INTERVAL, "int")])
 }
 
 fn property_of_balloon(vm: &VmHandle, path: &str, property: &str) -> Result<Arc<BalloonHandle>, QmpError> {

@@ -327,12 +327,13 @@ impl NewKind {
                 Ok((function, link.map_or(DeviceHandle::Other, DeviceHandle::VhostNet)))
             }
             (Self::Balloon(balloon), _) => {
-                let NewBalloon { spec: BalloonSpec { deflate_on_oom, reporting }, pages, memory } = balloon;
+                let NewBalloon { spec, pages, memory } = balloon;
+                let BalloonSpec { deflate_on_oom, reporting, even_pinned } = spec;
                 let handle = Arc::new(BalloonHandle::new(memory).map_err(SlotError::Thread)?);
                 let events = listeners.balloons.clone();
-                let handle_of = handle.clone();
-                let name = id.into();
-                let config = BalloonConfig { name, deflate_on_oom, reporting, pages, handle: handle_of, events };
+                let (name, handle_of) = (id.into(), handle.clone());
+                let config =
+                    BalloonConfig { name, deflate_on_oom, reporting, even_pinned, pages, handle: handle_of, events };
                 Ok((virtio::balloon::new(config, plumbing)?, DeviceHandle::Balloon(handle)))
             }
         }

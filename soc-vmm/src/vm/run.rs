@@ -69,7 +69,8 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         }
         let _pid_file = config.process.pid_file.as_deref().map(PidFile::write).transpose()?;
         let greet = if config.process.emulator { qmp::Greet::WhenBuilt } else { qmp::Greet::AtOnce };
-        let mut monitors = qmp::Server::start(&handle, sockets, greet).map_err(|e| unavailable("can't serve QMP", &e))?;
+        let mut monitors =
+            qmp::Server::start(&handle, sockets, greet).map_err(|e| unavailable("can't serve QMP", &e))?;
 
         let waker = Waker::new().map_err(|e| unavailable("can't start", &e))?;
         let (output, reader) = output_pipe(SERIAL_QUEUE, waker.clone());

@@ -115,6 +115,7 @@ fn config(memory: &Arc<Memory>, why: Option<&'static str>) -> (BalloonConfig, Ar
         name: "balloon".into(),
         deflate_on_oom: true,
         reporting: true,
+        even_pinned: false,
         pages: Box::new(Shared(memory.clone(), why)),
         handle: handle.clone(),
         events: sizes.clone(),
@@ -163,7 +164,7 @@ fn what_the_guest_gives_the_host_has() {
         let mut desk = Desk::new(features);
         assert_eq!(desk.guest.function.read_config(0, 4), 0x1045_1af4);
         assert_eq!(desk.guest.offered() & 0x3f, STATS | ON_OOM | POISON | REPORTING);
-        desk.handle.set_target((PAGES - 300) * PAGE);
+        desk.handle.set_target((PAGES - 300) * PAGE).unwrap();
         eventually(|| (desk.guest.get(0x2000, 4) == 300).then_some(()));
         // 300 pages in two lists: neighbours in any order, and one by itself.
         let pages: Vec<u32> = (100..399).rev().collect();
@@ -182,7 +183,7 @@ fn what_the_guest_gives_the_host_has() {
         );
         eventually(|| (desk.handle.memory() == (PAGES - 300) * PAGE).then_some(()));
         // It takes pages back, and touches them.
-        desk.handle.set_target(u64::MAX);
+        desk.handle.set_target(u64::MAX).unwrap();
         eventually(|| (desk.guest.get(0x2000, 4) == 0).then_some(()));
         desk.list(1, &pages);
         desk.memory.touch(150);
@@ -202,13 +203,13 @@ fn what_the_guest_gives_the_host_has() {
 fn a_change_of_the_target_is_told() {
     let mut desk = Desk::new(0);
     let generation = desk.guest.get(0x15, 1);
-    desk.handle.set_target(0);
+    desk.handle.set_target(0).unwrap();
     eventually(|| (desk.guest.get(0x2000, 4) == PAGES).then_some(()));
     eventually(|| (desk.guest.get(0x1000, 1) & 2 != 0).then_some(()));
     assert_ne!(desk.guest.get(0x15, 1), generation);
     // Before there is a driver it is only remembered.
     desk.guest.put(0x14, 1, 0);
-    desk.handle.set_target(PAGE);
+    desk.handle.set_target(PAGE).unwrap();
     desk.start(0);
     eventually(|| (desk.guest.get(0x2000, 4) == PAGES - 1).then_some(()));
 }
@@ -288,6 +289,27 @@ fn pinned_memory_has_no_balloon() {
     assert!(matches!(why, BalloonError::Pinned(_)));
     let text = why.to_string();
     assert!(text.contains("the function reaches RAM by DMA") && text.contains("leave it out"), "{text}");
+}
+
+/// For those who ask for one always: it takes nothing.
+#[test]
+fn a_balloon_over_pinned_memory_tells_and_takes_nothing() {
+    let memory = Memory::new();
+    let board = Board::default();
+    let pinned = || config(&memory, Some("the function reaches RAM by DMA"));
+    let (config, ..) = pinned();
+    let reports = BalloonConfig { even_pinned: true, ..config };
+    assert!(matches!(balloon::new(reports, board.plumbing()), Err(BalloonError::Pinned(_))));
+
+    let (config, handle, _) = pinned();
+    let _device =
+        balloon::new(BalloonConfig { even_pinned: true, reporting: false, ..config }, board.plumbing()).unwrap();
+    for all in [PAGES * PAGE, u64::MAX] {
+        handle.set_target(all).unwrap();
+    }
+    let why = handle.set_target(PAGES * PAGE - 1).unwrap_err().to_string();
+    assert!(why.contains(&(PAGES * PAGE).to_string()) && why.contains("the function reaches RAM by DMA"), "{why}");
+    assert_eq!(handle.memory(), PAGES * PAGE);
 }
 
 #[test]

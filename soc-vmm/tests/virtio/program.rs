@@ -173,7 +173,7 @@ impl Outside {
             _ => {}
         }
         if let Some(handle) = &self.balloon {
-            handle.set_target(u64::from(source.number()) << 4);
+            handle.set_target(u64::from(source.number()) << 4).expect("nothing is pinned");
             handle.set_interval((source.byte() < 100).then_some(Duration::from_nanos(1)));
         }
     }
@@ -276,6 +276,7 @@ fn device(kind: Kind, choice: u8, outside: &mut Outside) -> (Box<dyn Engine>, u6
                 name: String::new(),
                 deflate_on_oom: true,
                 reporting: true,
+                even_pinned: false,
                 pages: Box::new(Strict(Vec::new())),
                 handle,
                 events: Arc::new(Nobody),

@@ -100,6 +100,8 @@ impl Place {
         host.define(&domain(NAME));
         host.virsh(&["start", NAME]);
         assert_eq!(host.libvirt.running("host-kvm-shim"), [], "a pool's function has its shim on the server");
+        let why = host.virsh_fails(&["setmem", NAME, "128M", "--live"]);
+        assert!(why.contains("the guest keeps its 268435456 bytes of memory: the function's DMA pins"), "{why}");
         self.another_has_no_function();
 
         let mut console = host.libvirt.console(NAME).unwrap();

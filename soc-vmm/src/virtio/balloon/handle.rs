@@ -1,12 +1,12 @@
 //! The side of a balloon that isn't the guest's: how much memory the guest shall have, and what it says of it.
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use nix::sys::eventfd::EventFd;
 
-use super::PAGE;
+use super::{BalloonError, PAGE};
 use crate::virtio::session::{eventfd, ring_bell};
 
 /// Statistics that have a name (§5.5.6.4).
@@ -56,6 +56,8 @@ impl GuestStats {
 #[derive(Debug)]
 pub struct BalloonHandle {
     ram: u64,
+    /// Why the guest keeps all of it, if that is so.
+    pinned: OnceLock<String>,
     state: Mutex<State>,
     bell: EventFd,
 }
@@ -78,14 +80,27 @@ impl BalloonHandle {
     /// # Errors
     /// This process can have no more descriptors.
     pub fn new(ram: u64) -> io::Result<Self> {
-        Ok(Self { ram, state: Mutex::default(), bell: eventfd()? })
+        Ok(Self { ram, pinned: OnceLock::new(), state: Mutex::default(), bell: eventfd()? })
+    }
+
+    /// From now on the guest keeps all its memory, because of that.
+    pub(super) fn pin(&self, why: String) {
+        // The device is made once.
+        let _ = self.pinned.set(why);
     }
 
     /// Asks the guest to make do with so many bytes of memory: QMP's `balloon`. More than it has means all of it.
-    pub fn set_target(&self, memory: u64) {
+    ///
+    /// # Errors
+    /// Less than all would take memory from the guest and give none to the host.
+    pub fn set_target(&self, memory: u64) -> Result<(), BalloonError> {
+        if let Some(why) = self.pinned.get().filter(|_| memory < self.ram) {
+            return Err(BalloonError::Kept(self.ram, why.clone()));
+        }
         let pages = self.ram.saturating_sub(memory) / PAGE;
         self.state().wanted = u32::try_from(pages).unwrap_or(u32::MAX);
         ring_bell(&self.bell);
+        Ok(())
     }
 
     /// Bytes of memory that the guest has: QMP's `query-balloon`.

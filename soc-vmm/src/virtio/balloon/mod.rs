@@ -3,8 +3,9 @@
 //! Two ways lead there. The host asks for a size and the driver fills its balloon until the guest has no more than that; and the driver
 //! reports pages that happen to be free, unasked. Either way the frames go back through [`Pages`], in two phases.
 //!
-//! Where guest memory is pinned (a function that reaches it by DMA, a device of the host's that is assigned), no frame can go back. There
-//! the device isn't made: a balloon that takes memory from the guest and gives none to the host is worse than none.
+//! Where guest memory is pinned (a function that reaches it by DMA, a device of the host's that is assigned), no frame can go back, and a balloon
+//! that takes memory from the guest and gives none to the host is worse than none. There the device isn't made, or, for those who ask for one
+//! always, it tells what the guest says of its memory and takes none.
 
 mod engine;
 mod handle;
@@ -56,6 +57,8 @@ pub struct BalloonConfig {
     pub deflate_on_oom: bool,
     /// Whether the guest is to report free pages.
     pub reporting: bool,
+    /// Where no memory can go back, it is made all the same: for the guest's statistics.
+    pub even_pinned: bool,
     /// The guest's memory.
     pub pages: Box<dyn Pages>,
     /// The side that asks and is told.
@@ -70,6 +73,9 @@ pub enum BalloonError {
     /// No memory can go back to the host.
     #[error("a balloon can't give memory back here: {0}; leave it out")]
     Pinned(String),
+    /// The same of one that is there for the statistics: the guest's bytes, and why.
+    #[error("the guest keeps its {0} bytes of memory: {1}")]
+    Kept(u64, String),
     /// This process can have no more threads or descriptors.
     #[error("can't make a balloon")]
     Io(#[from] io::Error),
@@ -88,7 +94,10 @@ pub(super) struct Words {
 /// See [`BalloonError`].
 pub fn new(balloon: BalloonConfig, plumbing: Plumbing<'_>) -> Result<Box<dyn PciFunction>, BalloonError> {
     if let Some(why) = balloon.pages.pinned() {
-        return Err(BalloonError::Pinned(why));
+        if balloon.reporting || !balloon.even_pinned {
+            return Err(BalloonError::Pinned(why));
+        }
+        balloon.handle.pin(why);
     }
     let mut features = vec![F_STATS_VQ];
     features.extend(balloon.deflate_on_oom.then_some(F_DEFLATE_ON_OOM));
