@@ -104,7 +104,7 @@ pub(super) struct QomGet {
 #[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 struct Stats {
-    /// Each by its name; −1: the guest didn't say.
+    /// Each by its name; 2⁶⁴ − 1: the guest didn't say.
     stats: serde_json::Map<String, Value>,
     /// Seconds since the epoch; 0: it said nothing yet.
     last_update: u64,
@@ -128,7 +128,7 @@ impl Command for QomGet {
             return Ok(balloon.interval().map_or(0, |interval| interval.as_secs()).into());
         }
         let stats = balloon.stats();
-        let value = |value: Option<u64>| value.map_or(Value::from(-1), Value::from);
+        let value = |value: Option<u64>| Value::from(value.unwrap_or(u64::MAX));
         let named = stats.named().map(|(name, number)| (name.to_owned(), value(number))).collect();
         let since = stats.updated.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
         let stats = Stats { stats: named, last_update: since.map_or(0, |since| since.as_secs()) };

@@ -2,6 +2,7 @@
 //! images or among the processes.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use iced_x86::code_asm::*;
 use integration::libvirt::{Boot, Domain, Host, cdrom, disk, tap, user};
 use integration::{kvm, test_name};
 use nix::sys::signal::Signal;
+use payloads::balloon;
 use payloads::operated::{self, keys};
 use testbed::debian;
 use testbed::libvirt::{Config, Console, Libvirt, Process};
@@ -162,6 +164,48 @@ fn a_domain_is_measured_and_changed_while_it_runs() {
     assert_eq!(host.field(&["blkdeviotune", NAME, "vda"], "total_iops_sec"), "50");
     guest.answers('y');
     host.check_messages();
+}
+
+/// What `setmem` takes the guest gives, and then the host has it; what it gives the guest has again. What the guest says of its memory is told.
+#[test]
+fn a_guest_s_memory_is_taken_given_back_and_told() {
+    const GIVER: &str = "giver";
+    let Some(host) = start(true) else { return };
+    host.libvirt.write(&image("balloon"), balloon::balloon().unwrap().file().1).unwrap();
+    let boot = Boot::Kernel { kernel: image("balloon"), initrd: None, cmdline: None };
+    host.define(&Domain { memory: (balloon::MEMORY / MIB) as u32, ..Domain::new(GIVER, boot) });
+    host.virsh(&["start", GIVER]);
+    let mut console = host.libvirt.console(GIVER).unwrap();
+    console.expect(balloon::UP, LIMIT).unwrap();
+
+    let told = |name: &str| -> u64 { host.field(&["dommemstat", GIVER], name).parse().unwrap() };
+    let all = held(&host);
+    assert!(all >= balloon::MOST, "{all} bytes of memory that the guest has touched");
+    host.virsh(&["dommemstat", GIVER, "--period", "1", "--live"]);
+    for taken in [balloon::MOST, 0, 3 * balloon::PART] {
+        let left = (balloon::MEMORY - taken) >> 10;
+        let from = host.events().len();
+        host.virsh(&["setmem", GIVER, &format!("{left}k"), "--live"]);
+        console.expect(&format!("{}{:016x}", balloon::GIVEN, taken / 4096), LIMIT).unwrap();
+        host.told(from, &format!("event 'balloon-change' for domain '{GIVER}': {left}KiB"));
+        assert_eq!(told("actual"), left);
+        assert_eq!(host.field(&["dominfo", GIVER], "Used memory"), format!("{left} KiB"));
+        host.waits("the host has what was given", || held(&host) == all - taken);
+        host.waits("the guest tells of it", || told("unused") == left);
+        assert_eq!(told("available"), balloon::MEMORY >> 10);
+        assert!(told("last_update") > 0);
+    }
+    // More than it has is libvirt's to refuse.
+    assert!(host.virsh_fails(&["setmem", GIVER, "65M", "--live"]).contains("cannot set memory higher than max memory"));
+    host.virsh(&["destroy", GIVER]);
+    host.check_messages();
+}
+
+/// Bytes of the guest's memory that the machine holds.
+fn held(host: &Host) -> u64 {
+    let files = fs::read_dir(format!("/proc/{}/fd", the(host, "host-kvm-shim").pid)).unwrap();
+    let ram = files.filter_map(|file| fs::metadata(file.ok()?.path()).ok()).filter(|it| it.len() == balloon::MEMORY);
+    ram.map(|it| it.blocks() * 512).max().expect("the guest has memory")
 }
 
 /// passt is a process that soc-vmm starts, which it may not any more when it runs under libvirt's sandbox: those of the start are there.

@@ -4,6 +4,7 @@ pub(crate) mod layout;
 pub(crate) mod long;
 pub(crate) mod real;
 mod runtime;
+pub(crate) mod speech;
 mod start;
 mod tables;
 pub(crate) mod virtio;

@@ -20,6 +20,8 @@ const TABLE: u32 = layout::word(10);
 /// Bytes from one notification offset to the next; the MSI-X capability.
 const MULTIPLIER: u32 = layout::word(11);
 const MSIX: u32 = layout::word(12);
+/// Where the device's own configuration is.
+pub(crate) const DEVICE: u32 = layout::word(13);
 
 /// What a payload wants of a device.
 pub(crate) struct Wanted<'a> {
@@ -27,7 +29,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) kind: u32,
     /// Features that the driver accepts; all of them are offered.
     pub(crate) features: u64,
-    /// The queues that it uses: at most two.
+    /// The queues that it uses: at most three.
     pub(crate) queues: &'a [QueueAt],
     /// The interrupt of all of them; none: it polls.
     pub(crate) vector: Option<u8>,
@@ -63,7 +65,7 @@ impl QueueAt {
 }
 
 impl LongMode {
-    /// Finds the device, sets the queues up, and says DRIVER_OK. Then r13 is where kicks of the first go, r14 where those of the second.
+    /// Finds the device, sets the queues up, and says DRIVER_OK. Then r13, r14 and r11 are where kicks of the first, second and third go.
     /// Uses every register but r15.
     pub(crate) fn start_virtio(&mut self, wanted: &Wanted<'_>) -> Result<(), IcedError> {
         self.find_function(0x1040_1af4 + (wanted.kind << 16))?;
@@ -129,8 +131,9 @@ impl LongMode {
 
     /// Walks the capabilities and keeps where the structures are.
     fn find_structures(&mut self, msix: bool) -> Result<(), IcedError> {
-        let labels = [0; 9].map(|_| self.asm.create_label());
-        let [mut walk, mut next, mut vendor, mut notify, mut table, mut address, mut low, mut done, mut begin] = labels;
+        let labels = [0; 10].map(|_| self.asm.create_label());
+        let [mut walk, mut next, mut vendor, mut notify, mut own, mut table, mut address, mut low, mut done, mut begin] =
+            labels;
         self.asm.jmp(begin)?;
 
         // rax = the address of offset r11 in BAR eax.
@@ -172,12 +175,11 @@ impl LongMode {
         self.asm.and(ebx, 0xfc)?;
         self.asm.jmp(walk)?;
 
-        // A structure of virtio's own (§4.1.4): common configuration 1, notifications 2.
+        // A structure of virtio's own (§4.1.4): common configuration 1, notifications 2, interrupt status 3, the device's own 4.
         self.asm.set_label(&mut vendor)?;
         self.asm.mov(eax, r9d)?;
         self.asm.shr(eax, 24)?;
-        self.asm.dec(eax)?;
-        self.asm.cmp(eax, 1)?;
+        self.asm.cmp(eax, 4)?;
         self.asm.ja(next)?;
         self.asm.lea(ecx, ptr(rbx + 8))?;
         self.pci_read_at_ecx()?;
@@ -190,7 +192,13 @@ impl LongMode {
         self.asm.shr(ecx, 24)?;
         self.asm.cmp(ecx, 2)?;
         self.asm.je(notify)?;
+        self.asm.cmp(ecx, 3)?;
+        self.asm.je(next)?;
+        self.asm.ja(own)?;
         self.asm.mov(qword_ptr(COMMON), rax)?;
+        self.asm.jmp(next)?;
+        self.asm.set_label(&mut own)?;
+        self.asm.mov(qword_ptr(DEVICE), rax)?;
         self.asm.jmp(next)?;
         self.asm.set_label(&mut notify)?;
         self.asm.mov(qword_ptr(NOTIFY), rax)?;
@@ -270,7 +278,7 @@ impl LongMode {
         self.asm.jne(agreed)?;
         self.fail("the device doesn't agree to the features")?;
         self.place(&mut agreed)?;
-        for (queue, kicks) in wanted.queues.iter().zip([r13, r14]) {
+        for (queue, kicks) in wanted.queues.iter().zip([r13, r14, r11]) {
             self.set_up(*queue, kicks, wanted.vector.is_some())?;
         }
         self.set(STATUS, 1, 15)

@@ -1,5 +1,6 @@
 //! One module a payload, or a few of a kind.
 
+pub mod balloon;
 pub mod counter;
 pub mod cpu_hotplug;
 pub mod dirty;
@@ -23,6 +24,7 @@ pub fn catalogue(vcpus: u8) -> Result<Vec<Payload>, IcedError> {
     const READS: u32 = 20_000;
     const ROUNDS: u32 = 5;
     let mut payloads = vec![
+        balloon::balloon()?,
         real::real_mode()?,
         mmio::mmio()?,
         string_io::string_io()?,

@@ -2,6 +2,7 @@
 
 use iced_x86::code_asm::*;
 
+use crate::kit::speech::{DATA, LINE_STATUS, Speech};
 use crate::kit::{LongMode, layout};
 use crate::{Ends, IcedError, Payload};
 
@@ -24,10 +25,7 @@ pub mod keys {
     pub const PANIC: char = 'p';
 }
 
-const DATA: u32 = 0x3f8;
-const LINE_STATUS: u32 = 0x3fd;
 const RECEIVED: i32 = 1;
-const ROOM: i32 = 1 << 5;
 const PM1_STATUS: u32 = 0x600;
 const PM1_ENABLE: u32 = 0x602;
 const PM1_CONTROL: u32 = 0x604;
@@ -53,7 +51,7 @@ pub fn operated() -> Result<Payload, IcedError> {
     let mut p = LongMode::new()?;
     let [mut wait, mut no_key, mut due, mut not_off, mut not_reset, mut not_panic, mut off, mut pressed] =
         [0; 8].map(|_| p.asm.create_label());
-    let mut speech = Speech { text: p.asm.create_label(), hex: p.asm.create_label(), byte: p.asm.create_label() };
+    let mut speech = Speech::new(&mut p);
 
     speech.say(&mut p, &format!("{UP}\r\n"))?;
     p.asm.mov(edx, PM1_ENABLE)?;
@@ -126,67 +124,4 @@ pub fn operated() -> Result<Payload, IcedError> {
     speech.emit(&mut p)?;
     p.handler(TIMER_VECTOR, |p| p.asm.inc(dword_ptr(ticks)))?;
     Ok(Payload::kernel("operated", 1, p.finish()?).that_ends(Ends::Never))
-}
-
-/// Routines that write to the serial port.
-struct Speech {
-    /// ecx bytes from rsi.
-    text: CodeLabel,
-    /// rax as 16 digits.
-    hex: CodeLabel,
-    /// al. Keeps every register.
-    byte: CodeLabel,
-}
-
-impl Speech {
-    /// Uses rsi, rcx.
-    fn say(&self, p: &mut LongMode, text: &str) -> Result<(), IcedError> {
-        let at = p.data(text.as_bytes());
-        p.asm.mov(esi, at)?;
-        p.asm.mov(ecx, text.len() as u32)?;
-        p.asm.call(self.text)
-    }
-
-    fn emit(&mut self, p: &mut LongMode) -> Result<(), IcedError> {
-        let [mut next, mut digit, mut decimal, mut full] = [0; 4].map(|_| p.asm.create_label());
-        p.place(&mut self.text)?;
-        p.asm.set_label(&mut next)?;
-        p.asm.mov(al, byte_ptr(rsi))?;
-        p.asm.call(self.byte)?;
-        p.asm.inc(rsi)?;
-        p.asm.dec(ecx)?;
-        p.asm.jne(next)?;
-        p.asm.ret()?;
-
-        p.place(&mut self.hex)?;
-        p.asm.mov(rsi, rax)?;
-        p.asm.mov(ecx, 16)?;
-        p.asm.set_label(&mut digit)?;
-        p.asm.rol(rsi, 4)?;
-        p.asm.mov(eax, esi)?;
-        p.asm.and(eax, 0xf)?;
-        p.asm.add(eax, i32::from(b'0'))?;
-        p.asm.cmp(eax, i32::from(b'9'))?;
-        p.asm.jbe(decimal)?;
-        p.asm.add(eax, i32::from(b'a' - b'9' - 1))?;
-        p.asm.set_label(&mut decimal)?;
-        p.asm.call(self.byte)?;
-        p.asm.dec(ecx)?;
-        p.asm.jne(digit)?;
-        p.asm.ret()?;
-
-        p.place(&mut self.byte)?;
-        p.asm.push(rdx)?;
-        p.asm.push(rax)?;
-        p.asm.mov(edx, LINE_STATUS)?;
-        p.asm.set_label(&mut full)?;
-        p.asm.in_(al, dx)?;
-        p.asm.test(al, ROOM)?;
-        p.asm.je(full)?;
-        p.asm.pop(rax)?;
-        p.asm.mov(edx, DATA)?;
-        p.asm.out(dx, al)?;
-        p.asm.pop(rdx)?;
-        p.asm.ret()
-    }
 }
