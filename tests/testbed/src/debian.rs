@@ -31,6 +31,7 @@ use std::process::Command;
 use crate::fetch::{self, Error};
 use crate::process::run;
 
+pub(crate) use disk::file_system;
 pub use instruments::{Instruments, instruments};
 pub use passt::Passt;
 pub use shell::{Answer, Shell, Terminal};

@@ -29,7 +29,7 @@ use namespace::Namespace;
 
 pub use console::Console;
 pub use programs::Process;
-pub use tree::tree;
+pub use tree::{soc_disk, tree};
 
 /// How long a daemon may take to listen or to end, and a `virsh` to answer.
 const LIMIT: Duration = Duration::from_secs(60);
