@@ -143,16 +143,20 @@ impl<'a> Place<'a> {
 
     /// Nothing of the domain is left, neither here nor on the server.
     fn is_gone(&self) {
-        assert_eq!(self.emulators(), [""; 0]);
+        assert_eq!(self.emulators(), [0; 0]);
         self.function_is("free");
         let shims = self.bed.server.programs().unwrap();
         assert_eq!(shims.len(), 3, "the server's first process, a shim for each function: {shims:?}");
     }
 
-    /// The processes of domains.
-    fn emulators(&self) -> Vec<String> {
-        let found = self.output("pgrep", &["-u", "64055"]).stdout;
-        found.split_whitespace().map(str::to_owned).collect()
+    /// The processes of domains: the pool is soc-vmm's other one.
+    fn emulators(&self) -> Vec<i32> {
+        let soc = self.bed.soc.as_ref().expect("a SoC");
+        let programs = soc.programs().unwrap().into_iter();
+        let is_domain_s = |command: &[String]| {
+            command.first().is_some_and(|name| name == Libvirt::EMULATOR) && command.contains(&"-name".to_owned())
+        };
+        programs.filter(|program| is_domain_s(&program.command)).map(|program| program.pid).collect()
     }
 
     fn console(&self) -> Operated {
@@ -160,7 +164,12 @@ impl<'a> Place<'a> {
     }
 
     fn define(&self, domain: &Domain) {
-        self.libvirt.write("/tmp/domain.xml", &domain.xml()).unwrap();
+        self.libvirt
+            .write(
+                "/tmp/domain.xml",
+                &domain.xml().replace("<memballoon model=\"virtio\"/>", "<memballoon model=\"none\"/>"),
+            )
+            .unwrap();
         self.virsh(&["define", "/tmp/domain.xml"]);
     }
 

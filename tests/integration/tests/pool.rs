@@ -237,7 +237,17 @@ fn a_function_that_breaks_is_not_given_out_until_it_is_back() {
     let mut wishes = pool.soc_vmm();
     let (option, bytes) = short().file();
     let image = pool.trial.file("wishes.image", &bytes);
-    wishes.args(["run", option, &image, "--cpu", "host,+amx-tile,+3dnowprefetch,+sse4a", "--function", "pool", "--serial", "null"]);
+    wishes.args([
+        "run",
+        option,
+        &image,
+        "--cpu",
+        "host,+amx-tile,+3dnowprefetch,+sse4a",
+        "--function",
+        "pool",
+        "--serial",
+        "null",
+    ]);
     wishes.args(["--name", &pool.trial.name("wishes")]);
     let refused = pool.trial.start(&mut wishes).wait(MOST);
     one_line("a feature that the host lacks", &refused, 4, &["--cpu host: this host lacks", "amx-tile"]);

@@ -1,6 +1,6 @@
 //! The guest [`payloads::operated`] behind `virsh console`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use payloads::operated;
 use testbed::libvirt::Console;
@@ -57,20 +57,30 @@ impl Operated {
     /// It doesn't stand still, or doesn't go on.
     pub fn stands_still_and_goes_on(&mut self, suspend: impl FnOnce(), resume: impl FnOnce()) {
         suspend();
-        let still = |console: &Console| {
-            // What was on its way when it was stopped arrives meanwhile.
-            std::thread::sleep(Duration::from_millis(300));
-            console.text()
-        };
-        let before = still(&self.0);
+        let before = self.stands_still();
         self.types('z');
-        assert_eq!(still(&self.0), before);
+        assert_eq!(self.stands_still(), before);
         resume();
         let last = before.rsplit(operated::TICK).find_map(|rest| u64::from_str_radix(rest.get(..16)?, 16).ok());
-        let from = self.0.text().len();
-        assert!(from >= before.len());
         self.expect(&said_of('z'));
-        assert!(self.0.text()[before.len()..].contains(&format!("{}{:016x}", operated::TICK, last.unwrap() + 1)));
+        // It may have been stopped within a line.
+        let line = before.rfind('\n').map_or(0, |end| end + 1);
+        let next = format!("{}{:016x}", operated::TICK, last.expect("a tick") + 1);
+        let text = self.0.text();
+        assert!(text.starts_with(&before) && text[line..].contains(&next), "no {next:?} in {:?}", &text[line..]);
+    }
+
+    /// Waits until nothing arrives any more that was on its way when it was stopped; all that was shown until then.
+    fn stands_still(&self) -> String {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let text = self.0.text();
+            std::thread::sleep(Duration::from_millis(500));
+            if self.0.text() == text {
+                return text;
+            }
+            assert!(Instant::now() < end, "it goes on");
+        }
     }
 
     fn expect(&mut self, text: &str) -> String {

@@ -12,8 +12,8 @@ use crate::machine::{Error, Machine};
 use crate::protocol::{Ended, Status};
 use crate::soc::SocConfig;
 
-use super::tree::soc_disk;
 use super::console::{BEGINS, Console, at_the_console};
+use super::tree::soc_disk;
 use super::{LOG, Libvirt, PATH};
 
 /// How long a program may take: the SoC is slow.
@@ -74,7 +74,8 @@ impl<'a> SocLibvirt<'a> {
     /// # Errors
     /// [`Error`].
     pub fn start(soc: &'a Machine) -> Result<Self, Error> {
-        let make = ["unshare", "-m", SOC_BUSYBOX, "sh", "-e", "-c", SCRIPT, "sh", SOC_VMM, Libvirt::EMULATOR, DRIVE, IMAGES];
+        let make =
+            ["unshare", "-m", SOC_BUSYBOX, "sh", "-e", "-c", SCRIPT, "sh", SOC_VMM, Libvirt::EMULATOR, DRIVE, IMAGES];
         let holder = soc.run(SOC_BUSYBOX, &make, None)?;
         if soc.control().wait_for_output(holder, "made", LIMIT).is_none() {
             return Err(failed(&soc.control().output(holder).join("\n")));
