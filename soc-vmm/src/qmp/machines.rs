@@ -55,7 +55,7 @@ impl Command for QueryMachines {
             hotpluggable_cpus: true,
             numa_mem_supported: false,
             deprecated: false,
-            default_cpu_type: has_hosts_architecture().then(|| format!("host{CPU_SUFFIX}")),
+            default_cpu_type: default_cpu(),
             default_ram_id: Some("pc.ram"),
         };
         let none = MachineInfo {
@@ -72,11 +72,10 @@ impl Command for QueryMachines {
     }
 }
 
-/// Whether this machine's processors are of the guests' architecture. libvirt 9.0 takes a domain without `<cpu>` for one of the machine's default type, and where that is
-/// `host` for one of mode host-passthrough, which it refuses where it itself runs on another architecture. Where no type is told it passes none on, and the guest's
-/// processor is the host's all the same.
-fn has_hosts_architecture() -> bool {
-    std::env::consts::ARCH == "x86_64"
+/// The processor of a domain without `<cpu>`, for libvirt 9.0. By `host` it makes that host-passthrough, which it refuses where it itself runs on another
+/// architecture, and `max` it doesn't know. Told of none it says none, and the guest's processor is the host's all the same.
+fn default_cpu() -> Option<String> {
+    (std::env::consts::ARCH == "x86_64").then(|| format!("host{CPU_SUFFIX}"))
 }
 
 /// QMP `query-cpu-definitions`: every model, and what the host lacks of it.
