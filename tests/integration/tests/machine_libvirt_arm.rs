@@ -183,12 +183,7 @@ impl<'a> Place<'a> {
     }
 
     fn define(&self, domain: &Domain) {
-        self.libvirt
-            .write(
-                "/tmp/domain.xml",
-                &domain.xml(),
-            )
-            .unwrap();
+        self.libvirt.write("/tmp/domain.xml", &domain.xml()).unwrap();
         self.virsh(&["define", "/tmp/domain.xml"]);
     }
 

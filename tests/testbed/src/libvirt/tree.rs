@@ -51,7 +51,7 @@ pub fn tree() -> Result<PathBuf, Error> {
     fetch::part("libvirt", &recipe(), "libvirt 9.0 of Debian 12 (35 MB)", |into| make(Arch::Amd64, &PACKAGES, into))
 }
 
-/// Makes a disk of [`tree`] for an Arm SoC: an ext4, with bsdutils' script, by which a program has a terminal. An Arm needs no SeaBIOS.
+/// Makes a disk of [`tree`] for an Arm SoC: an ext4, with bsdutils' script, by which a program has a terminal, and without SeaBIOS.
 ///
 /// # Errors
 /// [`Error`].
