@@ -96,6 +96,7 @@ async fn of_pool<U: Use>(spec: &FunctionSpec, mut user: U) -> Result<U::Output, 
     };
     if let Err(failure) = &ended
         && failure.status() == ExitStatus::Unavailable
+        && !failure.is_wish()
     {
         lease.complain(&failure.to_string());
     }

@@ -51,6 +51,8 @@ pub struct Failure {
     line: String,
     /// The function's other end went away.
     loss: bool,
+    /// The VM can't be had as it was asked for. Another VM could be on the same function.
+    wish: bool,
     /// Standard error has the line.
     told: bool,
 }
@@ -58,7 +60,7 @@ pub struct Failure {
 impl Failure {
     /// A failure in words. Whatever is in `text` becomes one printable line.
     pub fn new(status: ExitStatus, text: impl AsRef<str>) -> Self {
-        Self { status, line: with_advice(one_line(text.as_ref())), loss: false, told: false }
+        Self { status, line: with_advice(one_line(text.as_ref())), loss: false, wish: false, told: false }
     }
 
     /// The same, where its cause is that the function's other end went away.
@@ -69,6 +71,16 @@ impl Failure {
     /// Whether its cause is that the function's other end went away.
     pub(crate) fn is_loss(&self) -> bool {
         self.loss
+    }
+
+    /// The same, where its cause is how the VM was asked for.
+    pub(crate) fn by_wish(self, wish: bool) -> Self {
+        Self { wish, ..self }
+    }
+
+    /// Whether its cause is how the VM was asked for, and not the function.
+    pub(crate) fn is_wish(&self) -> bool {
+        self.wish
     }
 
     /// Says it on standard error, if that has not been done.

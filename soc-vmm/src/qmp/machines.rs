@@ -55,7 +55,7 @@ impl Command for QueryMachines {
             hotpluggable_cpus: true,
             numa_mem_supported: false,
             deprecated: false,
-            default_cpu_type: Some(format!("host{CPU_SUFFIX}")),
+            default_cpu_type: default_cpu(),
             default_ram_id: Some("pc.ram"),
         };
         let none = MachineInfo {
@@ -70,6 +70,12 @@ impl Command for QueryMachines {
         };
         Ok(vec![q35, none])
     }
+}
+
+/// The processor of a domain without `<cpu>`, for libvirt 9.0. By `host` it makes that host-passthrough, which it refuses where it itself runs on another
+/// architecture, and `max` it doesn't know. Told of none it says none, and the guest's processor is the host's all the same.
+fn default_cpu() -> Option<String> {
+    (std::env::consts::ARCH == "x86_64").then(|| format!("host{CPU_SUFFIX}"))
 }
 
 /// QMP `query-cpu-definitions`: every model, and what the host lacks of it.

@@ -144,7 +144,12 @@ impl LifeError {
             Self::Machine(e) if e.is_usage() => ExitStatus::Usage,
             _ => ExitStatus::Unavailable,
         };
-        Failure::of(status, "", self).by_loss(self.is_loss())
+        Failure::of(status, "", self).by_loss(self.is_loss()).by_wish(self.is_wish())
+    }
+
+    /// Whether the host has less than this VM was asked to have, though nothing is wrong with the host.
+    fn is_wish(&self) -> bool {
+        matches!(self, Self::Cpuid(CpuidError::Lacks(_) | CpuidError::NeedsX2apic) | Self::NoEoi)
     }
 
     /// The same of a VM that was there: whoever noticed that the host is gone, it is lost.

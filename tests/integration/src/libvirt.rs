@@ -2,8 +2,8 @@
 
 mod domain;
 mod messages;
+mod operated;
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -12,11 +12,11 @@ use serde_json::{Value, json};
 use testbed::libvirt::{Config, Error, Libvirt};
 use testbed::process::Child;
 
-use crate::qapi_schema::Schema;
 use crate::{program, test_name};
 
 pub use domain::{Boot, Domain, cdrom, disk, tap, user};
-pub use messages::{Message, messages};
+pub use messages::{Message, check_messages, messages};
+pub use operated::Operated;
 
 /// How long a domain may take to come to a state.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -194,38 +194,7 @@ impl Host {
     /// # Panics
     /// One isn't as reported.
     pub fn check_messages(&self) {
-        let log = self.libvirt.libvirtd_log();
-        let messages = messages(&log);
-        let reported = messages.windows(2).find_map(|pair| match pair {
-            [Message::Sent(_, sent), Message::Answered(_, answer)] if sent["execute"] == "query-qmp-schema" => {
-                Some(answer["return"].clone())
-            }
-            _ => None,
-        });
-        let schema = Schema::read(&reported.expect("libvirtd asks for the schema")).expect("a schema");
-        let mut sent_to: HashMap<&str, &Value> = HashMap::new();
-        let mut wrong = Vec::new();
-        for message in &messages {
-            let checked = match message {
-                Message::Sent(monitor, sent) => {
-                    sent_to.insert(monitor, sent);
-                    // What isn't there may be asked for: it is answered so.
-                    if schema.has_command(sent["execute"].as_str().unwrap_or_default()) {
-                        schema.check_command(sent)
-                    } else {
-                        Ok(())
-                    }
-                }
-                Message::Answered(monitor, answer) => match sent_to.get(monitor.as_str()) {
-                    Some(sent) => schema.check_answer(sent, answer),
-                    None => Err(format!("an answer to nothing: {answer}")),
-                },
-                Message::Told(_, event) => schema.check_event(event),
-            };
-            wrong.extend(checked.err());
-        }
-        assert!(wrong.is_empty(), "{wrong:#?}");
-        assert!(messages.len() > 20, "{} messages", messages.len());
+        check_messages(&self.libvirt.libvirtd_log());
     }
 
     /// What everybody said, for a test that fails.

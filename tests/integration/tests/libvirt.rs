@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use integration::libvirt::{Boot, Domain, Host, cdrom, disk, tap, user};
+use integration::libvirt::{Boot, Domain, Host, Operated, cdrom, disk, tap, user};
 use integration::{kvm, test_name};
 use nix::sys::signal::Signal;
 use payloads::balloon;
 use payloads::operated::{self, keys};
 use testbed::debian;
-use testbed::libvirt::{Config, Console, Libvirt, Process};
+use testbed::libvirt::{Config, Libvirt, Process};
 
 /// The domain of most tests.
 const NAME: &str = "operated";
@@ -60,10 +60,19 @@ fn a_domain_lives_as_virsh_says() {
     let Some(mut host) = start(true) else { return };
     host.virsh(&["start", NAME]);
     is_confined(&host);
-    let mut console = Guest::at(&host, NAME);
+    let mut console = at(&host);
     console.answers('x');
 
-    console.stands_still_and_goes_on(&host);
+    console.stands_still_and_goes_on(
+        || {
+            host.virsh(&["suspend", NAME]);
+            host.becomes(NAME, "paused (user)");
+        },
+        || {
+            host.virsh(&["resume", NAME]);
+            host.becomes(NAME, "running (unpaused)");
+        },
+    );
     host.virsh(&["reset", NAME]);
     console.is_up();
     host.virsh(&["reboot", NAME]);
@@ -82,7 +91,7 @@ fn a_domain_lives_as_virsh_says() {
     is_gone(&host);
 
     host.virsh(&["start", NAME]);
-    Guest::at(&host, NAME).does(keys::OFF);
+    at(&host).does(keys::OFF);
     host.becomes(NAME, "shut off (shutdown)");
     is_gone(&host);
 
@@ -98,7 +107,7 @@ fn a_domain_that_is_killed_has_crashed_and_leaves_nothing() {
     let Some(host) = start(true) else { return };
     for victim in ["soc-vmm", "host-kvm-shim"] {
         host.virsh(&["start", NAME]);
-        Guest::at(&host, NAME).answers('x');
+        at(&host).answers('x');
         let from = host.events().len();
         host.libvirt.signal(&the(&host, victim), Signal::SIGKILL).unwrap();
         host.becomes(NAME, "shut off (crashed)");
@@ -123,7 +132,7 @@ fn a_domain_s_actions_are_taken() {
         domain.devices.push(panic.to_owned());
         host.define(&domain);
         host.virsh(&["start", NAME]);
-        let mut guest = Guest::at(&host, NAME);
+        let mut guest = at(&host);
         guest.does(key);
         if state == "running" {
             guest.is_up();
@@ -140,7 +149,7 @@ fn a_domain_s_actions_are_taken() {
     fs::remove_file(host.libvirt.path("/run/libvirt/qemu/autostarted")).unwrap();
     host.libvirt.start_libvirtd().unwrap();
     host.becomes(NAME, "running (booted)");
-    Guest::at(&host, NAME).answers('x');
+    at(&host).answers('x');
     host.check_messages();
 }
 
@@ -148,7 +157,7 @@ fn a_domain_s_actions_are_taken() {
 fn a_domain_is_measured_and_changed_while_it_runs() {
     let Some(host) = start(true) else { return };
     host.virsh(&["start", NAME]);
-    let mut guest = Guest::at(&host, NAME);
+    let mut guest = at(&host);
     guest.answers('x');
     is_measured(&host);
     disks_come_and_go(&host);
@@ -339,57 +348,8 @@ fn domain(_: &Host) -> Domain {
 }
 
 /// The guest behind `virsh console`.
-struct Guest(Console);
-
-impl Guest {
-    fn at(host: &Host, domain: &str) -> Self {
-        Self(host.libvirt.console(domain).unwrap())
-    }
-
-    /// It has been started anew: its ticks begin again.
-    fn is_up(&mut self) {
-        self.0.expect(operated::UP, LIMIT).unwrap();
-        assert_eq!(self.tick(), 1);
-    }
-
-    fn tick(&mut self) -> u64 {
-        self.0.expect(operated::TICK, LIMIT).unwrap();
-        let number = self.0.expect("\r\n", LIMIT).unwrap();
-        u64::from_str_radix(&number, 16).unwrap_or_else(|_| panic!("tick {number:?}"))
-    }
-
-    /// It ticks, and answers to a key.
-    fn answers(&mut self, key: char) {
-        self.0.type_text(&key.to_string()).unwrap();
-        self.0.expect(&format!("{}{:016x}", operated::KEY, key as u32), LIMIT).unwrap();
-        self.tick();
-    }
-
-    fn does(&mut self, key: char) {
-        self.tick();
-        self.0.type_text(&key.to_string()).unwrap();
-    }
-
-    fn stands_still_and_goes_on(&mut self, host: &Host) {
-        host.virsh(&["suspend", NAME]);
-        host.becomes(NAME, "paused (user)");
-        let still = |console: &Console| {
-            // What was on its way when it was stopped arrives meanwhile.
-            std::thread::sleep(Duration::from_millis(300));
-            console.text()
-        };
-        let before = still(&self.0);
-        self.0.type_text("z").unwrap();
-        assert_eq!(still(&self.0), before);
-        host.virsh(&["resume", NAME]);
-        host.becomes(NAME, "running (unpaused)");
-        // Not a tick is lost, and what was typed meanwhile isn't either.
-        let last = before.rsplit(operated::TICK).find_map(|rest| u64::from_str_radix(rest.get(..16)?, 16).ok());
-        let from = self.0.text().len();
-        assert!(from >= before.len());
-        self.0.expect(&format!("{}{:016x}", operated::KEY, u32::from(b'z')), LIMIT).unwrap();
-        assert!(self.0.text()[before.len()..].contains(&format!("{}{:016x}", operated::TICK, last.unwrap() + 1)));
-    }
+fn at(host: &Host) -> Operated {
+    Operated(host.libvirt.console(NAME).unwrap())
 }
 
 /// The one process of that name.
@@ -431,17 +391,17 @@ fn is_confined(host: &Host) {
 }
 
 /// A domain doesn't notice that libvirtd ends and comes back, running or paused.
-fn survives_libvirtd(host: &mut Host, guest: &mut Guest) {
+fn survives_libvirtd(host: &mut Host, guest: &mut Operated) {
     let vmm = the(host, "soc-vmm");
     host.restart_libvirtd();
     host.becomes(NAME, "running");
-    *guest = Guest::at(host, NAME);
+    *guest = at(host);
     guest.answers('a');
     host.virsh(&["suspend", NAME]);
     host.libvirt.end_libvirtd(Signal::SIGKILL).unwrap();
     host.restart_libvirtd();
     host.becomes(NAME, "paused");
-    *guest = Guest::at(host, NAME);
+    *guest = at(host);
     host.virsh(&["resume", NAME]);
     guest.answers('b');
     assert_eq!(the(host, "soc-vmm"), vmm);

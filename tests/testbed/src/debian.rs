@@ -31,9 +31,11 @@ use std::process::Command;
 use crate::fetch::{self, Error};
 use crate::process::run;
 
+pub(crate) use disk::file_system;
 pub use instruments::{Instruments, instruments};
 pub use passt::Passt;
 pub use shell::{Answer, Shell, Terminal};
+pub(crate) use soc::{SOC_BUSYBOX, busybox_for_soc};
 pub use soc::{SOC_CD, equip, serve_page, soc_programs};
 pub use virtiofsd::{Virtiofsd, virtiofsd};
 

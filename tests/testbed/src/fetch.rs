@@ -8,6 +8,7 @@
 //! | [`debian::image`] | Debian 12 | a disk with a Debian on it, and what boots it |
 //! | [`debian::soc_programs`] | Debian 13 | passt and busybox for the Arm SoC |
 //! | [`libvirt::tree`] | Debian 12 | libvirtd, virtlogd, virsh, passt |
+//! | [`libvirt::soc_disk`] | Debian 12 | the same for the Arm SoC |
 //! | [`qmp_client::qmp_client`] | Debian 12 and PyPI | QEMU's QMP client, a Python |
 //!
 //! Packages come through apt with its state in a directory of its own (its mirror, proxy and keys are the machine's) and are
@@ -94,6 +95,7 @@ pub fn everything() -> Result<(), Error> {
     debian::instruments()?;
     debian::virtiofsd()?;
     libvirt::tree()?;
+    libvirt::soc_disk()?;
     qmp_client::qmp_client()?;
     Ok(())
 }

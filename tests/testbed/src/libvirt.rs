@@ -9,6 +9,7 @@ mod cgroups;
 mod console;
 mod namespace;
 mod programs;
+mod soc;
 mod tree;
 
 use std::fs;
@@ -29,13 +30,16 @@ use namespace::Namespace;
 
 pub use console::Console;
 pub use programs::Process;
-pub use tree::tree;
+pub use soc::SocLibvirt;
+pub use tree::{soc_disk, tree};
 
 /// How long a daemon may take to listen or to end, and a `virsh` to answer.
 const LIMIT: Duration = Duration::from_secs(60);
 /// Between two looks at something that is waited for.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// Where both find programs, as env takes it.
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where libvirtd listens.
 const SOCKET: &str = "/run/libvirt/libvirt-sock";
 /// What libvirtd writes down of itself.

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use testbed::libvirt::Libvirt;
 
-/// A domain. Its processor and its machine are those of the host.
+/// A domain.
 #[derive(Clone, Debug)]
 pub struct Domain {
     /// Its name.
@@ -13,6 +13,8 @@ pub struct Domain {
     pub memory: u32,
     /// How many virtual processors it begins with, and how many it may have.
     pub vcpus: (u32, u32),
+    /// The element of its processor. That is the host's unless it is said.
+    pub cpu: String,
     /// What it starts by.
     pub boot: Boot,
     /// Disks and interfaces, each in XML of its own.
@@ -41,7 +43,15 @@ impl Domain {
     /// A domain with one processor and 64 MiB, and with no disk or interface yet.
     #[must_use]
     pub fn new(name: &str, boot: Boot) -> Self {
-        Self { name: name.to_owned(), memory: 64, vcpus: (1, 1), boot, devices: Vec::new(), more: String::new() }
+        Self {
+            name: name.to_owned(),
+            memory: 64,
+            vcpus: (1, 1),
+            cpu: "<cpu mode=\"host-passthrough\"/>".to_owned(),
+            boot,
+            devices: Vec::new(),
+            more: String::new(),
+        }
     }
 
     /// Its XML.
@@ -75,7 +85,7 @@ impl Domain {
     <acpi/>
     <apic/>
   </features>
-  <cpu mode="host-passthrough"/>
+  {cpu}
   <clock offset="utc">
     <timer name="rtc" tickpolicy="catchup"/>
     <timer name="pit" tickpolicy="delay"/>
@@ -89,6 +99,7 @@ impl Domain {
   <devices>
     <emulator>{emulator}</emulator>
 "#,
+            cpu = self.cpu,
             more = self.more,
             uuid = uuid(name),
             emulator = Libvirt::EMULATOR,

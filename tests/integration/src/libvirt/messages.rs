@@ -1,6 +1,10 @@
 //! Every message between libvirtd and its emulators, as its debug log has them.
 
+use std::collections::HashMap;
+
 use serde_json::Value;
+
+use crate::qapi_schema::Schema;
 
 /// Where one went.
 #[derive(Clone, Debug, PartialEq)]
@@ -11,6 +15,44 @@ pub enum Message {
     Answered(String, Value),
     /// A monitor's event.
     Told(String, Value),
+}
+
+/// Checks every message of a log against the schema that soc-vmm reports in it.
+///
+/// # Panics
+/// One isn't as reported.
+pub fn check_messages(log: &str) {
+    let messages = messages(log);
+    let reported = messages.windows(2).find_map(|pair| match pair {
+        [Message::Sent(_, sent), Message::Answered(_, answer)] if sent["execute"] == "query-qmp-schema" => {
+            Some(answer["return"].clone())
+        }
+        _ => None,
+    });
+    let schema = Schema::read(&reported.expect("libvirtd asks for the schema")).expect("a schema");
+    let mut sent_to: HashMap<&str, &Value> = HashMap::new();
+    let mut wrong = Vec::new();
+    for message in &messages {
+        let checked = match message {
+            Message::Sent(monitor, sent) => {
+                sent_to.insert(monitor, sent);
+                // What isn't there may be asked for: it is answered so.
+                if schema.has_command(sent["execute"].as_str().unwrap_or_default()) {
+                    schema.check_command(sent)
+                } else {
+                    Ok(())
+                }
+            }
+            Message::Answered(monitor, answer) => match sent_to.get(monitor.as_str()) {
+                Some(sent) => schema.check_answer(sent, answer),
+                None => Err(format!("an answer to nothing: {answer}")),
+            },
+            Message::Told(_, event) => schema.check_event(event),
+        };
+        wrong.extend(checked.err());
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(messages.len() > 20, "{} messages", messages.len());
 }
 
 /// The messages of a log, in order.

@@ -86,7 +86,7 @@ pub(super) fn make(tools: &Tools, tree: &Path, kernel: &DebianKernel, to: &Path)
 
     configure_grub(tree, &kernel.version)?;
     let root = work.join("root");
-    file_system(tools, tree, &root)?;
+    file_system(tools, tree, &root, LABEL, ROOT.1 * SECTOR / 1024)?;
     place(&root, to, ROOT.0)?;
     fs::remove_dir_all(&work).map_err(|e| Error::file(&work, e))
 }
@@ -184,12 +184,12 @@ fn grub_configuration(version: &str) -> String {
     )
 }
 
-/// ext4 without a journal: a test's copy of it is never used twice.
-fn file_system(tools: &Tools, tree: &Path, to: &Path) -> Result<(), Error> {
+/// Makes `to` an ext4 of that size and name with the files of `tree`, without a journal: a test's copy of it is never used twice.
+pub(crate) fn file_system(tools: &Tools, tree: &Path, to: &Path, label: &str, kib: u64) -> Result<(), Error> {
     let mut mke2fs = tools.command("sbin/mke2fs");
     mke2fs.env("MKE2FS_CONFIG", tools.dir.join("etc/mke2fs.conf"));
-    mke2fs.args(["-q", "-t", "ext4", "-O", "^has_journal", "-L", LABEL, "-d"]).arg(tree).arg(to);
-    mke2fs.arg(format!("{}k", ROOT.1 * SECTOR / 1024));
+    mke2fs.args(["-q", "-t", "ext4", "-O", "^has_journal", "-L", label, "-d"]).arg(tree).arg(to);
+    mke2fs.arg(format!("{kib}k"));
     if geteuid().is_root() {
         run(&mut mke2fs)?;
     } else {

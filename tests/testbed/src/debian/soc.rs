@@ -17,10 +17,11 @@ pub const SOC_CD: &str = "/dev/vdb";
 /// Where passt is on the SoC.
 pub(super) const SOC_PASST: &str = "/bin/passt";
 
-const BUSYBOX: &str = "/bin/busybox";
+/// Where busybox is on the SoC.
+pub(crate) const SOC_BUSYBOX: &str = "/bin/busybox";
 /// Each program, and what passt is linked to, by its place on the SoC and in Debian's packages.
 const FILES: [(&str, &str); 4] = [
-    (BUSYBOX, "usr/bin/busybox"),
+    (SOC_BUSYBOX, "usr/bin/busybox"),
     (SOC_PASST, "usr/bin/passt"),
     ("/lib/ld-linux-aarch64.so.1", "usr/lib/aarch64-linux-gnu/ld-linux-aarch64.so.1"),
     ("/lib/aarch64-linux-gnu/libc.so.6", "usr/lib/aarch64-linux-gnu/libc.so.6"),
@@ -41,6 +42,11 @@ pub fn soc_programs() -> Result<PathBuf, fetch::Error> {
     fetch::part("soc-programs", &recipe, "passt and busybox for the Arm SoC (4 MB)", |into| {
         fetch::trixie()?.unpack_closure(None, &packages.each_ref().map(String::as_str), &[], into)
     })
+}
+
+/// A busybox for the Arm SoC.
+pub(crate) fn busybox_for_soc() -> Result<PathBuf, fetch::Error> {
+    Ok(soc_programs()?.join("usr/bin/busybox"))
 }
 
 /// Gives a SoC that is to be started the disk of `image`, the CD-ROM `cd`, `firmware`, and the programs of [`soc_programs`]. The answer
@@ -85,9 +91,9 @@ pub fn serve_page(soc: &Machine, page: &str) -> Result<u16, Error> {
     // httpd listens when the shell ends; what it leaves behind doesn't hold the caller's streams.
     let httpd = format!("busybox httpd -p 127.0.0.1:{PORT} -h /run </dev/null >/run/httpd 2>&1");
     let script = format!("busybox ip link set lo up && {httpd} || {{ cat /run/httpd; exit 1; }}");
-    let ended = soc.exec(BUSYBOX, &["sh", "-c", &script], LIMIT)?;
+    let ended = soc.exec(SOC_BUSYBOX, &["sh", "-c", &script], LIMIT)?;
     match ended.status {
         Status::Code(0) => Ok(PORT),
-        _ => Err(Error::file(BUSYBOX)(io::Error::other(ended.stdout + &ended.stderr))),
+        _ => Err(Error::file(SOC_BUSYBOX)(io::Error::other(ended.stdout + &ended.stderr))),
     }
 }

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::Error;
+use super::{Arch, Error};
 use crate::process::run;
 
 /// Where Debian's archive is when the system's own sources name no mirror.
@@ -19,6 +19,7 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// One private apt: a set of suites, its package lists and what was downloaded.
 pub(crate) struct Apt {
     dir: PathBuf,
+    arch: Arch,
 }
 
 impl Apt {
@@ -38,9 +39,14 @@ impl Apt {
         write("status", "")?;
         write("sources.list", &sources(&mirrors, suites))?;
         write("apt.conf", &configuration(dir))?;
-        let apt = Self { dir: dir.to_path_buf() };
+        let apt = Self { dir: dir.to_path_buf(), arch: Arch::Amd64 };
         run(apt.get().args(["update", "-qq", "-o", "APT::Update::Error-Mode=any"])).map_err(Error::unreachable)?;
         Ok(apt)
+    }
+
+    /// The same as a machine of `arch` sees it: packages that no architecture is named of are of that one, and so is what they depend on.
+    pub(crate) fn of(self, arch: Arch) -> Self {
+        Self { arch, ..self }
     }
 
     /// Unpacks `packages` and all they depend on into `into`, preferring suite `release` to newer or
@@ -108,6 +114,7 @@ impl Apt {
     fn get(&self) -> Command {
         let mut command = Command::new("apt-get");
         command.arg("-c").arg(self.dir.join("apt.conf")).env("DEBIAN_FRONTEND", "noninteractive");
+        command.args(["-o", &format!("APT::Architecture={}", self.arch.debian())]);
         command
     }
 }

@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::pty::openpty;
+use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::termios::{LocalFlags, tcgetattr};
 
 use crate::debian::Terminal;
@@ -23,8 +25,14 @@ pub struct Console {
     screen: Arc<Screen>,
     /// Up to where its text was expected already.
     seen: usize,
-    _virsh: Child,
+    /// Where it runs on this machine.
+    virsh: Option<Child>,
 }
+
+/// What virsh says when it is at the console.
+pub(super) const BEGINS: &str = "Escape character is";
+/// What virsh leaves the console by.
+const ESCAPE: &[u8] = b"\x1d";
 
 #[derive(Debug, Default)]
 struct Screen {
@@ -42,8 +50,17 @@ impl Console {
         virsh.args(["console", domain, "--force"]);
         virsh.stdin(copy(&slave)?).stdout(copy(&slave)?).stderr(slave);
         let virsh = Child::spawn(virsh)?;
+        let mut console = Self::on(terminal, Some(virsh))?;
+        console.expect(BEGINS, super::LIMIT)?;
+        console.wait_for_virsh()?;
+        Ok(console)
+    }
+
+    /// A terminal with a `virsh console` that was just started.
+    pub(super) fn on(terminal: File, virsh: Option<Child>) -> Result<Self, Error> {
         let screen = Arc::new(Screen::default());
-        let (mut output, filled) = (copy(&terminal)?, screen.clone());
+        let mut output = terminal.try_clone().map_err(Error::file(Path::new("virsh console")))?;
+        let filled = screen.clone();
         thread::spawn(move || {
             let mut bytes = [0; 4096];
             // It ends when nobody has the terminal's other end any more.
@@ -56,10 +73,7 @@ impl Console {
                 filled.grew.notify_all();
             }
         });
-        let mut console = Self { terminal, screen, seen: 0, _virsh: virsh };
-        console.expect("Escape character is", super::LIMIT)?;
-        console.wait_for_virsh()?;
-        Ok(console)
+        Ok(Self { terminal, screen, seen: 0, virsh })
     }
 
     /// What is typed before virsh has taken the terminal over, which it does after it said so, is lost.
@@ -111,6 +125,16 @@ impl Console {
     }
 }
 
+impl Drop for Console {
+    fn drop(&mut self) {
+        // One of another machine's isn't killed with this handle.
+        if self.virsh.is_none() {
+            let _ = self.terminal.write_all(ESCAPE);
+            let _ = shutdown(self.terminal.as_raw_fd(), Shutdown::Both);
+        }
+    }
+}
+
 impl Terminal for Console {
     fn read_until(&mut self, text: &str, limit: Duration) -> Result<String, machine::Error> {
         self.expect(text, limit).map_err(at_the_console)
@@ -121,6 +145,6 @@ impl Terminal for Console {
     }
 }
 
-fn at_the_console(error: Error) -> machine::Error {
+pub(super) fn at_the_console(error: Error) -> machine::Error {
     machine::Error::file("virsh console")(io::Error::other(error))
 }

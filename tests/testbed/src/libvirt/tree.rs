@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use crate::fetch::{self, Error};
+use crate::debian;
+use crate::fetch::{self, Arch, Error};
 
 /// With all that they depend on. seabios: what a domain without a kernel of its own starts by.
 const PACKAGES: [&str; 8] = [
@@ -47,16 +48,44 @@ pub(super) const KVM_GROUP: u32 = 106;
 /// # Errors
 /// [`Error`].
 pub fn tree() -> Result<PathBuf, Error> {
-    let recipe = format!("1 {PACKAGES:?} {CONFIGURATION} {UNWANTED:?} {REMOVED:?} {PASSWD} {GROUP}");
-    fetch::part("libvirt", &recipe, "libvirt 9.0 of Debian 12 (35 MB)", |into| {
-        let apt = fetch::bookworm()?;
-        apt.unpack_closure(None, &PACKAGES, &UNWANTED, into)?;
-        apt.unpack_only(&[CONFIGURATION], into)?;
-        for path in REMOVED {
-            fetch::remove_tree(&into.join(path))?;
-        }
-        set_up(into)
-    })
+    fetch::part("libvirt", &recipe(), "libvirt 9.0 of Debian 12 (35 MB)", |into| make(Arch::Amd64, &PACKAGES, into))
+}
+
+/// Makes a disk of [`tree`] for an Arm SoC: an ext4, with bsdutils' script, by which a program has a terminal, and without SeaBIOS.
+///
+/// # Errors
+/// [`Error`].
+pub fn soc_disk() -> Result<PathBuf, Error> {
+    let tools = debian::tools()?;
+    let packages: Vec<&str> = PACKAGES.into_iter().filter(|name| *name != "seabios").chain(["bsdutils"]).collect();
+    let recipe = format!("{} {packages:?} {SOC_DISK_KIB}", recipe());
+    let what = "libvirt 9.0 of Debian 12 for the Arm SoC (35 MB)";
+    let dir = fetch::part("libvirt-arm64", &recipe, what, |into| {
+        let tree = into.join("tree");
+        make(Arch::Arm64, &packages, &tree)?;
+        debian::file_system(&tools, &tree, &into.join(DISK), "libvirt", SOC_DISK_KIB)?;
+        fetch::remove_tree(&tree)
+    })?;
+    Ok(dir.join(DISK))
+}
+
+/// The file of [`soc_disk`].
+const DISK: &str = "disk";
+/// The packages take a third of it.
+const SOC_DISK_KIB: u64 = 256 << 10;
+
+fn recipe() -> String {
+    format!("1 {PACKAGES:?} {CONFIGURATION} {UNWANTED:?} {REMOVED:?} {PASSWD} {GROUP}")
+}
+
+fn make(arch: Arch, packages: &[&str], into: &Path) -> Result<(), Error> {
+    let apt = fetch::bookworm()?.of(arch);
+    apt.unpack_closure(None, packages, &UNWANTED, into)?;
+    apt.unpack_only(&[CONFIGURATION], into)?;
+    for path in REMOVED {
+        fetch::remove_tree(&into.join(path))?;
+    }
+    set_up(into)
 }
 
 fn set_up(tree: &Path) -> Result<(), Error> {
