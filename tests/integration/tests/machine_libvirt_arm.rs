@@ -1,5 +1,6 @@
 //! Debian's unmodified libvirtd on an Arm SoC runs an x86 guest on the host server: what it refuses there, and a domain's life.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use integration::libvirt::{Boot, Domain, Operated, check_messages};
@@ -34,12 +35,11 @@ fn virsh_on_an_arm_soc_runs_an_x86_guest_on_the_server() {
     but_for_the_emulator(|| {
         let bed = config.start().unwrap();
         let place = Place::new(&bed);
-        place.describes_the_server();
-        place.refuses_the_processor_of_the_soc();
-        place.needs_something_at_dev_kvm();
-        place.lives();
-        place.ends_by_itself();
-        check_messages(&place.libvirt.libvirtd_log().unwrap());
+        // Whose fault it is shows in what everybody said.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| place.is_used())) {
+            let why = panic.downcast_ref::<String>().map_or("it failed", String::as_str);
+            panic!("{why}{}", place.story());
+        }
     });
 }
 
@@ -68,6 +68,15 @@ impl<'a> Place<'a> {
         place.libvirt.spawn(Libvirt::EMULATOR, &["pool", "serve"]).unwrap();
         place.function_is("free");
         place
+    }
+
+    fn is_used(&self) {
+        self.describes_the_server();
+        self.refuses_the_processor_of_the_soc();
+        self.needs_something_at_dev_kvm();
+        self.lives();
+        self.ends_by_itself();
+        check_messages(&self.libvirt.libvirtd_log().unwrap());
     }
 
     /// How many vCPUs are possible libvirtd asks the SoC's KVM; everything else is of the server, whose processor is QEMU's `max`.
@@ -205,14 +214,14 @@ impl<'a> Place<'a> {
     fn waits(&self, what: &str, condition: impl Fn() -> bool) {
         let end = Instant::now() + LIMIT;
         while !condition() {
-            assert!(Instant::now() < end, "{what}: it did not come about{}", self.story());
+            assert!(Instant::now() < end, "{what}: it did not come about");
             std::thread::sleep(Duration::from_millis(100));
         }
     }
 
     fn virsh(&self, args: &[&str]) -> String {
         let ended = self.libvirt.virsh(args).unwrap();
-        assert_eq!(ended.status, Status::Code(0), "virsh {args:?}: {}{}", ended.stderr, self.story());
+        assert_eq!(ended.status, Status::Code(0), "virsh {args:?}: {}", ended.stderr);
         ended.stdout
     }
 
