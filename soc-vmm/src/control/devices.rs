@@ -1,7 +1,8 @@
 //! What devices tell monitors.
 //!
 //! Much of it a guest can bring about as often as it likes, and a monitor that falls behind is dropped. So of one kind of event of one device
-//! monitors hear at once, then once a [`PERIOD`], and then the latest.
+//! monitors hear at once, then once a [`PERIOD`], and then the latest. Only an error that stops the VM is told of at once always: it is why the VM
+//! stops, there is one each time, and the VM goes on when somebody says so.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -79,9 +80,10 @@ impl DeviceEvents {
 
 impl DiskErrorListener for DeviceEvents {
     fn failed(&self, error: DiskError) {
-        let DiskError { disk, is_write, no_space, action, reason } = error;
+        let DiskError { disk, node, is_write, no_space, action, reason } = error;
         let kind = EventKind::BlockIoError {
             device: disk.clone(),
+            node_name: node,
             operation: if is_write { IoOperation::Write } else { IoOperation::Read },
             action: match action {
                 ErrorAction::Report => IoAction::Report,
@@ -91,7 +93,11 @@ impl DiskErrorListener for DeviceEvents {
             nospace: no_space,
             reason,
         };
-        self.tell("BLOCK_IO_ERROR", &disk, kind);
+        if action == ErrorAction::Stop {
+            self.send(Event { kind, at: SystemTime::now() });
+        } else {
+            self.tell("BLOCK_IO_ERROR", &disk, kind);
+        }
     }
 }
 
@@ -112,7 +118,7 @@ mod tests {
     use super::*;
 
     fn error(action: ErrorAction, reason: &str) -> DiskError {
-        DiskError { disk: "d".into(), is_write: true, no_space: true, action, reason: reason.into() }
+        DiskError { disk: "d".into(), node: None, is_write: true, no_space: true, action, reason: reason.into() }
     }
 
     #[tokio::test(start_paused = true)]
@@ -126,7 +132,10 @@ mod tests {
         for n in 0..1000 {
             teller.failed(error(ErrorAction::Report, &n.to_string()));
         }
-        assert_eq!(reason_of(events.recv().await.unwrap()), "0");
+        teller.failed(error(ErrorAction::Stop, "why it stops"));
+        assert_eq!(reason_of(events.try_recv().unwrap()), "0");
+        assert_eq!(reason_of(events.try_recv().unwrap()), "why it stops");
+        assert!(events.try_recv().is_err());
         assert_eq!(reason_of(events.recv().await.unwrap()), "999");
         tokio::time::sleep(3 * PERIOD).await;
         assert!(teller.held.lock().unwrap().is_empty() && events.try_recv().is_err());

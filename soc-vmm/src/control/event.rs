@@ -69,6 +69,9 @@ pub enum EventKind {
     BlockIoError {
         /// The disk.
         device: String,
+        /// Its block node, if that has a name.
+        #[serde(rename = "node-name", skip_serializing_if = "Option::is_none")]
+        node_name: Option<String>,
         /// What was asked of it.
         operation: IoOperation,
         /// What became of it.

@@ -84,6 +84,10 @@ fn run(mut line: Line, machine: &MachineOption) -> Result<RunConfig, Wrong> {
             super::options::Takes::Nothing(_) => Ok(()),
         })?;
     }
+    if line.daemonize && line.chardevs.iter().any(|chardev| chardev.kind == ChardevKind::Stdio) {
+        let why = "a process in the background has no terminal, which stdio is (and -nographic without -serial): write -serial pty";
+        return Err(Wrong::new(why).at("-daemonize"));
+    }
     let config = MachineConfig {
         uuid,
         system,

@@ -274,10 +274,11 @@ impl NewKind {
         }
     }
 
-    /// Makes the device, which is known by `id` and has the address `mac` if it needs one.
+    /// Makes the device, which is known by `id`, stands on a back end named `node`, and has the address `mac` if it needs one.
     pub(super) fn make(
         self,
         id: &str,
+        node: Option<&str>,
         kind: DeviceKind,
         listeners: &DeviceListeners,
         plumbing: Plumbing<'_>,
@@ -286,6 +287,7 @@ impl NewKind {
             (Self::Disk(NewDisk { image, tuning, serial }), _) => {
                 let DiskTuning { queues, write_cache, aio, limits, on_error } = tuning;
                 let config = BlockConfig {
+                    node: node.map(str::to_owned),
                     queues,
                     write_cache,
                     aio,

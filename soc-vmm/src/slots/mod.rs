@@ -364,7 +364,7 @@ impl Shared {
         let line = self.pirqs.wire(devfn >> 3);
         let plumbing = Plumbing { memory, messages: &*way.messages, line, notify };
         let (bus, serial) = (bus.to_owned(), new.kind.serial(id));
-        let (mut function, handle) = new.kind.make(id, kind, &self.listeners, plumbing)?;
+        let (mut function, handle) = new.kind.make(id, new.node.as_deref(), kind, &self.listeners, plumbing)?;
         self.ways.show_line(function.config_mut(), devfn >> 3);
         let occupant = Occupant { id: id.to_owned(), kind, bus, node: new.node, serial };
         Ok((occupant, Made { function, handle, requester: way.requester }))

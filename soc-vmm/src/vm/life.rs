@@ -432,11 +432,7 @@ impl<F: SocFunction> Vm<F> {
                 Err(e) => Err(e.into()),
             },
             Action::Pause => self.host.pause().await.map_err(LifeError::from),
-            Action::Resume => {
-                // What fails again stops the VM again: this loop hears of it afterwards.
-                self.slots.handle().retry();
-                self.run().await.map_err(LifeError::from)
-            }
+            Action::Resume => self.run().await.map_err(LifeError::from),
             Action::Reset if control.actions().reboot == RebootAction::Shutdown => {
                 control.finish_otherwise(order);
                 return self.powered_off(ShutdownCause::HostQmpSystemReset, ExitStatus::Done, control).await;
@@ -448,7 +444,12 @@ impl<F: SocFunction> Vm<F> {
             }
             Action::Quit(_) => Ok(()),
         };
+        let runs = action == Action::Resume && outcome.is_ok();
         control.finish(order, outcome.map_err(|e| with_causes(&e)));
+        if runs {
+            // What fails again stops the VM again: monitors hear that after they heard that it runs, and this loop after that.
+            self.slots.handle().retry();
+        }
         matches!(action, Action::Quit(_)).then_some(ExitStatus::Done)
     }
 

@@ -15,7 +15,7 @@ use crate::chardev::ChardevError;
 use crate::cli::{ExitStatus, Failure, RunConfig};
 use crate::console::{Attached, ConsoleError, DebugconBackend, SerialBackend};
 use crate::control::{self, Claim, RunDir, RunDirError, VmControl, VmInfo, VmName};
-use crate::daemon::PidFile;
+use crate::daemon::{PidFile, Side, detach};
 use crate::devices::{input_pipe, output_pipe};
 use crate::function::{self, Use};
 use crate::layout::MemoryLayout;
@@ -35,10 +35,12 @@ const DEBUGCON_QUEUE: usize = 1 << 20;
 /// What went wrong, in one line, with its exit status (docs/operations.md).
 pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
     let unavailable = |doing: &str, e: &dyn std::error::Error| Failure::of(ExitStatus::Unavailable, doing, e);
-    if config.process.daemonize {
-        let why = "-daemonize: a VM stays in the foreground; leave it out, and start it with & or by a service manager";
-        return Err(Failure::new(ExitStatus::Usage, why));
-    }
+    // Before there are threads.
+    let mut ready = match config.process.daemonize.then(detach).transpose()? {
+        Some(Side::Front(status)) => return Ok(ExitStatus::Daemon(status)),
+        Some(Side::Back(ready)) => Some(ready),
+        None => None,
+    };
     let info = VmInfo {
         name: config.process.guest.clone().unwrap_or_else(|| config.name.to_string()),
         cpus: config.cpus,
@@ -132,7 +134,22 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
             state_dir,
         };
         let setup = Setup { blueprint, control, consoles: &consoles };
-        let ended = function::open(&config.function, Role::Vm, setup).await;
+        let ended = {
+            let vm = function::open(&config.function, Role::Vm, setup);
+            tokio::pin!(vm);
+            tokio::select! {
+                // Who is built and ends at once was built.
+                biased;
+                is_built = handle.built(), if ready.is_some() => {
+                    // What fails before that is said on the standard error that the process in front shares.
+                    if let Some(ready) = ready.take().filter(|_| is_built) {
+                        ready.say().map_err(|e| unavailable("-daemonize", &e))?;
+                    }
+                    vm.await
+                }
+                ended = &mut vm => ended,
+            }
+        };
         for console in consoles {
             console.finish().await;
         }

@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use integration::libvirt::{Boot, Domain, Host, Operated, cdrom, disk, tap, user};
+use integration::libvirt::{Boot, Domain, Host, Message, Operated, cdrom, disk, messages, tap, user};
 use integration::{kvm, test_name};
 use nix::sys::signal::Signal;
-use payloads::balloon;
 use payloads::operated::{self, keys};
+use payloads::{balloon, virtio_blk};
 use testbed::debian;
 use testbed::libvirt::{Config, Libvirt, Process};
 
@@ -172,6 +172,56 @@ fn a_domain_is_measured_and_changed_while_it_runs() {
     host.virsh(&["blkdeviotune", NAME, "vda", "--total-iops-sec", "50", "--live"]);
     assert_eq!(host.field(&["blkdeviotune", NAME, "vda"], "total_iops_sec"), "50");
     guest.answers('y');
+    host.check_messages();
+}
+
+/// A write for which there is no room stops the domain; once there is room it is made again, and the guest never knows.
+#[test]
+fn a_full_file_system_stops_a_domain_until_there_is_room() {
+    const FILLER: &str = "filler";
+    const FULL: &str = "/var/lib/libvirt/images/full";
+    const DEPTH: u32 = virtio_blk::MOST_DEPTH;
+    let Some(host) = start(true) else { return };
+    let mount = |args: &[&str]| {
+        let output = host.libvirt.output("busybox", &[&["mount"], args].concat()).unwrap();
+        assert_eq!(output.status, 0, "mount {args:?}: {}", output.stderr);
+    };
+    fs::create_dir(host.libvirt.path(FULL)).unwrap();
+    mount(&["-t", "tmpfs", "-o", "size=64k", "tmpfs", FULL]);
+    let file = format!("{FULL}/disk");
+    assert_eq!(host.libvirt.output("busybox", &["truncate", "-s", "1M", &file]).unwrap().status, 0);
+    let load = virtio_blk::Load { write: true, depth: DEPTH, count: DEPTH, rounds: 1, sleeps: true };
+    host.libvirt.write(&image("writes"), virtio_blk::virtio_blk(load).unwrap().file().1).unwrap();
+    let boot = Boot::Kernel { kernel: image("writes"), initrd: None, cmdline: None };
+    host.define(&Domain { devices: vec![disk(&file, "raw", "vda")], ..Domain::new(FILLER, boot) });
+
+    host.virsh(&["start", FILLER]);
+    host.becomes(FILLER, "paused (I/O error)");
+    assert_eq!(host.virsh(&["domblkerror", FILLER]), "vda: no space");
+    host.told(0, &format!("event 'io-error-reason' for domain '{FILLER}': {file} (virtio-disk0) pause due to enospc"));
+    let nodes = host.qmp(FILLER, "query-named-block-nodes", serde_json::json!({}));
+    let node = nodes.as_array().unwrap().iter().find(|node| node["drv"] == "raw").unwrap();
+    let told = messages(&host.libvirt.libvirtd_log()).into_iter().find_map(|message| match message {
+        Message::Told(_, event) if event["event"] == "BLOCK_IO_ERROR" => Some(event["data"]["node-name"].clone()),
+        _ => None,
+    });
+    assert_eq!(told.as_ref(), Some(&node["node-name"]));
+    // Nothing has changed meanwhile: it stops again, at once and for the same reason.
+    let from = host.events().len();
+    host.virsh(&["resume", FILLER]);
+    host.told(from, "Suspended I/O Error");
+    host.becomes(FILLER, "paused (I/O error)");
+
+    mount(&["-o", "remount,size=2M", FULL]);
+    host.virsh(&["resume", FILLER]);
+    let emulator = format!("/proc/{}/root{file}", the(&host, "soc-vmm").pid);
+    let piece = |number: u32| [number as u8 | virtio_blk::WRITTEN; virtio_blk::PIECE as usize];
+    let all: Vec<u8> = (0..DEPTH).flat_map(piece).collect();
+    host.waits("all was written", || fs::read(&emulator).is_ok_and(|bytes| bytes.starts_with(&all)));
+    host.becomes(FILLER, "running (unpaused)");
+    assert_eq!(host.virsh(&["domblkerror", FILLER]), "No errors found");
+    assert_eq!(host.field(&["domblkstat", FILLER, "vda"], "vda wr_req"), DEPTH.to_string());
+    host.virsh(&["destroy", FILLER]);
     host.check_messages();
 }
 

@@ -1,14 +1,14 @@
 //! VMs that are started by a command line of QEMU's, as libvirt does it: with a monitor that listens already, and descriptors by their numbers.
 
-use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use integration::monitor::Monitor;
 use integration::{kvm, program, seabios, test_name};
-use serde_json::{Value, json};
+use serde_json::json;
 use tempfile::TempDir;
 
 /// No VM of a test lives longer.
@@ -19,12 +19,6 @@ struct Emulator {
     child: Child,
     monitor: Monitor,
     directory: TempDir,
-}
-
-/// A client of its monitor.
-struct Monitor {
-    lines: BufReader<UnixStream>,
-    events: Vec<Value>,
 }
 
 /// A descriptor that a child inherits, under its own number.
@@ -63,8 +57,7 @@ impl Emulator {
             .spawn()
             .unwrap();
         drop(listener);
-        let mut monitor = Monitor::connect(&socket);
-        monitor.negotiate();
+        let monitor = Monitor::connect(&socket);
         Self { child, monitor, directory }
     }
 
@@ -80,7 +73,7 @@ impl Emulator {
     fn built(&mut self) -> Vec<String> {
         let start = Instant::now();
         loop {
-            let reply = self.monitor.execute("qom-list", json!({"path": "/machine/peripheral"}));
+            let reply = self.monitor.replies("qom-list", json!({"path": "/machine/peripheral"}));
             if let Some(list) = reply["return"].as_array() {
                 return list.iter().map(|it| it["name"].as_str().unwrap().to_owned()).collect();
             }
@@ -98,7 +91,7 @@ impl Emulator {
     }
 
     fn status(&mut self) -> String {
-        self.monitor.execute("query-status", json!({}))["return"]["status"].as_str().unwrap().to_owned()
+        self.monitor.replies("query-status", json!({}))["return"]["status"].as_str().unwrap().to_owned()
     }
 
     fn ended(&mut self) -> Option<i32> {
@@ -117,53 +110,6 @@ impl Drop for Emulator {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-impl Monitor {
-    fn connect(socket: &std::path::Path) -> Self {
-        let stream = UnixStream::connect(socket).unwrap();
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
-        Self { lines: BufReader::new(stream), events: Vec::new() }
-    }
-
-    fn negotiate(&mut self) {
-        assert!(self.next()["QMP"].is_object());
-        assert_eq!(self.execute("qmp_capabilities", json!({})), json!({"return": {}}));
-    }
-
-    fn next(&mut self) -> Value {
-        let mut line = String::new();
-        self.lines.read_line(&mut line).expect("the monitor is silent");
-        serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line:?}: {e}"))
-    }
-
-    #[expect(clippy::needless_pass_by_value, reason = "they are written where they are passed")]
-    fn execute(&mut self, command: &str, arguments: Value) -> Value {
-        let text = json!({"execute": command, "arguments": arguments}).to_string();
-        self.lines.get_mut().write_all(text.as_bytes()).unwrap();
-        loop {
-            let message = self.next();
-            if message.get("event").is_none() {
-                return message;
-            }
-            self.events.push(message);
-        }
-    }
-
-    /// The data of the next event of that name.
-    fn event(&mut self, name: &str) -> Value {
-        let is_it = |message: &Value| message["event"] == name;
-        if let Some(at) = self.events.iter().position(is_it) {
-            return self.events.drain(..=at).next_back().unwrap()["data"].clone();
-        }
-        self.events.clear();
-        loop {
-            let message = self.next();
-            if is_it(&message) {
-                return message["data"].clone();
-            }
-        }
     }
 }
 
@@ -270,10 +216,10 @@ fn a_domain_of_libvirt_s_has_its_devices_where_they_were_put() {
         ["type", "pci.1", "pci.2", "virtio-serial0", "virtio-disk0", "virtio-disk1", "channel0", "serial0"]
     );
     assert_eq!(emulator.status(), "prelaunch");
-    assert_eq!(emulator.monitor.execute("query-name", json!({}))["return"]["name"], "a b");
+    assert_eq!(emulator.monitor.replies("query-name", json!({}))["return"]["name"], "a b");
     assert!(emulator.text("debugcon").is_empty(), "the vCPUs ran");
     assert!(UnixStream::connect(emulator.file("agent")).is_ok());
-    assert_eq!(emulator.monitor.execute("cont", json!({})), json!({"return": {}}));
+    assert_eq!(emulator.monitor.does("cont", json!({})), json!({}));
     // What firmware found, and where.
     emulator.wait_for("debugcon", "All threads complete.");
     let said = emulator.text("debugcon");
@@ -293,18 +239,16 @@ fn a_domain_of_libvirt_s_has_its_devices_where_they_were_put() {
     }
     // The same socket serves the next libvirtd.
     emulator.monitor = Monitor::connect(&emulator.file("monitor.sock"));
-    emulator.monitor.negotiate();
     for (id, said) in [("virtio-disk1", "on the root bus"), ("none", "there is no device")] {
-        let reply = emulator.monitor.execute("device_del", json!({"id": id}));
+        let reply = emulator.monitor.replies("device_del", json!({"id": id}));
         assert!(reply["error"]["desc"].as_str().is_some_and(|desc| desc.contains(said)), "{reply}");
     }
-    let deleted = emulator.monitor.execute("blockdev-del", json!({"node-name": "libvirt-1-format"}));
+    let deleted = emulator.monitor.replies("blockdev-del", json!({"node-name": "libvirt-1-format"}));
     assert!(deleted["error"]["desc"].as_str().is_some_and(|desc| desc.contains("'virtio-disk1'")), "{deleted}");
     // A channel comes and goes.
     let path = emulator.file("second").display().to_string();
     let socket = json!({"addr": {"type": "unix", "data": {"path": path}}, "server": true, "wait": false});
     let backend = json!({"type": "socket", "data": socket});
-    let done = json!({"return": {}});
     let port = json!({"driver": "virtserialport", "bus": "virtio-serial0.0", "nr": 2, "chardev": "charchannel1",
                       "id": "channel1", "name": "com.example.1"});
     let removed = json!({"id": "charchannel1"});
@@ -316,14 +260,14 @@ fn a_domain_of_libvirt_s_has_its_devices_where_they_were_put() {
         ("device_del", json!({"id": "channel1"}), None),
         ("chardev-remove", removed, None),
     ] {
-        let reply = emulator.monitor.execute(command, arguments);
+        let reply = emulator.monitor.replies(command, arguments);
         match said {
-            None => assert_eq!(reply, done, "{command}"),
+            None => assert_eq!(reply["return"], json!({}), "{command}: {reply}"),
             Some(said) => assert!(reply["error"]["desc"].as_str().is_some_and(|why| why.contains(said)), "{reply}"),
         }
     }
     assert_eq!(emulator.monitor.event("DEVICE_DELETED")["device"], "channel1");
-    emulator.monitor.execute("quit", json!({}));
+    emulator.monitor.replies("quit", json!({}));
     assert_eq!(emulator.ended(), Some(0));
     assert!(emulator.file("monitor.sock").exists(), "a socket that was passed is its owner's");
     assert!(std::fs::read_to_string(&log).unwrap().contains("SeaBIOS"), "the console's log");
@@ -334,14 +278,14 @@ fn a_machine_that_is_off_waits_to_be_reset() {
     let Some(mut emulator) = doing(POWER_OFF, &["-no-shutdown"]) else { return };
     for _ in 0..2 {
         assert_eq!(emulator.status(), "prelaunch");
-        emulator.monitor.execute("cont", json!({}));
+        emulator.monitor.replies("cont", json!({}));
         let shutdown = emulator.monitor.event("SHUTDOWN");
         assert_eq!(shutdown, json!({"guest": true, "reason": "guest-shutdown"}));
         emulator.monitor.event("STOP");
         assert_eq!(emulator.status(), "shutdown");
-        let refused = emulator.monitor.execute("cont", json!({}));
+        let refused = emulator.monitor.replies("cont", json!({}));
         assert!(refused["error"]["desc"].as_str().is_some_and(|desc| desc.contains("Reset")), "{refused}");
-        assert_eq!(emulator.monitor.execute("system_reset", json!({})), json!({"return": {}}));
+        assert_eq!(emulator.monitor.does("system_reset", json!({})), json!({}));
         assert_eq!(emulator.monitor.event("RESET"), json!({"guest": false, "reason": "host-qmp-system-reset"}));
     }
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(emulator.child.id() as i32), nix::sys::signal::SIGTERM).unwrap();
@@ -352,12 +296,12 @@ fn a_machine_that_is_off_waits_to_be_reset() {
 #[test]
 fn a_reset_is_the_end_where_it_is_asked_for() {
     let Some(mut emulator) = doing(RESET, &["-no-reboot"]) else { return };
-    emulator.monitor.execute("cont", json!({}));
+    emulator.monitor.replies("cont", json!({}));
     assert_eq!(emulator.monitor.event("SHUTDOWN"), json!({"guest": true, "reason": "guest-reset"}));
     assert_eq!(emulator.ended(), Some(0));
     let Some(mut emulator) = doing(&[], &["-action", "reboot=shutdown,shutdown=pause"]) else { return };
-    emulator.monitor.execute("cont", json!({}));
-    emulator.monitor.execute("system_reset", json!({}));
+    emulator.monitor.replies("cont", json!({}));
+    emulator.monitor.replies("system_reset", json!({}));
     let shutdown = emulator.monitor.event("SHUTDOWN");
     assert_eq!(shutdown, json!({"guest": false, "reason": "host-qmp-system-reset"}));
     assert_eq!(emulator.status(), "shutdown");
@@ -366,12 +310,12 @@ fn a_reset_is_the_end_where_it_is_asked_for() {
 #[test]
 fn a_panic_stops_a_machine_that_shall_stay() {
     let Some(mut emulator) = doing(PANIC, &["-no-shutdown", "-device", "pvpanic"]) else { return };
-    emulator.monitor.execute("cont", json!({}));
+    emulator.monitor.replies("cont", json!({}));
     assert_eq!(emulator.monitor.event("GUEST_PANICKED")["action"], "pause");
     emulator.monitor.event("STOP");
     assert_eq!(emulator.status(), "guest-panicked");
     let Some(mut emulator) = doing(PANIC, &["-action", "panic=none"]) else { return };
-    emulator.monitor.execute("cont", json!({}));
+    emulator.monitor.replies("cont", json!({}));
     assert_eq!(emulator.monitor.event("GUEST_PANICKED")["action"], "run");
     assert_eq!(emulator.status(), "running");
 }
@@ -429,9 +373,9 @@ fn a_block_node_is_one_disk_s_or_one_drive_s() {
         ("blockdev-insert-medium", insert, Some("'n' is in use by 'disk'")),
         ("blockdev-del", delete, Some("'n' is in use by 'disk'")),
     ] {
-        let reply = emulator.monitor.execute(command, arguments);
+        let reply = emulator.monitor.replies(command, arguments);
         match refusal {
-            None => assert_eq!(reply, json!({"return": {}}), "{command}"),
+            None => assert_eq!(reply["return"], json!({}), "{command}: {reply}"),
             Some(why) => {
                 assert!(reply["error"]["desc"].as_str().is_some_and(|desc| desc.contains(why)), "{command}: {reply}");
             }
@@ -473,11 +417,64 @@ fn a_user_s_network_is_a_passt_that_ends_with_its_vm() {
     };
     let passt: Vec<&str> = children.split_whitespace().filter(is_passt).collect();
     assert_eq!(passt.len(), 1, "{children}");
-    emulator.monitor.execute("quit", json!({}));
+    emulator.monitor.replies("quit", json!({}));
     assert_eq!(emulator.ended(), Some(0));
     let start = Instant::now();
     while is_passt(&passt[0]) {
         assert!(start.elapsed() < LIMIT, "passt outlives its VM");
         std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_vm_goes_on_in_the_background() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    let at = |name: &str| directory.path().join(name).display().to_string();
+    std::fs::write(at("firmware"), firmware(POWER_OFF)).unwrap();
+    let start = |firmware: &str, function: &str, more: &[&str]| {
+        // Whoever collects what it says waits until nobody can say more: the daemon lets go of it.
+        Command::new(program("soc-vmm"))
+            .args(["-machine", "q35,accel=kvm", "-m", "32", "-nodefaults", "-nographic", "-S", "-daemonize"])
+            .args(["-bios", firmware, "-qmp", &format!("unix:{},server=on,wait=off", at("monitor"))])
+            .args(["-pidfile", &at("pid"), "-outboard", &format!("function={function}")])
+            .args(more)
+            .env("XDG_RUNTIME_DIR", directory.path())
+            .output()
+            .unwrap()
+    };
+    let ended = start(&at("firmware"), "local", &[]);
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!((ended.status.code(), said.as_str()), (Some(0), ""));
+    let pid: u32 = std::fs::read_to_string(at("pid")).unwrap().trim().parse().unwrap();
+    let process = PathBuf::from(format!("/proc/{pid}"));
+    assert_eq!(std::fs::read_link(process.join("cwd")).unwrap().to_str(), Some("/"));
+    for stream in 0..3 {
+        let open = std::fs::read_link(process.join(format!("fd/{stream}"))).unwrap();
+        assert_eq!(open.to_str(), Some("/dev/null"), "descriptor {stream}");
+    }
+    let mut monitor = Monitor::connect(&directory.path().join("monitor"));
+    assert_eq!(monitor.does("query-status", json!({}))["status"], "prelaunch");
+    // Its guest switches itself off, and nobody told it to stay.
+    monitor.does("cont", json!({}));
+    let began = Instant::now();
+    while process.exists() || directory.path().join("pid").exists() {
+        assert!(began.elapsed() < LIMIT, "it does not end");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+
+    let (whole, nobody) = (at("firmware"), format!("unix:{}", at("nobody")));
+    for (firmware, function, more, status, why) in [
+        (&whole, "local", &["-serial", "stdio"][..], 2, "-daemonize: a process in the background has no terminal"),
+        (&at("none"), "local", &[], 2, "none"),
+        (&whole, &nobody, &[], 4, "nobody"),
+    ] {
+        let ended = start(firmware, function, more);
+        let said = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(status), "{said}");
+        assert!(said.lines().count() == 1 && said.contains(why), "{said}");
+        assert!(!directory.path().join("pid").exists() && !directory.path().join("monitor").exists());
     }
 }

@@ -200,20 +200,24 @@ impl BlockEngine {
         self.shared.counters.errors.fetch_add(1, Relaxed);
         let is_write = call.operation != Operation::Read;
         let mut action = self.config.on_error.action(is_write, error);
+        // Who hears of it may look.
+        if action == ErrorAction::Stop && self.config.listener.is_some() {
+            self.shared.set_trouble(Some(if error.is_no_space() { Trouble::NoSpace } else { Trouble::Failed }));
+        }
         match &self.config.listener {
             // Nobody would make the VM go on.
             None if action == ErrorAction::Stop => action = ErrorAction::Report,
             None => {}
+            // Those that are under way then fail too: the VM stops once, and is told once why.
+            Some(_) if action == ErrorAction::Stop && !self.stopped.is_empty() => {}
             Some(listener) => listener.failed(DiskError {
                 disk: self.config.name.clone(),
+                node: self.config.node.clone(),
                 is_write,
                 no_space: error.is_no_space(),
                 action,
                 reason: text,
             }),
-        }
-        if action == ErrorAction::Stop {
-            self.shared.set_trouble(Some(if error.is_no_space() { Trouble::NoSpace } else { Trouble::Failed }));
         }
         if action == ErrorAction::Ignore && !is_write {
             // Nobody else's bytes.

@@ -48,6 +48,8 @@ const PHYSICAL_EXPONENT: u8 = 3;
 pub struct BlockConfig {
     /// What the log calls it.
     pub name: String,
+    /// The block node that it stands on, if that has a name.
+    pub node: Option<String>,
     /// What holds its bytes.
     pub backend: Arc<dyn BlockBackend>,
     /// What the guest sees as its serial number: the first 20 bytes.
@@ -73,6 +75,7 @@ impl BlockConfig {
     pub fn new(name: impl Into<String>, backend: Arc<dyn BlockBackend>, serial: impl Into<String>) -> Self {
         Self {
             name: name.into(),
+            node: None,
             backend,
             serial: serial.into(),
             aio: Aio::default(),

@@ -59,6 +59,8 @@ pub enum ErrorAction {
 pub struct DiskError {
     /// The disk's name.
     pub disk: String,
+    /// Its block node, if it stands on one with a name.
+    pub node: Option<String>,
     /// Whether it is one of a read; else of anything that writes.
     pub is_write: bool,
     /// There is no room.
