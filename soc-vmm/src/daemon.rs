@@ -91,11 +91,11 @@ impl Ready {
 pub struct PidFile(PathBuf);
 
 impl PidFile {
-    /// Writes it.
+    /// Writes it, if `check` has nothing against the file that was there.
     ///
     /// # Errors
     /// It can't be, or is no file of its own: a device would be removed at the end.
-    pub fn write(path: &Path) -> Result<Self, Failure> {
+    pub fn write(path: &Path, check: impl FnOnce(&File) -> Result<(), Failure>) -> Result<Self, Failure> {
         let failed = |why: &dyn Display| {
             Failure::new(
                 ExitStatus::Usage,
@@ -110,6 +110,7 @@ impl PidFile {
         if !file.metadata().map_err(|e| failed(&e))?.is_file() {
             return Err(failed(&"it is no regular file"));
         }
+        check(&file)?;
         // The directory may be another one by the time that it is removed.
         let written = Self(std::path::absolute(path).unwrap_or_else(|_| path.to_owned()));
         file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(|e| failed(&e))?;

@@ -48,7 +48,7 @@ async fn serve_in_background(probe: &Probe, ready: Option<Ready>) -> Result<(), 
     control.has_host(host.ok());
     let monitors =
         qmp::Server::start(&handle, sockets, qmp::Greet::AtOnce).map_err(|e| unavailable("can't serve QMP", &e))?;
-    let pid_file = probe.pid_file.as_deref().map(PidFile::write).transpose()?;
+    let pid_file = probe.pid_file.as_deref().map(|path| PidFile::write(path, |_| Ok(()))).transpose()?;
     if let Some(ready) = ready {
         ready.say().map_err(|e| unavailable("-daemonize", &e))?;
     }

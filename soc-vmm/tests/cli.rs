@@ -187,6 +187,8 @@ fn nothing_is_waited_for_and_no_file_of_the_vm_is_destroyed() {
         (vec!["-chardev", &of_disk, "-blockdev", &node], "disk is also the chardev's output of this VM"),
         (vec!["-pidfile", &fifo], "-pidfile: can't write"),
         (vec!["-pidfile", &read], "it is no regular file"),
+        (vec!["-pidfile", &rom], "-pidfile: the file is the firmware image of this VM"),
+        (vec!["-pidfile", &disk, "-blockdev", &node], "-pidfile: the file is the disk image of this VM"),
         (vec!["-fw_cfg", &from_fifo], "it is no regular file"),
         (vec!["-fw_cfg", &from_zero], "it is no regular file"),
     ] {

@@ -69,7 +69,19 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         for monitor in hardware.iter().flat_map(|hardware| &hardware.monitors) {
             sockets.push(handle.chardevs().take_listener(monitor, "monitor").map_err(|e| of_chardev("-mon", &e))?);
         }
-        let _pid_file = config.process.pid_file.as_deref().map(PidFile::write).transpose()?;
+        // What is written to it would destroy it.
+        let is_no_image = |option: &str, file: Option<&File>| {
+            let role = file.and_then(|file| file.metadata().ok()).and_then(|file| plan.role_of(&file));
+            let role = role.map(|role| format!("{role} image"));
+            let role = role.or_else(|| file.and_then(|file| media.role_of(file)).map(str::to_owned));
+            role.map_or(Ok(()), |role| {
+                let why = format!("{option}: the file is the {role} of this VM; give another one");
+                Err(Failure::new(ExitStatus::Usage, why))
+            })
+        };
+        let pid_file = config.process.pid_file.as_deref();
+        let write = |path| PidFile::write(path, |file| is_no_image("-pidfile", Some(file)));
+        let _pid_file = pid_file.map(write).transpose()?;
         let greet = if config.process.emulator { qmp::Greet::WhenBuilt } else { qmp::Greet::AtOnce };
         let mut monitors =
             qmp::Server::start(&handle, sockets, greet).map_err(|e| unavailable("can't serve QMP", &e))?;
@@ -87,16 +99,6 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         if let Some(path) = serial.pty_path().filter(|_| hardware.is_none()) {
             say(format_args!("soc-vmm: the serial port is {}", path.display()));
         }
-        // Its output would destroy it.
-        let is_no_image = |option: &str, file: Option<&File>| {
-            let role = file.and_then(|file| file.metadata().ok()).and_then(|file| plan.role_of(&file));
-            let role = role.map(|role| format!("{role} image"));
-            let role = role.or_else(|| file.and_then(|file| media.role_of(file)).map(str::to_owned));
-            role.map_or(Ok(()), |role| {
-                let why = format!("{option}: the file is the {role} of this VM; give another one");
-                Err(Failure::new(ExitStatus::Usage, why))
-            })
-        };
         serial.files().try_for_each(|file| is_no_image("--serial", Some(file)))?;
         let mut consoles = vec![serial.attach(reader, writer, &handle).map_err(|e| wrong("--serial", &e))?];
         let mut debugcon = None;
