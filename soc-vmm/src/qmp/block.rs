@@ -11,7 +11,7 @@ use super::devices::slots_of;
 use super::types::Empty;
 use crate::control::VmHandle;
 use crate::slots::{DeviceHandle, NodeInfo, SlotsHandle};
-use crate::virtio::block::{BlockCounters, Sort, Trouble};
+use crate::virtio::block::{BlockCounters, DiskLimits, Sort, Trouble};
 use crate::virtio::{Rate, RateLimits};
 
 /// How QEMU calls the part of a virtio device that drives its disk.
@@ -83,7 +83,15 @@ pub(super) struct BlockDeviceInfo {
     #[serde(skip_serializing_if = "Option::is_none")]
     bps_max: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    bps_rd_max: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bps_wr_max: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     iops_max: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iops_rd_max: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iops_wr_max: Option<u64>,
     image: ImageInfo,
     cache: BlockdevCacheInfo,
     write_threshold: u64,
@@ -108,7 +116,8 @@ pub(super) struct BlockdevCacheInfo {
 }
 
 impl BlockDeviceInfo {
-    fn new(node: NodeInfo, limits: RateLimits) -> Self {
+    fn new(node: NodeInfo, limits: DiskLimits) -> Self {
+        let DiskLimits { all, reads, writes } = limits;
         let file = node.file.display().to_string();
         let rate = |rate: Option<Rate>| rate.map_or(0, |rate| rate.per_second);
         // A burst that is what comes of the rate alone was not chosen.
@@ -120,14 +129,18 @@ impl BlockDeviceInfo {
             backing_file_depth: 0,
             encrypted: false,
             detect_zeroes: "off",
-            bps: rate(limits.bytes),
-            bps_rd: 0,
-            bps_wr: 0,
-            iops: rate(limits.operations),
-            iops_rd: 0,
-            iops_wr: 0,
-            bps_max: burst(limits.bytes),
-            iops_max: burst(limits.operations),
+            bps: rate(all.bytes),
+            bps_rd: rate(reads.bytes),
+            bps_wr: rate(writes.bytes),
+            iops: rate(all.operations),
+            iops_rd: rate(reads.operations),
+            iops_wr: rate(writes.operations),
+            bps_max: burst(all.bytes),
+            bps_rd_max: burst(reads.bytes),
+            bps_wr_max: burst(writes.bytes),
+            iops_max: burst(all.operations),
+            iops_rd_max: burst(reads.operations),
+            iops_wr_max: burst(writes.operations),
             image: ImageInfo { filename: file.clone(), format: node.driver.to_owned(), virtual_size: node.size },
             cache: BlockdevCacheInfo { writeback: true, direct: node.direct, no_flush: false },
             write_threshold: 0,
@@ -162,7 +175,7 @@ impl Command for QueryBlock {
                 kind: "unknown",
                 removable: true,
                 locked: tray.locked,
-                inserted: find(&drive.node()).map(|node| BlockDeviceInfo::new(node, RateLimits::default())),
+                inserted: find(&drive.node()).map(|node| BlockDeviceInfo::new(node, DiskLimits::default())),
                 tray_open: Some(tray.open),
                 io_status: Some(BlockDeviceIoStatus::Ok),
             }
@@ -357,12 +370,7 @@ pub(super) struct BlockSetIoThrottle {
 }
 
 impl BlockSetIoThrottle {
-    fn limits(&self) -> Result<RateLimits, QmpError> {
-        let apart = [self.bps_rd, self.bps_wr, self.iops_rd, self.iops_wr];
-        let apart_max = [self.bps_rd_max, self.bps_wr_max, self.iops_rd_max, self.iops_wr_max];
-        if apart.into_iter().chain(apart_max).any(|limit| limit > 0) {
-            return Err(QmpError::generic("Reads and writes have one limit: give 'bps' and 'iops', and 0 for theirs"));
-        }
+    fn limits(&self) -> Result<DiskLimits, QmpError> {
         let lengths = [self.bps_max_length, self.iops_max_length];
         let apart_lengths =
             [self.bps_rd_max_length, self.bps_wr_max_length, self.iops_rd_max_length, self.iops_wr_max_length];
@@ -380,9 +388,19 @@ impl BlockSetIoThrottle {
             (per_second, burst) if burst >= per_second => Ok(Some(Rate { per_second, burst })),
             _ => Err(QmpError::generic(format!("'{name}_max' is less than '{name}'"))),
         };
-        Ok(RateLimits {
-            operations: rate("iops", self.iops, self.iops_max)?,
-            bytes: rate("bps", self.bps, self.bps_max)?,
+        Ok(DiskLimits {
+            all: RateLimits {
+                operations: rate("iops", self.iops, self.iops_max)?,
+                bytes: rate("bps", self.bps, self.bps_max)?,
+            },
+            reads: RateLimits {
+                operations: rate("iops_rd", self.iops_rd, self.iops_rd_max)?,
+                bytes: rate("bps_rd", self.bps_rd, self.bps_rd_max)?,
+            },
+            writes: RateLimits {
+                operations: rate("iops_wr", self.iops_wr, self.iops_wr_max)?,
+                bytes: rate("bps_wr", self.bps_wr, self.bps_wr_max)?,
+            },
         })
     }
 }

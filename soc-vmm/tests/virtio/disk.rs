@@ -11,7 +11,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use soc_vmm::block::{self, Aio, BlockBackend, BlockError, ImageProblem, ImageSpec};
 use soc_vmm::virtio::block::{
-    BlockConfig, BlockEngine, DiskError, DiskErrorListener, ErrorAction, ErrorPolicy, OnError, Sort,
+    BlockConfig, BlockEngine, DiskError, DiskErrorListener, DiskLimits, ErrorAction, ErrorPolicy, OnError, Sort,
 };
 use soc_vmm::virtio::{Engine, Rate, RateLimits, Session, Wait};
 
@@ -210,18 +210,53 @@ fn limits_can_be_changed_while_a_request_waits_for_them() {
     let rate = Rate { per_second: 1, burst: 1 };
     let mut bench = Bench::new(disk, |config| config.limits.operations = Some(rate));
     let handle = bench.engine.handle();
-    assert_eq!(handle.limits().operations, Some(rate));
+    assert_eq!(handle.limits().all.operations, Some(rate));
     for slot in 0..3 {
         bench.ask(slot, 0, 0);
     }
     assert_eq!(bench.answer(), (0, 0));
     bench.serve();
     assert_eq!(bench.driver.take_used(), None, "it waits a second");
-    handle.set_limits(RateLimits::default());
+    handle.set_limits(DiskLimits::default());
     bench.wait();
     let mut rest = [bench.answer(), bench.answer()];
     rest.sort_unstable();
-    assert_eq!((rest, handle.limits()), ([(1, 0), (2, 0)], RateLimits::default()));
+    assert_eq!((rest, handle.limits()), ([(1, 0), (2, 0)], DiskLimits::default()));
+}
+
+#[test]
+fn reads_pass_writes_that_are_held_to_limits_of_their_own() {
+    const READ: u32 = 0;
+    const WRITE: u32 = 1;
+    let rate = Rate { per_second: 10, burst: 1 };
+    let one = |operations| RateLimits { operations: Some(operations), bytes: None };
+    let mut bench = Bench::new(Arc::new(HeapDisk::new(64)), |_| {});
+    let limits = DiskLimits { writes: one(rate), ..DiskLimits::default() };
+    bench.engine.handle().set_limits(limits);
+    for (slot, kind) in [(0, WRITE), (1, WRITE), (2, READ), (3, WRITE), (4, READ)] {
+        bench.ask(slot, kind, 0);
+    }
+    let mut first = [bench.answer(), bench.answer(), bench.answer()];
+    first.sort_unstable();
+    assert_eq!(first, [(0, 0), (2, 0), (4, 0)]);
+    // In the order in which they came, each in its time.
+    for slot in [1, 3] {
+        let timeout = bench.serve().timeout.expect("it waits for the time");
+        assert_eq!((bench.driver.take_used(), timeout.as_millis()), (None, 100));
+        bench.clock.advance(timeout);
+        assert_eq!(bench.answer(), (slot, 0));
+    }
+
+    // Beside one of their own both have that of all.
+    let slow = Rate { per_second: 1, burst: 1 };
+    bench.engine.handle().set_limits(DiskLimits { all: one(slow), reads: one(rate), ..DiskLimits::default() });
+    bench.ask(5, READ, 0);
+    bench.ask(6, READ, 0);
+    assert_eq!(bench.answer(), (5, 0));
+    assert_eq!(bench.serve().timeout.map(|timeout| timeout.as_millis()), Some(1000));
+    bench.clock.advance(Duration::from_secs(1));
+    assert_eq!(bench.answer(), (6, 0));
+    assert_eq!(bench.serve().timeout, None, "nothing is held");
 }
 
 #[test]

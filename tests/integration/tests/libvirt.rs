@@ -171,6 +171,11 @@ fn a_domain_is_measured_and_changed_while_it_runs() {
 
     host.virsh(&["blkdeviotune", NAME, "vda", "--total-iops-sec", "50", "--live"]);
     assert_eq!(host.field(&["blkdeviotune", NAME, "vda"], "total_iops_sec"), "50");
+    let apart = ["--total-iops-sec", "0", "--read-iops-sec", "60", "--write-bytes-sec", "70000"];
+    host.virsh(&[&["blkdeviotune", NAME, "vda"], &apart[..], &["--live"]].concat());
+    for (name, value) in [("total_iops_sec", "0"), ("read_iops_sec", "60"), ("write_bytes_sec", "70000")] {
+        assert_eq!(host.field(&["blkdeviotune", NAME, "vda"], name), value, "{name}");
+    }
     guest.answers('y');
     host.check_messages();
 }

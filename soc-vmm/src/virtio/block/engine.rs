@@ -13,12 +13,12 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 
 use super::handle::{DiskHandle, Shared};
+use super::limits::{DiskLimits, Gate};
 use super::policy::{DiskError, ErrorAction};
 use super::request::{Disk, Refusal, Request, Step};
 use super::{BlockConfig, SECTOR, Trouble};
 use crate::block::{BlockError, BlockQueue, Buffer, Done, Job, Operation, open_queue};
 use crate::virtio::complaint::Complaints;
-use crate::virtio::limit::Limiter;
 use crate::virtio::{Control, Engine, Queue, QueueError, Session, Wait};
 
 /// Requests under way at once. More wait in their queues.
@@ -34,7 +34,7 @@ pub struct BlockEngine {
     /// Of what is done, and of the handle's bell.
     epoll: Epoll,
     shared: Arc<Shared>,
-    limiter: Limiter,
+    gate: Gate,
     complaints: Complaints,
     /// Bytes of the disk as the guest was told.
     told_size: u64,
@@ -45,8 +45,6 @@ pub struct BlockEngine {
     free: Vec<usize>,
     /// How many the back end has.
     under_way: usize,
-    /// One that its limit holds.
-    held: Option<usize>,
     /// Those that wait for the VM to go on.
     stopped: Vec<usize>,
     /// Of each queue, the chains that were given back and not yet shown; all of them, and until when they may wait.
@@ -69,7 +67,8 @@ impl BlockEngine {
             *to = from;
         }
         let operations = open_queue(config.backend.clone(), config.aio, DEPTH)?;
-        let shared = Arc::new(Shared::new(config.limits)?);
+        let limits = DiskLimits::from(config.limits);
+        let shared = Arc::new(Shared::new(limits)?);
         let now = (config.clock)();
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(operations.fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
@@ -79,14 +78,13 @@ impl BlockEngine {
             operations,
             epoll,
             shared,
-            limiter: Limiter::new(config.limits, now),
+            gate: Gate::new(limits, now),
             complaints: Complaints::default(),
             told_size: config.backend.size(),
             session: Weak::new(),
             requests: (0..DEPTH).map(|_| Request::default()).collect(),
             free: Vec::with_capacity(DEPTH),
             under_way: 0,
-            held: None,
             stopped: Vec::with_capacity(DEPTH),
             unshown: Vec::new(),
             all_unshown: 0,
@@ -122,7 +120,8 @@ impl BlockEngine {
         self.free.extend(0..DEPTH);
         // A guest that has another driver now may never need so much again.
         self.requests.iter_mut().for_each(|request| request.buffer = Buffer::default());
-        (self.held, self.all_unshown) = (None, 0);
+        self.gate.clear();
+        self.all_unshown = 0;
         self.stopped.clear();
         self.shared.set_trouble(None);
         self.unshown.clear();
@@ -139,7 +138,7 @@ impl BlockEngine {
             session.config.change(0, &(size / SECTOR).to_le_bytes());
         }
         if let Some(limits) = self.shared.new_limits() {
-            self.limiter = Limiter::new(limits, (self.config.clock)());
+            self.gate.change(limits, (self.config.clock)());
         }
         if self.shared.retry.swap(false, Acquire) {
             self.shared.set_trouble(None);
@@ -228,8 +227,8 @@ impl BlockEngine {
 
     /// Takes chains while there is room for them, from the queues in turn.
     fn admit(&mut self, session: &mut Session) -> Result<(), QueueError> {
-        if let Some(index) = self.held.take() {
-            self.pay(index, session)?;
+        while let Some(index) = self.gate.next((self.config.clock)(), |index| self.requests[index].bytes()) {
+            self.go_on(index, session)?;
         }
         let count = session.queues.len();
         self.turn = (self.turn + 1) % count.max(1);
@@ -268,17 +267,16 @@ impl BlockEngine {
 
     /// Whether another chain may be taken.
     fn has_room(&self) -> bool {
-        !self.free.is_empty() && self.held.is_none() && self.stopped.is_empty()
+        !self.free.is_empty() && self.gate.is_open() && self.stopped.is_empty()
     }
 
     /// Starts a request, or keeps it until its limit lets it go.
     fn pay(&mut self, index: usize, session: &mut Session) -> Result<(), QueueError> {
-        if self.limiter.wait((self.config.clock)()).is_some() {
-            self.held = Some(index);
-            return Ok(());
+        let request = &self.requests[index];
+        if self.gate.pass(index, request.direction(), request.bytes(), (self.config.clock)()) {
+            self.go_on(index, session)?;
         }
-        self.limiter.take(1, self.requests[index].bytes());
-        self.go_on(index, session)
+        Ok(())
     }
 
     fn go_on(&mut self, index: usize, session: &mut Session) -> Result<(), QueueError> {
@@ -350,7 +348,7 @@ impl BlockEngine {
     fn patience(&mut self) -> Option<Duration> {
         let now = (self.config.clock)();
         let show = (self.all_unshown > 0).then(|| self.show_by.saturating_duration_since(now));
-        let held = self.held.map(|_| self.limiter.wait(now).unwrap_or_default());
+        let held = self.gate.patience(now);
         show.into_iter().chain(held).min()
     }
 }

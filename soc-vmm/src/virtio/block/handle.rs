@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::DiskLimits;
 use crate::block::{BlockBackend, BlockError};
-use crate::virtio::RateLimits;
 
 /// What a disk has done since it was made.
 #[derive(Debug, Default)]
@@ -87,7 +87,7 @@ pub(super) struct Shared {
     /// A [`Trouble`], or none.
     trouble: AtomicU8,
     /// What the disk is held to.
-    limits: Mutex<RateLimits>,
+    limits: Mutex<DiskLimits>,
     /// Those are new.
     limited: AtomicBool,
     /// The bell has been signalled.
@@ -96,7 +96,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(limits: RateLimits) -> nix::Result<Self> {
+    pub(super) fn new(limits: DiskLimits) -> nix::Result<Self> {
         let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         Ok(Self {
             bell,
@@ -109,7 +109,7 @@ impl Shared {
         })
     }
 
-    fn limits(&self) -> MutexGuard<'_, RateLimits> {
+    fn limits(&self) -> MutexGuard<'_, DiskLimits> {
         self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -119,7 +119,7 @@ impl Shared {
     }
 
     /// What the disk is held to from now on, if that is new.
-    pub(super) fn new_limits(&self) -> Option<RateLimits> {
+    pub(super) fn new_limits(&self) -> Option<DiskLimits> {
         self.limited.swap(false, Ordering::AcqRel).then(|| *self.limits())
     }
 
@@ -172,12 +172,12 @@ impl DiskHandle {
     }
 
     /// What it is held to.
-    pub fn limits(&self) -> RateLimits {
+    pub fn limits(&self) -> DiskLimits {
         *self.shared.limits()
     }
 
     /// Holds it to other limits from now on, as if it had rested before.
-    pub fn set_limits(&self, limits: RateLimits) {
+    pub fn set_limits(&self, limits: DiskLimits) {
         *self.shared.limits() = limits;
         self.shared.limited.store(true, Ordering::Release);
         self.shared.wake();

@@ -8,6 +8,7 @@
 
 mod engine;
 mod handle;
+mod limits;
 mod policy;
 mod request;
 
@@ -23,6 +24,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use engine::BlockEngine;
 pub use handle::{BlockCounters, DiskHandle, Sort, SortCounters, Trouble};
+pub use limits::DiskLimits;
 pub use policy::{DiskError, DiskErrorListener, ErrorAction, ErrorPolicy, OnError};
 
 use super::Plumbing;

@@ -1,5 +1,6 @@
 //! A request of the driver's (virtio 1.2 §5.2.6), step by step.
 
+use super::limits::Direction;
 use std::time::Instant;
 
 use virtio_bindings::virtio_blk::{
@@ -177,6 +178,11 @@ impl Request {
             Kind::Write => self.chain.readable(),
             _ => 0,
         }
+    }
+
+    /// Whose limits it is held to.
+    pub(super) fn direction(&self) -> Direction {
+        if matches!(self.kind, Kind::Read) { Direction::Read } else { Direction::Write }
     }
 
     /// Bytes that it has moved to the guest, and from it.
