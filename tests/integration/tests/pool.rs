@@ -106,7 +106,7 @@ fn a_third_vm_is_refused_and_has_the_function_of_one_that_was_killed() {
         return;
     }
     let mut pool = Pool::new(&["a", "b"], "");
-    let mut shims = ["a", "b"].map(|name| pool.trial.listening_shim(name, &["--lease", "0"]));
+    let shims = ["a", "b"].map(|name| pool.trial.listening_shim(name, &["--lease", "0"]));
     pool.serve();
     let (first, mut second) = (pool.running("first"), pool.running("second"));
     let used = pool.becomes(0, "used");
