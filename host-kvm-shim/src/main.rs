@@ -17,6 +17,7 @@ use host_kvm_shim::{Ended, Options, ServeError, Shim, close_inherited, frugal, s
 use nix::errno::Errno;
 use pcie_function::local::LocalHost;
 use pcie_function::vfio::VfioHost;
+use pcie_function::{BusError, FunctionError};
 
 /// The command line is wrong.
 const USAGE: u8 = 2;
@@ -81,9 +82,10 @@ fn serve_unix(path: &Path, options: Options) -> Result<(), String> {
         match LocalHost::new(peer).map_err(ServeError::from).and_then(|function| shim.serve(function)) {
             Ok(Ended::Shutdown | Ended::Once) => return Ok(()),
             Ok(Ended::Lost(_)) if options.once && shim.has_ended_vm() => return Ok(()),
-            // A peer that hung up; what became of its VM has been said.
-            Ok(Ended::Lost(_)) => {}
-            // A peer that left while the function was set up is no reason not to serve the next one.
+            // A peer that hung up; what became of its VM has been said. Before it had one, as a pool that looks whether the function works, it
+            // has missed nothing.
+            Ok(Ended::Lost(_)) | Err(ServeError::Function(FunctionError::Bus(BusError::Gone))) => {}
+            // What else fails while the function is set up is no reason not to serve the next one.
             Err(error @ ServeError::Function(_)) => say(error),
             Err(error) => return Err(error.into()),
         }

@@ -46,7 +46,7 @@ struct DeviceShown {
 /// The VM can't be asked ([`ExitStatus::Unavailable`]) or refused ([`ExitStatus::Failed`]).
 pub fn perform(verb: &Verb, target: &Target, out: &mut dyn Write) -> Result<(), Failure> {
     let (shown, socket) = match target {
-        Target::Name(name) => (name.to_string(), run_dir()?.socket(name)),
+        Target::Name(name) => (name.to_string(), socket_of(&run_dir()?, name)?),
         Target::Socket(path) => (path.display().to_string(), without_scheme(path)),
     };
     let failed = |e: ClientError| {
@@ -176,6 +176,30 @@ fn add(client: &mut Client, command: &str, spec: &str) -> Result<Result<NewDevic
     let arguments = serde_json::to_value(Add { spec: spec.to_owned(), directory });
     let arguments = arguments.map_err(|e| Failure::of(ExitStatus::Usage, "the working directory", &e))?;
     Ok(client.execute_with(command, &arguments))
+}
+
+/// The control socket of the VM of that name. A VM of QEMU's command line is called otherwise there, so it is found by its guest's name.
+///
+/// # Errors
+/// The directory can't be read, or several guests have that name.
+fn socket_of(dir: &RunDir, name: &VmName) -> Result<PathBuf, Failure> {
+    let socket = dir.socket(name);
+    if socket.exists() {
+        return Ok(socket);
+    }
+    let names = dir.names().map_err(|e| Failure::of(ExitStatus::Unavailable, "", &e))?;
+    let asked = ask_all(dir, &names);
+    let has_it = |asked: &Option<Result<OutboardVm, _>>| matches!(asked, Some(Ok(vm)) if vm.name == name.as_str());
+    let found: Vec<_> = names.iter().zip(&asked).filter(|(_, asked)| has_it(asked)).map(|(name, _)| name).collect();
+    match found[..] {
+        [one] => Ok(dir.socket(one)),
+        // Whoever connects to it says that nobody is there.
+        [] => Ok(socket),
+        [first, second, ..] => {
+            let why = format!("{name}: several guests have that name: {first}, {second}; say one of these");
+            Err(Failure::new(ExitStatus::Unavailable, why))
+        }
+    }
 }
 
 /// Writes a table of this user's VMs, or their JSON. A VM that doesn't answer is listed as such, one that died is not.
@@ -318,10 +342,32 @@ mod tests {
     use crate::qmp::{Greet, Server};
 
     async fn served(dir: &RunDir, name: &str) -> (VmControl, Server) {
+        guest_served(dir, name, name).await
+    }
+
+    async fn guest_served(dir: &RunDir, name: &str, guest: &str) -> (VmControl, Server) {
         let (vm, control) =
-            channel(VmInfo { name: name.into(), cpus: 2, memory: 512 << 20, function: "pci:0000:01:00.1".into() });
+            channel(VmInfo { name: guest.into(), cpus: 2, memory: 512 << 20, function: "pci:0000:01:00.1".into() });
         let socket = ListeningSocket::bind(&dir.socket(&name.parse().unwrap())).unwrap();
         (control, Server::start(&vm, vec![socket], Greet::AtOnce).unwrap())
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_guest_of_qemu_s_command_line_is_found_by_its_name() {
+        let place = tempfile::tempdir().unwrap();
+        let dir = RunDir::at(place.path());
+        let _served = [
+            guest_served(&dir, "vm-1", "web").await,
+            guest_served(&dir, "vm-2", "twin").await,
+            guest_served(&dir, "vm-3", "twin").await,
+            guest_served(&dir, "twin-4", "vm-1").await,
+        ];
+        let found = |name: &str| tokio::task::block_in_place(|| socket_of(&dir, &name.parse().unwrap()));
+        for (name, socket) in [("web", "vm-1.qmp"), ("vm-1", "vm-1.qmp"), ("absent", "absent.qmp")] {
+            assert_eq!(found(name).unwrap(), place.path().join(socket));
+        }
+        let why = found("twin").unwrap_err().to_string();
+        assert!(why.contains("vm-2, vm-3"), "{why}");
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -271,6 +271,10 @@ impl Invocation {
             Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
                 Ok(Self::Print(e.to_string()))
             }
+            Err(e) if e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                let command = args[1].to_string_lossy();
+                usage(format!("{command}: no command; see soc-vmm {command} --help"))
+            }
             Err(e) if e.kind() == ErrorKind::InvalidUtf8 => usage(not_utf8(&args)),
             Err(e) => usage(in_one_line(&e)),
         }

@@ -453,7 +453,8 @@ fn check(hardware: &Hardware) -> Result<(), Wrong> {
     for monitor in &hardware.monitors {
         let chardev = hardware.chardevs.iter().find(|chardev| chardev.id == *monitor);
         if !chardev.is_some_and(|chardev| matches!(chardev.kind, ChardevKind::Listen(_))) {
-            let why = format!("'{monitor}': a monitor is on a socket with server=on,wait=off");
+            let why =
+                format!("'{monitor}': a monitor is on a UNIX socket that listens: write unix:PATH,server=on,wait=off");
             return Err(Wrong::new(why).at("chardev").at("-mon"));
         }
     }
@@ -485,7 +486,9 @@ fn check_bus(hardware: &Hardware, serials: &[String], device: &Device) -> Result
         DeviceKind::Port(_) if !bus.is_empty() && !serials.iter().any(|serial| serial == bus) => {
             Err(Wrong::new(format!("'{shown:.60}': there is no such virtio-serial-pci")).at("bus"))
         }
-        DeviceKind::Port(_) if serials.is_empty() => Err(Wrong::new("it needs a virtio-serial-pci before it")),
+        DeviceKind::Port(_) if !hardware.devices.iter().any(|it| it.kind == DeviceKind::Ports) => {
+            Err(Wrong::new("it needs a virtio-serial-pci before it"))
+        }
         _ if !device.is_pci() || bus == ROOT_BUS => Ok(()),
         _ if !hardware.ports.iter().any(|port| port.name == bus) => {
             Err(Wrong::new(format!("'{shown:.60}': there is no such bus")).at("bus"))

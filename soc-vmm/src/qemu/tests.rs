@@ -341,7 +341,10 @@ fn what_is_not_there_is_named() {
         (&["-device", "isa-serial,chardev=a"], "chardev: there is no chardev 'a'"),
         (&["-device", "isa-debugcon,chardev=a"], "iobase: it is at 0x402, not at 0xe9"),
         (&["-serial", "null", "-serial", "null"], "-device: isa-serial: there is one of it"),
-        (&["-chardev", "pty,id=a", "-mon", "chardev=a,mode=control"], "-mon: chardev: 'a': a monitor is on a socket"),
+        (
+            &["-chardev", "pty,id=a", "-mon", "chardev=a,mode=control"],
+            "-mon: chardev: 'a': a monitor is on a UNIX socket",
+        ),
         (&["-mon", "chardev=a"], "-mon: mode: the human monitor is not there"),
         (&["-chardev", "socket,id=a,path=p,server=on"], "-chardev: socket: wait: nobody is waited for"),
         (&["-chardev", "vc,id=a"], "-chardev: there is no 'vc'"),

@@ -104,6 +104,8 @@ pub(super) struct ImageInfo {
     filename: String,
     format: String,
     virtual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    actual_size: Option<u64>,
 }
 
 /// QMP `BlockdevCacheInfo`.
@@ -141,7 +143,12 @@ impl BlockDeviceInfo {
             iops_max: burst(all.operations),
             iops_rd_max: burst(reads.operations),
             iops_wr_max: burst(writes.operations),
-            image: ImageInfo { filename: file.clone(), format: node.driver.to_owned(), virtual_size: node.size },
+            image: ImageInfo {
+                filename: file.clone(),
+                format: node.driver.to_owned(),
+                virtual_size: node.size,
+                actual_size: node.held,
+            },
             cache: BlockdevCacheInfo { writeback: true, direct: node.direct, no_flush: false },
             write_threshold: 0,
             file,

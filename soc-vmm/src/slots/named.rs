@@ -1,6 +1,8 @@
 //! Back ends with names, from which devices are made: QMP's block nodes, network devices and objects.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -64,6 +66,8 @@ pub struct NodeInfo {
     pub file: PathBuf,
     /// Bytes of what is in it.
     pub size: u64,
+    /// Bytes that the file takes where it is kept; none: nobody there can be asked.
+    pub held: Option<u64>,
     /// It is not written.
     pub read_only: bool,
     /// It is read and written past the page cache.
@@ -232,15 +236,16 @@ impl SlotsHandle {
         let nodes: Vec<_> = lock(&shared.named).disks.iter().map(|(name, node)| (name.clone(), node.clone())).collect();
         // A file may be far away: not under the lock.
         let info = |(name, node): (String, DiskNode)| {
+            let metadata = std::fs::metadata(&node.file).ok();
             let (size, over) = match &node.kind {
                 NodeKind::Image(image, over) => (image.size(), over.clone()),
-                NodeKind::File(_) | NodeKind::Flash => {
-                    (std::fs::metadata(&node.file).map_or(0, |file| file.len()), None)
-                }
+                NodeKind::File(_) | NodeKind::Flash => (metadata.as_ref().map_or(0, fs::Metadata::len), None),
             };
             let DiskNode { driver, file, read_only, direct, backing, .. } = node;
             let user = shared.user_of(&name, false);
-            NodeInfo { user, name, driver, file, size, read_only, direct, over, backing }
+            // stat(2) counts in 512 bytes, whatever the file system's blocks are.
+            let held = metadata.map(|file| file.blocks() * 512);
+            NodeInfo { user, name, driver, file, size, held, read_only, direct, over, backing }
         };
         nodes.into_iter().map(info).collect()
     }

@@ -514,7 +514,10 @@ fn disks_come_and_go(host: &Host) {
     }
     host.virsh(&["blockresize", NAME, "vda", "3M"]);
     assert_eq!(fs::metadata(host.libvirt.path(&image("disk"))).unwrap().len(), 3 * MIB);
-    assert_eq!(host.field(&["domblkinfo", NAME, "vda"], "Capacity"), (3 * MIB).to_string());
+    let disk = host.libvirt.path(&image("disk"));
+    for (name, bytes) in [("Capacity", 3 * MIB), ("Allocation", fs::metadata(disk).unwrap().blocks() * 512)] {
+        assert_eq!(host.field(&["domblkinfo", NAME, "vda"], name), bytes.to_string(), "{name}");
+    }
 }
 
 fn media_are_changed(host: &Host) {

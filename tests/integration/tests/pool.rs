@@ -106,7 +106,7 @@ fn a_third_vm_is_refused_and_has_the_function_of_one_that_was_killed() {
         return;
     }
     let mut pool = Pool::new(&["a", "b"], "");
-    let _shims = ["a", "b"].map(|name| pool.trial.listening_shim(name, &["--lease", "0"]));
+    let shims = ["a", "b"].map(|name| pool.trial.listening_shim(name, &["--lease", "0"]));
     pool.serve();
     let (first, mut second) = (pool.running("first"), pool.running("second"));
     let used = pool.becomes(0, "used");
@@ -126,6 +126,7 @@ fn a_third_vm_is_refused_and_has_the_function_of_one_that_was_killed() {
     assert_eq!(second.wait(MOST).status.code(), Some(0));
     (0..2).for_each(|function| drop(pool.becomes(function, "free")));
     assert_eq!(pool.served().stderr(), "");
+    assert_eq!(shims[1].stderr(), "", "its VM ended in order, and the pool has looked after it");
     pool.served().signal(Signal::SIGTERM);
     assert_eq!(pool.served().wait(MOST).status.code(), Some(0));
     assert!(!pool.trial.path("pool/socket").exists());
