@@ -34,6 +34,13 @@ pub(super) enum Direction {
 
 impl Direction {
     pub(super) const BOTH: [Self; 2] = [Self::Read, Self::Write];
+
+    fn other(self) -> Self {
+        match self {
+            Self::Read => Self::Write,
+            Self::Write => Self::Read,
+        }
+    }
 }
 
 /// The limits at work, and the requests that they hold, in the order in which they came: reads pass writes that are held, and the other way round.
@@ -44,6 +51,8 @@ pub(super) struct Gate {
     /// Whether one direction may be held and the other not.
     is_apart: bool,
     held: [VecDeque<usize>; 2],
+    /// Which direction has its turn where both could pass: what is left for all is for both.
+    turn: Direction,
 }
 
 impl Gate {
@@ -52,7 +61,7 @@ impl Gate {
         let DiskLimits { all, reads, writes } = limits;
         let is_apart = [reads, writes].iter().any(|apart| *apart != RateLimits::default());
         let apart = [reads, writes].map(|apart| Limiter::new(apart, now));
-        Self { all: Limiter::new(all, now), apart, is_apart, held: Default::default() }
+        Self { all: Limiter::new(all, now), apart, is_apart, held: Default::default(), turn: Direction::Read }
     }
 
     /// Holds requests to other limits, as if the disk had rested before.
@@ -74,7 +83,10 @@ impl Gate {
 
     /// Lets a request of so many bytes pass, or keeps it for [`Gate::next`]; whether it passes.
     pub(super) fn pass(&mut self, index: usize, direction: Direction, bytes: u64, now: Instant) -> bool {
-        let passes = self.held[direction as usize].is_empty() && self.wait(direction, now).is_none();
+        // Others that only wait for their share of what is for all have waited longer.
+        let other = direction.other();
+        let is_next = self.held[other as usize].is_empty() || self.apart[other as usize].wait(now).is_some();
+        let passes = is_next && self.held[direction as usize].is_empty() && self.wait(direction, now).is_none();
         if passes {
             self.take(direction, bytes);
         } else {
@@ -85,13 +97,14 @@ impl Gate {
 
     /// The next request of those held that may pass now. `bytes`: how many each has.
     pub(super) fn next(&mut self, now: Instant, bytes: impl Fn(usize) -> u64) -> Option<usize> {
-        Direction::BOTH.into_iter().find_map(|direction| {
+        [self.turn, self.turn.other()].into_iter().find_map(|direction| {
             let index = *self.held[direction as usize].front()?;
             if self.wait(direction, now).is_some() {
                 return None;
             }
             self.held[direction as usize].pop_front();
             self.take(direction, bytes(index));
+            self.turn = direction.other();
             Some(index)
         })
     }
@@ -112,5 +125,34 @@ impl Gate {
     fn take(&mut self, direction: Direction, bytes: u64) {
         self.all.take(1, bytes);
         self.apart[direction as usize].take(1, bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::Rate;
+
+    #[test]
+    fn neither_direction_has_all_that_is_for_both() {
+        let rate = |per_second| RateLimits { operations: Some(Rate { per_second, burst: 1 }), ..RateLimits::default() };
+        let limits = DiskLimits { all: rate(10), reads: rate(1000), writes: rate(1000) };
+        let mut now = Instant::now();
+        let mut gate = Gate::new(limits, now);
+        // As many of both as there could ever be: a tenth of a second each is let pass.
+        assert!(gate.pass(0, Direction::Read, 1, now));
+        let mut passed = [0, 0];
+        let mut index = 1;
+        for _ in 0..100 {
+            for direction in Direction::BOTH {
+                assert!(!gate.pass(index, direction, 1, now), "who came before has its turn");
+                index += 1;
+            }
+            now += Duration::from_millis(100);
+            while let Some(index) = gate.next(now, |_| 1) {
+                passed[index % 2] += 1;
+            }
+        }
+        assert_eq!(passed, [50, 50]);
     }
 }
