@@ -15,6 +15,8 @@ use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 
 /// Descriptors that are received with one message at most.
 pub(crate) const MOST: usize = 16;
+/// Most that the kernel takes in one (SCM_MAX_FD).
+const OF_A_MESSAGE: usize = 253;
 
 /// Sends bytes, with them descriptors; how many bytes went.
 ///
@@ -44,8 +46,9 @@ pub(crate) struct Received {
 /// # Errors
 /// The system's.
 pub(crate) fn receive(socket: &impl AsFd, bytes: &mut [u8]) -> Result<Received, Errno> {
-    /// Room for [`MOST`] descriptors and what is before them, aligned as a header is.
-    const SPACE: usize = (size_of::<cmsghdr>() + MOST * size_of::<RawFd>()).div_ceil(8);
+    /// Room for what a message may have at most, and what is before it, aligned as a header is: what doesn't fit in one would be told by a flag
+    /// alone, which qemu-user doesn't pass on.
+    const SPACE: usize = (size_of::<cmsghdr>() + OF_A_MESSAGE * size_of::<RawFd>()).div_ceil(8);
     let mut space = [0_u64; SPACE];
     let mut part = iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     // SAFETY: it is plain data, of which zeros are "nothing".
@@ -56,9 +59,9 @@ pub(crate) fn receive(socket: &impl AsFd, bytes: &mut [u8]) -> Result<Received, 
     message.msg_controllen = size_of_val(&space) as _;
     // SAFETY: both buffers are there for the call, and have the lengths that it is told.
     let count = Errno::result(unsafe { recvmsg(socket.as_fd().as_raw_fd(), &raw mut message, MSG_CMSG_CLOEXEC) })?;
-    let lost = message.msg_flags & MSG_CTRUNC != 0;
     // Also where not all of them came: those that did are open.
     let mut fds = rights_of(&message);
+    let lost = message.msg_flags & MSG_CTRUNC != 0 || fds.len() > MOST;
     if lost {
         fds.clear();
     }
@@ -119,16 +122,18 @@ mod tests {
 
     #[test]
     fn of_too_many_descriptors_none_is_left_open() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let (mut readers, writers) = pipes(MOST + 1);
-        send(&theirs, b"x", &writers).unwrap();
-        drop(writers);
-        let received = receive(&ours, &mut [0; 8]).unwrap();
-        assert_eq!((received.bytes, received.fds.len(), received.lost), (1, 0, true));
-        for reader in &mut readers {
-            // One that is open somewhere would make this wait.
-            nix::fcntl::fcntl(&*reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
-            assert_eq!(reader.read(&mut [0]).map_err(|e| e.kind()), Ok::<_, ErrorKind>(0));
+        for count in [MOST + 1, OF_A_MESSAGE] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let (mut readers, writers) = pipes(count);
+            send(&theirs, b"x", &writers).unwrap();
+            drop(writers);
+            let received = receive(&ours, &mut [0; 8]).unwrap();
+            assert_eq!((received.bytes, received.fds.len(), received.lost), (1, 0, true));
+            for reader in &mut readers {
+                // One that is open somewhere would make this wait.
+                nix::fcntl::fcntl(&*reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+                assert_eq!(reader.read(&mut [0]).map_err(|e| e.kind()), Ok::<_, ErrorKind>(0));
+            }
         }
     }
 }
