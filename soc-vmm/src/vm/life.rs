@@ -398,7 +398,8 @@ impl<F: SocFunction> Vm<F> {
         }
         control.is_built();
         if control.autostart() {
-            self.run().await.map_err(|e| LifeError::Call(e).failure())?;
+            // The guest may have run before the host said so.
+            self.run().await.map_err(|e| LifeError::Call(e).of_a_vm())?;
             control.started();
         }
         Ok(())
