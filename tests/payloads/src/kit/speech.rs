@@ -16,7 +16,7 @@ pub(crate) struct Speech {
     /// ecx bytes from rsi.
     text: CodeLabel,
     /// rax as 16 digits.
-    pub(crate) hex: CodeLabel,
+    hex: CodeLabel,
     /// al. Keeps every register.
     byte: CodeLabel,
 }
@@ -34,6 +34,14 @@ impl Speech {
         p.asm.mov(esi, at)?;
         p.asm.mov(ecx, text.len() as u32)?;
         p.asm.call(self.text)
+    }
+
+    /// Says a line: a word, and a number as 16 hexadecimal digits. Uses rax, rsi, rcx.
+    pub(crate) fn say_number(&self, p: &mut LongMode, word: &str, number: AsmRegister64) -> Result<(), IcedError> {
+        self.say(p, word)?;
+        p.asm.mov(rax, number)?;
+        p.asm.call(self.hex)?;
+        self.say(p, "\r\n")
     }
 
     /// Places the routines.

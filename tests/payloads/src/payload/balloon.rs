@@ -93,10 +93,7 @@ pub fn balloon() -> Result<Payload, IcedError> {
     p.asm.add(ebx, PAGES as i32)?;
     p.place(&mut changed)?;
     p.asm.mov(dword_ptr(r12 + 4), ebx)?;
-    speech.say(&mut p, GIVEN)?;
-    p.asm.mov(rax, rbx)?;
-    p.asm.call(speech.hex)?;
-    speech.say(&mut p, "\r\n")?;
+    speech.say_number(&mut p, GIVEN, rbx)?;
     p.asm.jmp(wait)?;
 
     p.place(&mut sleep)?;

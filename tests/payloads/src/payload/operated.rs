@@ -93,10 +93,7 @@ pub fn operated() -> Result<Payload, IcedError> {
     p.asm.out(dx, al)?;
     p.asm.jmp(wait)?;
     p.place(&mut not_panic)?;
-    speech.say(&mut p, KEY)?;
-    p.asm.mov(rax, rbp)?;
-    p.asm.call(speech.hex)?;
-    speech.say(&mut p, "\r\n")?;
+    speech.say_number(&mut p, KEY, rbp)?;
     p.asm.jmp(wait)?;
 
     p.place(&mut no_key)?;
@@ -107,10 +104,7 @@ pub fn operated() -> Result<Payload, IcedError> {
     p.asm.jmp(wait)?;
     p.place(&mut due)?;
     p.asm.inc(rbx)?;
-    speech.say(&mut p, TICK)?;
-    p.asm.mov(rax, rbx)?;
-    p.asm.call(speech.hex)?;
-    speech.say(&mut p, "\r\n")?;
+    speech.say_number(&mut p, TICK, rbx)?;
     p.asm.jmp(wait)?;
 
     p.place(&mut pressed)?;
