@@ -1,5 +1,6 @@
 //! What the host reports by itself.
 
+use crate::call::LateRun;
 use crate::codec::{Malformed, Reader, Writer};
 
 /// An event.
@@ -17,6 +18,8 @@ pub enum Event {
         /// One line.
         text: String,
     },
+    /// A vCPU, or KVM for it, waits for these pages, which were said to come later.
+    Wanted(LateRun),
 }
 
 /// Most bytes of a text.
@@ -29,6 +32,7 @@ impl Event {
         match self {
             Self::Eoi { .. } => 0x8001,
             Self::Log { .. } => 0x8002,
+            Self::Wanted(_) => 0x8003,
         }
     }
 
@@ -41,6 +45,7 @@ impl Event {
             Self::Log { level, text } => {
                 w.put(&u64::from(*level)).list(&text.as_bytes()[..text.floor_char_boundary(TEXT)])
             }
+            Self::Wanted(run) => w.put(run),
         }
         .done()
     }
@@ -56,6 +61,7 @@ impl Event {
         let event = match opcode {
             0x8001 => Self::Eoi { gsi: number(&mut r)? },
             0x8002 => Self::Log { level: u8::try_from(number(&mut r)?).map_err(|_| Malformed)?, text: text(&mut r)? },
+            0x8003 => Self::Wanted(r.take()?),
             _ => return Ok(None),
         };
         r.end()?;

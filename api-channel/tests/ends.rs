@@ -1,7 +1,7 @@
 //! Both ends of the channel over memory on the heap: honest, and with a peer that writes what it likes.
 
 use api_channel::bulk;
-use api_channel::call::{Call, DirtyFetch, HostInfo, Memslot, PciDevice, PostedRange, VCPU_ALL};
+use api_channel::call::{Call, DirtyFetch, HostInfo, LateRun, Memslot, PciDevice, PostedRange, VCPU_ALL};
 use api_channel::event::Event;
 use api_channel::lines::{host, soc};
 use api_channel::message::MOST_PAYLOAD;
@@ -280,6 +280,10 @@ fn calls() -> impl Strategy<Value = Call> {
         }),
         any::<[u64; 3]>().prop_map(|[base, len, ports]| Call::PostedRanges(vec![PostedRange { base, len, ports }])),
         any::<[u64; 2]>().prop_map(|[first, pages]| Call::DirtyFetch(DirtyFetch { ram: 0, clear: 1, first, pages })),
+        prop::collection::vec(any::<[u64; 2]>(), 0..9).prop_map(|runs| {
+            let run = |[first, pages]: [u64; 2]| LateRun { ram: 2, reserved: 0, first, pages };
+            Call::Placed(runs.into_iter().map(run).collect())
+        }),
         prop::collection::vec(any::<u8>(), 0..3000).prop_map(|records| Call::SetState { target: 3, records }),
     ]
 }

@@ -1,16 +1,16 @@
 //! Every message's bytes, as docs/wire.md promises them: `tests/golden/channel/NAME.hex`.
 
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, DirtyFetch, DirtyRun, Discard, Extent, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi,
-    Name, NotifyPage, NumaNode, PciDevice, PostedRange, RamRequest, Route, RouteKind, SlotFlags, StateRequest,
-    Statistic, VCPU_ALL, VM, VmCreated,
+    Call, CpuidEntry, CreateVm, DirtyFetch, DirtyRun, Discard, Extent, HostInfo, IoEvent, Irqchip, Irqfd, LateRun,
+    Memslot, Msi, Name, NotifyPage, NumaNode, PciDevice, PostedRange, RamRequest, Route, RouteKind, SlotFlags,
+    StateRequest, Statistic, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Writer;
 use api_channel::event::Event;
 use api_channel::message::{Class, Header, Status};
 use api_channel::state::{
     Clock, DebugRegs, Events, IoApic, Lapic, MpState, Msr, Pic, Pit, PitChannel, Records, Regs, Segment, Sregs, Table,
-    Type, Xcr, records,
+    Tsc, Type, Xcr, records,
 };
 use wire_kit::golden;
 
@@ -99,6 +99,15 @@ fn calls_of_the_dirty_log() {
 }
 
 #[test]
+fn calls_of_post_copy() {
+    let run = |first, pages| LateRun { ram: 1, reserved: 0, first, pages };
+    call("can-post-copy", &Call::CanPostCopy);
+    call("lacks", &Call::Lacks(vec![run(0x200, 3), run(0x8_0000, 0x200)]));
+    call("post-copy", &Call::PostCopy(true));
+    call("placed", &Call::Placed(vec![run(0x201, 1)]));
+}
+
+#[test]
 fn answers() {
     let created = VmCreated {
         completions: 1 << 56,
@@ -141,7 +150,12 @@ fn answers() {
 
 #[test]
 fn events() {
-    let all = [("event-eoi", Event::Eoi { gsi: 10 }), ("event-log", Event::Log { level: 2, text: "a warning".into() })];
+    let wanted = Event::Wanted(LateRun { ram: 1, reserved: 0, first: 0x201, pages: 1 });
+    let all = [
+        ("event-eoi", Event::Eoi { gsi: 10 }),
+        ("event-log", Event::Log { level: 2, text: "a warning".into() }),
+        ("event-wanted", wanted),
+    ];
     for (name, event) in all {
         holds(name, &event.encode());
         assert_eq!(Event::decode(event.opcode(), &event.encode()), Ok(Some(event)));
@@ -187,13 +201,15 @@ fn state_records_of_a_vcpu() {
     let list = Records::default()
         .list(Type::XCRS, &xcrs)
         .put(Type::LAPIC, &lapic)
+        .put(Type::TSC, &Tsc { offset: 0xffff_ff00_1234_5678 })
         .put(Type::MP_STATE, &MpState { state: 3 })
         .put(Type::EVENTS, &events)
         .done();
     holds("state-records-vcpu", &list);
     let read = records(&list).unwrap();
     assert_eq!(read[0].get_list(), Ok(xcrs.to_vec()));
-    assert_eq!((read[1].get(), read[2].get(), read[3].get()), (Ok(lapic), Ok(MpState { state: 3 }), Ok(events)));
+    assert_eq!((read[1].get(), read[3].get(), read[4].get()), (Ok(lapic), Ok(MpState { state: 3 }), Ok(events)));
+    assert_eq!(read[2].get(), Ok(Tsc { offset: 0xffff_ff00_1234_5678 }));
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! The vCPU runner on the host: KVM for one VM, and nothing else.
 //!
 //! [`Shim::serve`] takes a function's host end and runs one VM at a time for the SoC on its other end. The main thread is the API
-//! server; every vCPU has one thread of its own, which alone issues that vCPU's ioctls. There is no other thread.
+//! server; every vCPU has one thread of its own, which alone issues that vCPU's ioctls. While some of the guest's pages are still to come,
+//! one more hears of faults. There is no other thread.
 //!
 //! ```text
 //! vCPU thread: KVM_RUN ─ exit ─▶ exit.rs: Request ─▶ lane.rs ─▶ SoC     API thread: channel ─▶ api/: one call ─▶ vm.rs …

@@ -149,8 +149,8 @@ const MAIN: [c_long; 35] = [
     libc::SYS_tkill,
 ];
 
-/// Types of ioctl, in bits 8–15 of a request: KVM's and VFIO's.
-const IOCTL_TYPES: [u64; 2] = [0xae, 0x3b];
+/// Types of ioctl, in bits 8–15 of a request: KVM's, VFIO's and userfaultfd's.
+const IOCTL_TYPES: [u64; 3] = [0xae, 0x3b, 0xaa];
 
 /// The filter of a list of calls; `threads` may be started.
 ///

@@ -157,6 +157,13 @@ pub trait SocFunction: std::fmt::Debug + Send + Sync + 'static {
         None
     }
 
+    /// Takes every page of the host memory at `iova` before it is used, where that is left until then: memory that a function pins is taken
+    /// already.
+    ///
+    /// # Errors
+    /// This machine hasn't that much.
+    fn take_pages(&self, iova: Iova, len: u64) -> Result<(), FunctionError>;
+
     /// Shares an eventfd with the host's end, which asks for it by the number returned ([`HostFunction::shared`]), once. `None`: both
     /// ends are not on one machine, or too many wait to be asked for.
     fn share(&self, event: BorrowedFd<'_>) -> Option<u32> {

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use ioreq_ring::{BusError, BusMemory};
+use nix::errno::Errno;
+use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::fault::Guard;
@@ -129,6 +131,20 @@ impl Window {
     /// Address of the window's first byte, for calls that pass the memory to the kernel.
     pub fn address(&self) -> u64 {
         self.mapping.base.as_ptr() as u64 + self.offset as u64
+    }
+
+    /// Has the system give the pages of a range now, and this process's page table too (madvise(2), `MADV_POPULATE_WRITE`: Linux 5.14).
+    ///
+    /// # Errors
+    /// It hasn't that many.
+    ///
+    /// # Panics
+    /// The range is not all within.
+    pub(crate) fn take_pages(&self, offset: usize, len: usize) -> Result<(), Errno> {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "{len} bytes at {offset}");
+        let first = (self.address() + offset as u64) as *mut libc::c_void;
+        // SAFETY: the range is of this mapping, which lives as long as this window; no byte of it changes.
+        Errno::result(unsafe { libc::madvise(first, len, libc::MADV_POPULATE_WRITE) }).map(drop)
     }
 
     /// Copies out from any byte, which [`BusMemory::copy_out`] can't. The other side may write meanwhile.

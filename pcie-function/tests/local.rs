@@ -76,6 +76,49 @@ fn unmapping_waits_for_transfers_and_none_lands_later() {
 }
 
 #[test]
+fn copies_of_any_length_see_the_same_memory() {
+    const LEN: usize = 256 << 10;
+    // The mapping begins within the file.
+    const BEFORE: u64 = 64 << 10;
+    const AT: u64 = 1 << 20;
+    let (mut host, soc) = function();
+    let ram = sealed_memfd("ram", BEFORE + LEN as u64).unwrap();
+    let view = pcie_function::Mapping::new(ram.as_fd(), BEFORE, LEN, pcie_function::Reach::Local).unwrap().window();
+    host.map_ram(ram.as_fd(), BEFORE, AT, LEN as u64, true).unwrap();
+    let bytes: Vec<u8> = (0..LEN).map(|n| (n % 251) as u8).collect();
+    for (offset, len) in [(0, LEN), (1, 40_001), (7, 4096), (LEN - 70_000, 70_000), (LEN - 3, 3)] {
+        view.write_bytes(0, &vec![0; LEN]);
+        soc.write(AT + offset as u64, &bytes[..len]).unwrap();
+        let mut seen = vec![0xff; LEN];
+        view.read_bytes(0, &mut seen);
+        let expected = [&vec![0; offset], &bytes[..len], &vec![0; LEN - offset - len]].concat();
+        assert!(seen == expected, "{len} bytes to {offset}");
+        let mut back = vec![0xff; len];
+        soc.read(AT + offset as u64, &mut back).unwrap();
+        assert!(back == bytes[..len], "{len} bytes from {offset}");
+    }
+    assert_eq!(soc.write(AT + 1, &bytes), Err(BusError::Dma), "a byte too many");
+    host.unmap(AT).unwrap();
+    assert_eq!(soc.write(AT, &bytes), Err(BusError::Dma));
+    assert_eq!(soc.read(AT, &mut vec![0; LEN]), Err(BusError::Dma));
+}
+
+#[test]
+fn memory_is_taken_before_it_is_used() {
+    const LEN: u64 = 1 << 20;
+    let (mut host, soc) = function();
+    let ram = sealed_memfd("ram", LEN).unwrap();
+    host.map_ram(ram.as_fd(), 0, 0, LEN, true).unwrap();
+    let taken = || nix::sys::stat::fstat(&ram).unwrap().st_blocks as u64 * 512;
+    assert_eq!(taken(), 0);
+    soc.take_pages(0, LEN / 2).unwrap();
+    assert_eq!(taken(), LEN / 2);
+    soc.take_pages(0, LEN).unwrap();
+    assert_eq!(taken(), LEN);
+    assert!(soc.take_pages(1, LEN).is_err(), "beyond its end");
+}
+
+#[test]
 fn the_host_takes_no_mapping_twice_and_gives_up_on_no_memory() {
     let (mut host, _soc) = function();
     let ram = sealed_memfd("ram", 1 << 20).unwrap();

@@ -29,7 +29,7 @@ mod stand_ins;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
@@ -37,6 +37,9 @@ use crate::ahci::TrayListener;
 use crate::chardev::Chardevs;
 use crate::cpuid::HostCpu;
 use crate::cpus::{CpuListener, CpusHandle};
+use crate::jobs::Jobs;
+use crate::migrate::{MigrateError, Migration, Movable, Way};
+use crate::nbd::Exports;
 use crate::slots::{DeviceListeners, SlotListener, SlotsHandle};
 
 use cpus::CpusPlace;
@@ -45,7 +48,7 @@ use slots::SlotsPlace;
 
 pub use actions::{Actions, Chosen};
 pub use cdrom::{BALLOON_ID, CDROM_ID, CdromDrive, CdromSlot};
-pub use event::{CrashAction, Event, EventKind, IoAction, IoOperation, ShutdownCause};
+pub use event::{BlockJobFigures, CrashAction, Event, EventKind, Heard, IoAction, IoOperation, ShutdownCause};
 pub use handle::VmHandle;
 pub use listen::{ListenError, ListeningSocket};
 pub use run_dir::{Claim, NameError, RunDir, RunDirError, VmName};
@@ -84,6 +87,9 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
     let slots = SlotsPlace::default();
     let cpus = CpusPlace::default();
     let host = HostPlace::default();
+    let migration = Arc::new(Migration::new(events.downgrade()));
+    let jobs = Arc::new(Jobs::new(events.downgrade()));
+    let exports = Arc::new(Exports::new(events.downgrade()));
     let (actions, chardevs) = (Actions::default(), Arc::<Chardevs>::default());
     let handle = VmHandle {
         info: info.into(),
@@ -94,6 +100,9 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
         slots: slots.clone(),
         cpus: cpus.clone(),
         host: host.clone(),
+        migration: migration.clone(),
+        jobs: jobs.clone(),
+        exports: exports.clone(),
         built,
         quits,
         fds: Arc::default(),
@@ -113,6 +122,10 @@ pub fn channel(info: VmInfo) -> (VmHandle, VmControl) {
             slots,
             cpus,
             host,
+            migration,
+            jobs,
+            exports,
+            incoming: None,
             actions,
             chardevs,
             built: built_in,
@@ -203,6 +216,11 @@ pub struct VmControl {
     slots: SlotsPlace,
     cpus: CpusPlace,
     host: HostPlace,
+    migration: Arc<Migration>,
+    jobs: Arc<Jobs>,
+    exports: Arc<Exports>,
+    /// Where the guest comes from, until it is waited for there.
+    incoming: Option<Way>,
     actions: Actions,
     built: watch::Sender<bool>,
     /// Why it is to end, as soon as somebody wants it to, whatever is done for others meanwhile.
@@ -244,7 +262,21 @@ impl VmControl {
 
     /// Who hears of devices that were taken out, and tells monitors.
     pub fn slot_listener(&self) -> Arc<dyn SlotListener> {
-        Arc::new(slots::Gone { events: self.events.downgrade(), chardevs: self.chardevs.clone() })
+        Arc::new(slots::Gone {
+            events: self.events.downgrade(),
+            chardevs: self.chardevs.clone(),
+            jobs: self.jobs.clone(),
+        })
+    }
+
+    /// The jobs on its disks.
+    pub fn jobs(&self) -> &Arc<Jobs> {
+        &self.jobs
+    }
+
+    /// The disks that it shows.
+    pub fn exports(&self) -> &Arc<Exports> {
+        &self.exports
     }
 
     /// Who hear of what devices meet, and tell monitors.
@@ -264,6 +296,11 @@ impl VmControl {
     /// The machine is built, and all that belongs to it was told.
     pub fn is_built(&self) {
         self.built.send_replace(true);
+    }
+
+    /// The machine is built, and moves by this.
+    pub fn has_mover(&self, mover: Arc<dyn Movable>) {
+        self.migration.fill(mover);
     }
 
     /// Who hears of processors, and tells monitors.
@@ -309,6 +346,12 @@ impl VmControl {
     pub async fn next(&mut self) -> Option<Order> {
         loop {
             let Request { command, reply } = self.commands.recv().await?;
+            if self.state() == RunState::Inmigrate && matches!(command, Command::Stop | Command::Cont) {
+                self.autostart = matches!(command, Command::Cont);
+                // Who asked may have gone.
+                let _ = reply.send(Ok(Counters::new()));
+                continue;
+            }
             match decide(command, self.state()) {
                 Decision::Do(action) => return Some(Order { action, reply }),
                 // Who asked may have gone: then nobody wants the answer.
@@ -391,6 +434,46 @@ impl VmControl {
         self.tell(EventKind::GuestCrashloaded { action: CrashAction::Run });
     }
 
+    /// This VM waits for a guest from elsewhere, by `way` once it is built; none: a monitor will say where.
+    pub fn waits_for_guest(&mut self, way: Option<Way>) {
+        self.incoming = way;
+        self.enter(RunState::Inmigrate);
+    }
+
+    /// Opens the door to the guest that the VM waits for, if it is known where.
+    ///
+    /// # Errors
+    /// It can't be.
+    pub fn opens_door(&mut self) -> Result<(), MigrateError> {
+        match self.incoming.take() {
+            Some(way) => tokio::task::block_in_place(|| self.migration.come(way)),
+            None => Ok(()),
+        }
+    }
+
+    /// The guest from elsewhere is here, as it was there.
+    pub fn arrived(&mut self, state: RunState) {
+        self.enter(state);
+    }
+
+    /// The guest stands still to be moved.
+    pub fn held(&mut self) {
+        self.enter(RunState::FinishMigrate);
+    }
+
+    /// It was not moved, and is what it was before.
+    pub fn released(&mut self, was: RunState) {
+        self.enter(was);
+    }
+
+    /// The guest is at its destination; whether the VM ends with that. One that stands in for QEMU waits for whoever drives it.
+    pub fn guest_left(&mut self) -> bool {
+        if self.state().may_become(RunState::Postmigrate) {
+            self.enter(RunState::Postmigrate);
+        }
+        !self.emulates
+    }
+
     /// The guest was woken from its sleep, and runs.
     pub fn woke(&mut self) {
         self.enter(RunState::Running);
@@ -450,7 +533,7 @@ impl VmControl {
 
     fn tell(&self, kind: EventKind) {
         // An error says that no monitor listens.
-        let _ = self.events.send(Event { kind, at: SystemTime::now() });
+        let _ = self.events.send(Event::now(kind));
     }
 }
 
@@ -463,12 +546,20 @@ enum Decision {
 fn decide(command: Command, state: RunState) -> Decision {
     match command {
         Command::Count => Decision::Do(Action::Count),
+        // Should it not come to the move, it stays stopped.
+        Command::Stop if state == RunState::FinishMigrate => Decision::Do(Action::Pause),
         Command::Stop if !state.is_running() => Decision::Answer(Ok(())),
         Command::Stop => Decision::Do(Action::Pause),
         // A sleeping guest waits for what it sleeps for.
         Command::Cont if state.is_running() || state == RunState::Suspended => Decision::Answer(Ok(())),
         Command::Cont if state.needs_reset() => {
             Decision::Answer(Err(ControlError::Refused("Resetting the Virtual Machine is required".into())))
+        }
+        Command::Cont | Command::Reset if state == RunState::FinishMigrate => {
+            Decision::Answer(Err(ControlError::Refused("the VM is just being moved: wait, cancel that, or go on if its connection broke (soc-vmm migrate URI NAME --resume)".into())))
+        }
+        Command::Reset | Command::Powerdown if state == RunState::Inmigrate => {
+            Decision::Answer(Err(ControlError::Refused("the VM waits for its guest to come from elsewhere".into())))
         }
         Command::Cont => Decision::Do(Action::Resume),
         Command::Reset => Decision::Do(Action::Reset),

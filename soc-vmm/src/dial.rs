@@ -11,7 +11,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, set
 use nix::sys::time::{TimeVal, TimeValLike};
 
 /// Connects to who listens at `path`. Where the queue of a listener that accepts nobody is full, connect(2) waits as long as sending may: for
-/// ever, if nobody says else.
+/// ever, if nobody says else. What is connected has no such limit.
 ///
 /// # Errors
 /// The system's; [`io::ErrorKind::TimedOut`] after `patience`.
@@ -24,7 +24,10 @@ pub(crate) fn dial(path: &Path, patience: Duration) -> io::Result<UnixStream> {
         // Zero would be no bound.
         setsockopt(&fd, sockopt::SendTimeout, &TimeVal::milliseconds(left.as_millis().max(1) as i64))?;
         match connect(fd.as_raw_fd(), &address) {
-            Ok(()) => return Ok(UnixStream::from(fd)),
+            Ok(()) => {
+                setsockopt(&fd, sockopt::SendTimeout, &TimeVal::milliseconds(0))?;
+                return Ok(UnixStream::from(fd));
+            }
             // With a timeout, a signal that this process has a handler for ends the call, and so does being stopped.
             Err(Errno::EINTR) if !left.is_zero() => {}
             Err(Errno::EAGAIN | Errno::EINTR) => return Err(io::ErrorKind::TimedOut.into()),

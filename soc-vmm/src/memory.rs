@@ -24,6 +24,30 @@ pub trait GuestMemory: Send + Sync {
     /// Part of the range is not writable RAM, or the DMA failed.
     fn write(&self, addr: u64, data: &[u8]) -> Result<(), MemoryError>;
 
+    /// As [`GuestMemory::read`], but [`MemoryError::Late`] where that would wait for a page that is still on its way here: for who holds a lock.
+    ///
+    /// # Errors
+    /// As there.
+    fn read_now(&self, addr: u64, data: &mut [u8]) -> Result<(), MemoryError> {
+        self.read(addr, data)
+    }
+
+    /// As [`GuestMemory::write`], likewise.
+    ///
+    /// # Errors
+    /// As there.
+    fn write_now(&self, addr: u64, data: &[u8]) -> Result<(), MemoryError> {
+        self.write(addr, data)
+    }
+
+    /// Waits for a page that was [`MemoryError::Late`].
+    ///
+    /// # Errors
+    /// It never comes.
+    fn wait_for(&self, late: MemoryError) -> Result<(), MemoryError> {
+        Err(late)
+    }
+
     /// Whether it may be looked at again and again: that costs no bus its time.
     fn is_near(&self) -> bool {
         false
@@ -47,6 +71,14 @@ pub enum MemoryError {
         addr: u64,
         /// Bytes asked for.
         len: u64,
+    },
+    /// A page is still on its way here (post-copy).
+    #[error("page {page:#x} of RAM {ram} has not come")]
+    Late {
+        /// The allocation.
+        ram: u32,
+        /// The page in it.
+        page: u64,
     },
     /// The function's DMA failed.
     #[error("DMA to guest-physical {addr:#x}+{len:#x} failed: the function is lost")]

@@ -24,7 +24,7 @@ fn a_wrong_command_line_is_one_line_and_status_2() {
         (&[], "--help"),
         (&["frobnicate"], "frobnicate"),
         (&["-name", "guest=a", "-machine", "pc"], "-machine: type: there is no machine 'pc'"),
-        (&["migrate", "a", "tcp:b:1"], "migrate is not there yet"),
+        (&["migrate", "a", "b"], "'a': it names no place; say tcp:HOST:PORT"),
         (&["run"], "--kernel"),
         (&["run", "--kernel", missing, "--disk", "d"], "--disk"),
         (&["run", "--kernel", missing, "--memory", "0"], "--memory"),

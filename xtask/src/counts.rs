@@ -57,6 +57,35 @@ pub(crate) fn left_out(output: &str) -> Vec<String> {
     output.lines().filter_map(|line| by_harness(line).or_else(|| by_nextest(line))).collect()
 }
 
+/// The tests that failed, each once: nextest names them as they end and again at its own end.
+pub(crate) fn failures(output: &str) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for line in output.lines() {
+        if let Some(name) = failed_by_harness(line).or_else(|| failed_by_nextest(line))
+            && !names.contains(&name)
+        {
+            names.push(name);
+        }
+    }
+    names
+}
+
+/// `test NAME ... FAILED`. What a failed test's harness printed is indented in nextest's output.
+fn failed_by_harness(line: &str) -> Option<String> {
+    Some(line.strip_prefix("test ")?.strip_suffix(" ... FAILED")?.to_owned())
+}
+
+/// `FAIL [ TIME] (K/N) BINARY NAME`, or with `FAIL + LEAK`, `TIMEOUT` or a signal's name in its place.
+fn failed_by_nextest(line: &str) -> Option<String> {
+    let (how, rest) = line.trim_start().split_once(" [")?;
+    if !["FAIL", "LEAK-FAIL", "TIMEOUT", "ABORT", "SIG"].iter().any(|one| how.starts_with(one)) {
+        return None;
+    }
+    let words: Vec<&str> = rest.split_whitespace().collect();
+    let from = words.len().checked_sub(2)?;
+    Some(words[from..].join(" "))
+}
+
 /// `test NAME ... ignored, REASON`
 fn by_harness(line: &str) -> Option<String> {
     let (name, reason) = line.strip_prefix("test ")?.split_once(" ... ignored")?;
@@ -123,6 +152,31 @@ test fault::tests::c ... ok
                 "fault::tests::a_fault: ends its process",
                 "fault::tests::b: marked #[ignore]",
                 "pcie-function fault::tests::d: marked #[ignore]",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_failed_has_a_name_and_is_named_once() {
+        let output = "\
+test fault::tests::a_fault ... FAILED
+test fault::tests::b ... ok
+        FAIL [   8.260s] ( 7/23) integration::saved a_page_is_damaged
+    test a_page_is_damaged ... FAILED
+        PASS [   0.011s] ( 8/23) pcie-function e
+     TIMEOUT [1200.010s] ( 9/23) integration::machine_four four_functions
+ FAIL + LEAK [   0.010s] (11/23) integration::saved it_leaves_somebody
+     SIGABRT [   0.010s] (10/23) integration::faults it_aborts
+        FAIL [   8.260s] ( 7/23) integration::saved a_page_is_damaged
+";
+        assert_eq!(
+            failures(output),
+            [
+                "fault::tests::a_fault",
+                "integration::saved a_page_is_damaged",
+                "integration::machine_four four_functions",
+                "integration::saved it_leaves_somebody",
+                "integration::faults it_aborts",
             ]
         );
     }

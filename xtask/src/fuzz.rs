@@ -12,7 +12,7 @@ use testbed::paths;
 use crate::step::{self, with_sources};
 use crate::suite::cargo;
 
-const BUILD_LIMIT: Duration = Duration::from_secs(15 * 60);
+const BUILD_LIMIT: Duration = Duration::from_secs(45 * 60);
 /// What a run may take beyond what it was given: replaying what is kept, on a busy machine.
 const REPLAY_LIMIT: Duration = Duration::from_secs(3 * 60);
 

@@ -7,9 +7,20 @@ use crate::fuzz;
 use crate::step;
 use crate::suite::cargo;
 
-/// Test binaries whose every run is another one: peers that lie, sides that die, VMs stopped at random moments.
-const REPEATED: [&str; 9] =
-    ["hostile", "hostile_soc", "faults", "state", "order", "dirty", "interrupts", "control", "libvirt_random"];
+/// Test binaries whose every run is another one: peers that lie, sides that die, VMs stopped or moved at random moments.
+const REPEATED: [&str; 11] = [
+    "hostile",
+    "hostile_soc",
+    "faults",
+    "state",
+    "order",
+    "dirty",
+    "interrupts",
+    "control",
+    "libvirt_random",
+    "machine_debian_moves",
+    "migration",
+];
 /// No single run of one takes longer.
 const LIMIT: Duration = Duration::from_secs(15 * 60);
 

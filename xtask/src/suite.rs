@@ -8,7 +8,7 @@ use tempfile::NamedTempFile;
 use testbed::fetch::{self, Arch};
 use testbed::{QUICK_VARIABLE, SKIPS_VARIABLE, build, paths};
 
-use crate::counts::{Counts, left_out};
+use crate::counts::{Counts, failures, left_out};
 use crate::fuzz;
 use crate::step::{self, with_sources};
 
@@ -34,6 +34,9 @@ pub(crate) fn run(quick: bool) -> Result<ExitCode, String> {
     let lints = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
     suite.check("lints", cargo(lints), 15 * MINUTE)?;
     fetching.join().expect("fetching doesn't panic");
+    if !quick {
+        suite.programs()?;
+    }
     // Machines run one at a time and leave a core half idle: what needs none of them takes that.
     let beside = std::thread::scope(|scope| {
         let beside = scope.spawn(|| run_beside(quick));
@@ -115,11 +118,26 @@ impl Suite {
         let skipped = u64::try_from(said.lines().count()).unwrap_or(u64::MAX);
         let mut counts = Counts::of(&outcome.output).without(skipped);
         if !outcome.ok {
-            self.failed.push(title.to_owned());
-            // It may have failed before it came to its tests.
+            let names = failures(&outcome.output);
+            self.failed.extend(names.iter().map(|name| format!("{title}: {name}")));
+            if names.is_empty() {
+                // It failed before it came to its tests.
+                self.failed.push(title.to_owned());
+            }
             counts.failed = counts.failed.max(1);
         }
         self.counts += counts;
+        Ok(())
+    }
+
+    /// What emulated machines are made of, before the first test that starts one: a test's time is its own.
+    fn programs(&mut self) -> Result<(), String> {
+        for (arch, name) in [(Arch::Amd64, "amd64"), (Arch::Arm64, "arm64")] {
+            // Where the toolchain is missing, its tests say so.
+            if let Ok(command) = build::beforehand(arch) {
+                self.check(&format!("programs for {name}"), command, 20 * MINUTE)?;
+            }
+        }
         Ok(())
     }
 
@@ -128,7 +146,8 @@ impl Suite {
             .args(["nextest", "--version"])
             .output()
             .is_ok_and(|output| output.status.success());
-        let limit = 45 * MINUTE;
+        // Cold, most of it on one core: what CI has less what comes before.
+        let limit = 75 * MINUTE;
         if nextest {
             // nextest leaves out examples in documentation.
             self.tests(
@@ -154,13 +173,13 @@ impl Suite {
     }
 
     fn models(&mut self) -> Result<(), String> {
-        self.tests_beside("models (loom)", &models(), 15 * MINUTE)
+        self.tests_beside("models (loom)", &models(), 30 * MINUTE)
     }
 
     /// The unit tests of what runs on an Arm SoC, under emulation.
     fn arm(&mut self) -> Result<(), String> {
         match arm() {
-            Ok(command) => self.tests_beside("Arm build and its tests", &command, 20 * MINUTE),
+            Ok(command) => self.tests_beside("Arm build and its tests", &command, 45 * MINUTE),
             Err(error) => {
                 self.counts.skipped += 1;
                 self.skipped.push(format!("Arm build and its tests: {}", with_sources(&error)));

@@ -97,3 +97,17 @@ pub struct DirtyRun {
     /// How many.
     pub pages: u64,
 }
+
+/// Pages of an allocation in a row, of those that come after the guest has started.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct LateRun {
+    /// The allocation.
+    pub ram: u32,
+    /// Reserved, 0.
+    pub reserved: u32,
+    /// First page, counted from the allocation's start; of an allocation of huge pages, the first of one.
+    pub first: u64,
+    /// How many; whole huge pages of such an allocation.
+    pub pages: u64,
+}

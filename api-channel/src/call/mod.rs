@@ -8,7 +8,7 @@ mod vcpu;
 mod vm;
 
 pub use interrupt::{IoEvent, Irqfd, Msi, NotifyPage, Route, RouteKind};
-pub use memory::{DirtyFetch, DirtyRun, Discard, Extent, Memslot, PAGE, RamRequest, SlotFlags};
+pub use memory::{DirtyFetch, DirtyRun, Discard, Extent, LateRun, Memslot, PAGE, RamRequest, SlotFlags};
 pub use vcpu::{CpuidEntry, Groups, PostedRange, StateRequest, VCPU_ALL, VM};
 pub use vm::{CreateVm, HostInfo, Irqchip, Name, NumaNode, PciDevice, Statistic, VmCreated};
 
@@ -84,6 +84,14 @@ pub enum Call {
     DirtyLog(bool),
     /// Fetches runs of dirty pages, in bulk, and clears them.
     DirtyFetch(DirtyFetch),
+    /// Whether the guest can run before all of its pages are there; a refusal says why not.
+    CanPostCopy,
+    /// These pages come later. All vCPUs are paused, and no post-copy is under way yet.
+    Lacks(Vec<LateRun>),
+    /// From here on who touches a page that was said to come later waits for it, and is told of by an event; or (false) no more: all have come.
+    PostCopy(bool),
+    /// The bytes of these pages, which were said to come later, are there: who waits for them goes on.
+    Placed(Vec<LateRun>),
     /// Counters of the shim and of KVM: a list of [`Statistic`] in bulk.
     Statistics,
     /// Ends the shim once the VM is gone.
@@ -124,6 +132,10 @@ impl Call {
             Self::NotifyPages(_) => 0x502,
             Self::DirtyLog(_) => 0x600,
             Self::DirtyFetch(_) => 0x601,
+            Self::CanPostCopy => 0x610,
+            Self::Lacks(_) => 0x611,
+            Self::PostCopy(_) => 0x612,
+            Self::Placed(_) => 0x613,
             Self::Statistics => 0x700,
             Self::Shutdown => 0xf00,
         }
@@ -139,6 +151,7 @@ impl Call {
             | Self::SupportedCpuid
             | Self::SupportedHvCpuid
             | Self::DestroyVm
+            | Self::CanPostCopy
             | Self::Statistics
             | Self::Shutdown => w,
             Self::CreateVm(create) => w.put(create),
@@ -158,8 +171,9 @@ impl Call {
             Self::IoEvent(event) => w.put(event),
             Self::PostedRanges(ranges) => w.list(ranges),
             Self::NotifyPages(pages) => w.list(pages),
-            Self::DirtyLog(on) => w.put(&u64::from(*on)),
+            Self::DirtyLog(on) | Self::PostCopy(on) => w.put(&u64::from(*on)),
             Self::DirtyFetch(fetch) => w.put(fetch),
+            Self::Lacks(runs) | Self::Placed(runs) => w.list(runs),
         }
         .done()
     }
@@ -198,18 +212,26 @@ impl Call {
             0x500 => Self::IoEvent(r.take()?),
             0x501 => Self::PostedRanges(r.list(MOST)?),
             0x502 => Self::NotifyPages(r.list(MOST)?),
-            0x600 => match r.take::<u64>()? {
-                0 => Self::DirtyLog(false),
-                1 => Self::DirtyLog(true),
-                _ => return Err(Malformed),
-            },
+            0x600 => Self::DirtyLog(is_on(r.take()?)?),
             0x601 => Self::DirtyFetch(r.take()?),
+            0x610 => Self::CanPostCopy,
+            0x611 => Self::Lacks(r.list(MOST)?),
+            0x612 => Self::PostCopy(is_on(r.take()?)?),
+            0x613 => Self::Placed(r.list(MOST)?),
             0x700 => Self::Statistics,
             0xf00 => Self::Shutdown,
             _ => return Ok(None),
         };
         r.end()?;
         Ok(Some(call))
+    }
+}
+
+fn is_on(word: u64) -> Result<bool, Malformed> {
+    match word {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(Malformed),
     }
 }
 

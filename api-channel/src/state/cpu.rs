@@ -181,3 +181,11 @@ pub struct Events {
 
 const _: () = assert!(size_of::<Regs>() == 144 && size_of::<Segment>() == 16 && size_of::<Sregs>() == 256);
 const _: () = assert!(size_of::<Events>() == 40 && size_of::<DebugRegs>() == 48 && size_of::<Lapic>() == 1024);
+
+/// How a vCPU's TSC stands to its host's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct Tsc {
+    /// What is added to the host's, modulo 2⁶⁴ (KVM_VCPU_TSC_OFFSET).
+    pub offset: u64,
+}

@@ -5,14 +5,14 @@
 //! (bit 15 of the type). Reserved fields are 0.
 //!
 //! Order of setting, of a vCPU: SREGS (paging and APIC base first), XCRS (before the XSAVE area that depends on them), XSAVE, REGS,
-//! DEBUG, LAPIC (before the MSRs: the TSC deadline needs the timer's mode), MSRS (TSC deadline last), MP_STATE, EVENTS. Of the VM: PIC, IOAPIC,
-//! PIT, CLOCK.
+//! DEBUG, LAPIC (before the MSRs: the TSC deadline needs the timer's mode), MSRS (TSC deadline last), TSC (says more exactly what the MSR says),
+//! MP_STATE, EVENTS. Of the VM: PIC, IOAPIC, PIT, CLOCK.
 
 mod chips;
 mod cpu;
 
 pub use chips::{Clock, IoApic, Pic, Pit, PitChannel};
-pub use cpu::{DebugRegs, Events, Lapic, MpState, Msr, Regs, Segment, Sregs, Table, Xcr};
+pub use cpu::{DebugRegs, Events, Lapic, MpState, Msr, Regs, Segment, Sregs, Table, Tsc, Xcr};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -41,6 +41,8 @@ impl Type {
     pub const MP_STATE: Self = Self(8);
     /// [`Events`].
     pub const EVENTS: Self = Self(9);
+    /// [`Tsc`]; there where KVM tells it.
+    pub const TSC: Self = Self(10);
     /// [`Pic`], both chips.
     pub const PIC: Self = Self(16);
     /// [`IoApic`].

@@ -47,6 +47,7 @@ impl<F: HostFunction + 'static> Session<'_, F> {
             }
             Call::CreateVm(create) => session.create_vm(&create),
             Call::DestroyVm => session.destroy_vm().map(Into::into),
+            Call::CanPostCopy => session.host.userfault().map(|_| ().into()),
             Call::Shutdown => {
                 session.shutting_down = true;
                 Ok(().into())
@@ -65,6 +66,7 @@ impl<F: HostFunction + 'static> Session<'_, F> {
                     }
                     Call::Discard(runs) => machine.discard(&session.offer.function, &runs).map(Into::into),
                     Call::SetApicIds(ids) => machine.set_apic_ids(session.host, ids).map(Into::into),
+                    Call::PostCopy(on) => machine.post_copy(session.host, on).map(Into::into),
                     Call::Irqfd(irqfd) => session.irqfd(&irqfd).map(Into::into),
                     Call::IoEvent(event) => machine.io_event(&session.offer.function, &event).map(Into::into),
                     Call::PostedRanges(ranges) => {
@@ -142,6 +144,8 @@ fn on_vm<F: HostFunction + 'static>(machine: &mut Machine<F>, call: Call) -> Res
             let bulk = Writer::default().list(&found.runs).done();
             Ok(Reply { payload: Writer::default().put(&found.next).done(), bulk })
         }
+        Call::Lacks(runs) => machine.lacks(&runs).map(Into::into),
+        Call::Placed(runs) => machine.placed(&runs).map(Into::into),
         Call::Statistics => Ok(Reply::bulk(statistics(machine))),
         _ => Err(Refusal { status: api_channel::Status::UNKNOWN, why: "this call belongs elsewhere".into() }),
     }

@@ -373,7 +373,7 @@ impl<F: HostFunction + 'static> Session<'_, F> {
     fn report(&mut self, event: Event) {
         let dropped = match event {
             Event::Log { .. } => self.backlog.len() >= BACKLOG,
-            Event::Eoi { .. } => self.backlog.contains(&event),
+            Event::Eoi { .. } | Event::Wanted(_) => self.backlog.contains(&event),
         };
         if !dropped {
             self.backlog.push_back(event);
@@ -387,10 +387,28 @@ impl<F: HostFunction + 'static> Session<'_, F> {
                     self.backlog.pop_front();
                     self.sent = true;
                 }
-                Err(ChannelError::Full) => break,
+                Err(ChannelError::Full) => return Ok(()),
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
+        self.tell_wanted()
+    }
+
+    /// Tells of the pages that somebody waits for, as many as there is room for.
+    fn tell_wanted(&mut self) -> Result<(), Stop> {
+        let Self { machine: Some(machine), server, sent, .. } = self else { return Ok(()) };
+        let mut broken = None;
+        machine.tell_wanted(|run| match server.event(&Event::Wanted(run)) {
+            Ok(()) => {
+                *sent = true;
+                true
+            }
+            Err(ChannelError::Full) => false,
+            Err(error) => {
+                broken = Some(error);
+                false
+            }
+        });
+        broken.map_or(Ok(()), |error| Err(error.into()))
     }
 }

@@ -1,9 +1,11 @@
 //! The host: what its KVM and its hardware give, asked once while the shim may still open files.
 
+mod faults;
 mod inventory;
 mod memory;
 
 use std::fs;
+use std::sync::Arc;
 
 use api_channel::call::CpuidEntry;
 use kvm_bindings::{
@@ -17,7 +19,7 @@ pub(crate) use memory::MemoryInfo;
 
 use crate::error::{Refusal, ServeError};
 use crate::frugal::Program;
-use crate::kvm::{get_supported_hv_cpuid, install_kick, tsc_khz};
+use crate::kvm::{Userfault, get_supported_hv_cpuid, install_kick, tsc_khz};
 use crate::sandbox::VcpuFilter;
 use crate::vcpu::{Abilities, from_cpuid};
 
@@ -32,6 +34,8 @@ pub(crate) struct Host {
     inventory: Vec<u8>,
     vcpu_filter: Option<VcpuFilter>,
     program: Program,
+    /// What tells of faults in guest memory; else why nothing does.
+    userfault: Result<Arc<Userfault>, String>,
 }
 
 /// What this KVM must have, by api.rst's names; Linux 5.17 has all of it.
@@ -99,6 +103,7 @@ impl Host {
             inventory: inventory::read().encode(),
             vcpu_filter: None,
             program: Program::new(),
+            userfault: faults::open().map(Arc::new),
         })
     }
 
@@ -111,6 +116,11 @@ impl Host {
     /// What vCPU threads are confined by.
     pub(crate) fn vcpu_filter(&self) -> Option<VcpuFilter> {
         self.vcpu_filter.clone()
+    }
+
+    /// What tells of faults in guest memory.
+    pub(crate) fn userfault(&self) -> Result<&Arc<Userfault>, Refusal> {
+        self.userfault.as_ref().map_err(|why| Refusal::unavailable(why.clone()))
     }
 
     /// This program, whose code need not all stay mapped.

@@ -6,8 +6,8 @@
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use kvm_bindings::{
-    CpuId, KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, kvm_clear_dirty_log, kvm_dirty_log, kvm_enable_cap,
-    kvm_ioeventfd, kvm_irqfd, kvm_sregs2, kvm_userspace_memory_region,
+    CpuId, KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, kvm_clear_dirty_log, kvm_device_attr, kvm_dirty_log,
+    kvm_enable_cap, kvm_ioeventfd, kvm_irqfd, kvm_sregs2, kvm_userspace_memory_region,
 };
 use nix::errno::Errno;
 
@@ -144,11 +144,29 @@ pub(crate) fn install_kick() -> Result<(), Errno> {
 /// The signal that takes a vCPU thread out of the guest.
 pub(crate) const KICK: nix::sys::signal::Signal = nix::sys::signal::Signal::SIGUSR1;
 
+/// What is added to the host's TSC for a vCPU's (KVM devices/vcpu.rst §4.1); none: this KVM doesn't tell.
+pub(crate) fn get_tsc_offset(vcpu: &impl AsRawFd) -> Option<u64> {
+    let mut offset = 0u64;
+    let attr = kvm_device_attr { addr: (&raw mut offset).addr() as u64, ..TSC_OFFSET };
+    // SAFETY: KVM writes a u64 at the attribute's address, which outlives the call.
+    unsafe { raw::get_device_attr(vcpu.as_raw_fd(), &raw const attr) }.is_ok().then_some(offset)
+}
+
+/// Sets it.
+pub(crate) fn set_tsc_offset(vcpu: &impl AsRawFd, offset: u64) -> Result<(), Errno> {
+    let attr = kvm_device_attr { addr: (&raw const offset).addr() as u64, ..TSC_OFFSET };
+    // SAFETY: KVM reads a u64 at the attribute's address, which outlives the call.
+    unsafe { raw::set_device_attr(vcpu.as_raw_fd(), &raw const attr) }.map(drop)
+}
+
+/// KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET.
+const TSC_OFFSET: kvm_device_attr = kvm_device_attr { flags: 0, group: 0, attr: 0, addr: 0 };
+
 /// The bare requests, by number: KVM api.rst and include/uapi/linux/kvm.h.
 mod raw {
     use kvm_bindings::{
-        kvm_clear_dirty_log, kvm_cpuid2, kvm_dirty_log, kvm_enable_cap, kvm_ioeventfd, kvm_irqfd, kvm_sregs2,
-        kvm_userspace_memory_region, kvm_xsave,
+        kvm_clear_dirty_log, kvm_cpuid2, kvm_device_attr, kvm_dirty_log, kvm_enable_cap, kvm_ioeventfd, kvm_irqfd,
+        kvm_sregs2, kvm_userspace_memory_region, kvm_xsave,
     };
     const KVMIO: u8 = 0xae;
     // KVM refuses requests without an argument unless the argument is 0.
@@ -164,6 +182,8 @@ mod raw {
     nix::ioctl_readwrite!(get_supported_hv_cpuid, KVMIO, 0xc1, kvm_cpuid2);
     nix::ioctl_read!(get_sregs2, KVMIO, 0xcc, kvm_sregs2);
     nix::ioctl_write_ptr!(set_sregs2, KVMIO, 0xcd, kvm_sregs2);
+    nix::ioctl_write_ptr!(set_device_attr, KVMIO, 0xe1, kvm_device_attr);
+    nix::ioctl_write_ptr!(get_device_attr, KVMIO, 0xe2, kvm_device_attr);
     nix::ioctl_write_int_bad!(get_stats_fd, nix::request_code_none!(KVMIO, 0xce));
     nix::ioctl_read!(get_xsave2, KVMIO, 0xcf, kvm_xsave);
     pub(super) use dirty_log as get_dirty_log;

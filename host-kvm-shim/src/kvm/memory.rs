@@ -106,6 +106,13 @@ impl GuestMemory {
         unsafe { madvise(self.base.byte_add(offset), len, MmapAdvise::MADV_REMOVE) }
     }
 
+    /// Takes this mapping's pages away, and so KVM's; the bytes stay, where they are next looked for (madvise(2), `MADV_DONTNEED`; Linux 5.18 for
+    /// huge pages).
+    pub(crate) fn unmap_pages(&self) -> Result<(), Errno> {
+        // SAFETY: the range is this mapping, which is shared: its content is the memfd's. Nobody in this process refers to it.
+        unsafe { madvise(self.base, self.len, MmapAdvise::MADV_DONTNEED) }
+    }
+
     /// Bytes that are not taken from the host yet.
     pub(crate) fn untaken(&self) -> u64 {
         // Counted in units of 512 bytes (stat(2)); where it isn't told, all may be still to come.

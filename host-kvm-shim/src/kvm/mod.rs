@@ -4,11 +4,14 @@ mod calls;
 mod memory;
 mod run_page;
 mod stats;
+mod userfault;
 
 pub(crate) use calls::{
-    KICK, clear_dirty_log, enable_cap, get_dirty_log, get_sregs2, get_supported_hv_cpuid, get_xsave2, host_tsc,
-    install_kick, ioeventfd, irqfd, run, set_memory_region, set_sregs2, set_xsave, stats_fd, tsc_khz,
+    KICK, clear_dirty_log, enable_cap, get_dirty_log, get_sregs2, get_supported_hv_cpuid, get_tsc_offset, get_xsave2,
+    host_tsc, install_kick, ioeventfd, irqfd, run, set_memory_region, set_sregs2, set_tsc_offset, set_xsave, stats_fd,
+    tsc_khz,
 };
 pub(crate) use memory::GuestMemory;
 pub(crate) use run_page::{RawExit, RunPage};
 pub(crate) use stats::StatsFd;
+pub(crate) use userfault::{Userfault, Watched};

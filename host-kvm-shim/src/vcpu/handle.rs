@@ -3,7 +3,7 @@
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
 use pcie_function::HostFunction;
@@ -100,6 +100,11 @@ impl Handle {
     /// Has the thread do something, out of the guest.
     pub(crate) fn ask(&self, command: Command) -> Answer {
         self.shared.ask(command)
+    }
+
+    /// The same; where it takes longer than `limit`, `give_up` is called, which has what it waits for end.
+    pub(crate) fn ask_in(&self, limit: Duration, command: Command, give_up: impl FnOnce()) -> Answer {
+        self.shared.ask_in(limit, command, give_up)
     }
 
     /// Interrupts KVM_RUN and the sleep on the lane.

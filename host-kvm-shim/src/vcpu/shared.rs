@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use api_channel::call::CpuidEntry;
 use nix::errno::Errno;
@@ -252,6 +252,24 @@ impl Shared {
 
     /// Has the thread do something; it must be out of the guest with no exit pending.
     pub(crate) fn ask(&self, command: Command) -> Answer {
+        let slot = self.command(command)?;
+        self.answered(slot)
+    }
+
+    /// The same; where it takes longer than `limit`, `give_up` is called, which has what it waits for end.
+    pub(crate) fn ask_in(&self, limit: Duration, command: Command, give_up: impl FnOnce()) -> Answer {
+        let slot = self.command(command)?;
+        let (slot, waited) = self
+            .changed
+            .wait_timeout_while(slot, limit, |slot| slot.answer.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            give_up();
+        }
+        self.answered(slot)
+    }
+
+    fn command(&self, command: Command) -> Result<MutexGuard<'_, Slot>, Refusal> {
         let mut slot = self.slot();
         // One that was told to run is no longer out, though its thread may not have got so far.
         if slot.place != Place::Out || slot.want != Want::Pause {
@@ -259,6 +277,10 @@ impl Shared {
         }
         slot.command = Some(command);
         self.changed.notify_all();
+        Ok(slot)
+    }
+
+    fn answered(&self, mut slot: MutexGuard<'_, Slot>) -> Answer {
         loop {
             if let Some(answer) = slot.answer.take() {
                 return answer;

@@ -3,13 +3,14 @@
 use api_channel::call::CpuidEntry;
 use api_channel::codec::Malformed;
 use api_channel::state::{
-    DebugRegs, Events, Lapic, MpState, Msr, OPTIONAL, Record, Records, Regs, Segment, Sregs, Table, Type, Xcr, records,
+    DebugRegs, Events, Lapic, MpState, Msr, OPTIONAL, Record, Records, Regs, Segment, Sregs, Table, Tsc, Type, Xcr,
+    records,
 };
 use kvm_bindings::*;
 use kvm_ioctls::VcpuFd;
 
 use crate::error::Refusal;
-use crate::kvm::{get_sregs2, get_xsave2, set_sregs2, set_xsave};
+use crate::kvm::{get_sregs2, get_tsc_offset, get_xsave2, set_sregs2, set_tsc_offset, set_xsave};
 
 /// What of a vCPU's state this KVM has, asked once before the VM is created.
 #[derive(Clone, Debug)]
@@ -87,6 +88,11 @@ pub(crate) fn read(vcpu: &VcpuFd, abilities: &Abilities, groups: u64) -> Result<
     if wanted(Type::MSRS) {
         list = list.list(Type::MSRS, &read_msrs(vcpu, &abilities.msrs)?);
     }
+    if wanted(Type::TSC)
+        && let Some(offset) = get_tsc_offset(vcpu)
+    {
+        list = list.put(Type::TSC, &Tsc { offset });
+    }
     if wanted(Type::MP_STATE) {
         list = list.put(Type::MP_STATE, &MpState { state: mp.mp_state.into() });
     }
@@ -126,6 +132,10 @@ pub(crate) fn write(vcpu: &VcpuFd, abilities: &Abilities, list: &[u8]) -> Result
                 vcpu.set_lapic(&lapic).map_err(Refusal::kvm("set the LAPIC"))?;
             }
             Type::MSRS => set_msrs(vcpu, &record.get_list()?)?,
+            Type::TSC => {
+                let Tsc { offset } = record.get()?;
+                set_tsc_offset(vcpu, offset).map_err(Refusal::nix("set the TSC's offset"))?;
+            }
             Type::MP_STATE => {
                 let mp: MpState = record.get()?;
                 let mp_state = u32::try_from(mp.state).map_err(|_| Malformed)?;

@@ -3,6 +3,7 @@
 pub(crate) mod chips;
 mod dirty;
 mod io_events;
+mod late;
 pub(crate) mod lines;
 mod notices;
 mod notify;
@@ -15,8 +16,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use api_channel::Status;
 use api_channel::call::{
-    CreateVm, DirtyFetch, Discard, Extent, IoEvent, Irqchip, Memslot, NotifyPage, PAGE, RamRequest, Route,
+    CreateVm, DirtyFetch, Discard, Extent, IoEvent, Irqchip, LateRun, Memslot, NotifyPage, PAGE, RamRequest, Route,
     StateRequest, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Malformed;
@@ -39,6 +41,7 @@ use crate::kvm::{RunPage, StatsFd, enable_cap, stats_fd};
 use crate::vcpu::{Abilities, Command, Handle, Lane, Lanes, Plan, Shared, Spin, Want};
 use dirty::Harvest;
 use io_events::IoEvents;
+use late::{Lacks, Late};
 use lines::Lines;
 use notify::NotifyPages;
 use posted::Posted;
@@ -57,6 +60,9 @@ pub(crate) struct Environment {
 /// A VM. Fields are dropped in order: the threads first, then KVM's VM, then the memory.
 pub(crate) struct Machine<F: HostFunction> {
     vcpus: Vec<Handle>,
+    /// Pages that come later, and those of a guest that runs without them.
+    lacks: Lacks,
+    late: Option<Late>,
     io_events: IoEvents,
     pub(crate) environment: Arc<Environment>,
     pub(crate) vm: Arc<VmFd>,
@@ -74,8 +80,25 @@ pub(crate) struct Machine<F: HostFunction> {
     rams: BTreeMap<u32, Ram>,
 }
 
+impl<F: HostFunction> Drop for Machine<F> {
+    fn drop(&mut self) {
+        self.end_vcpus();
+    }
+}
+
+impl<F: HostFunction> Machine<F> {
+    /// Ends the vCPUs' threads. One that waits for a page is woken when it can't run on any more with what it finds there.
+    fn end_vcpus(&mut self) {
+        self.vcpus.iter().for_each(|vcpu| vcpu.want(Want::Stop));
+        self.late = None;
+        self.vcpus.clear();
+    }
+}
+
 /// How long a vCPU may take to leave the guest.
 const OUT: Duration = Duration::from_secs(5);
+/// The same while some of the guest's pages are still to come: whoever asked asks again.
+const OUT_LATE: Duration = Duration::from_millis(20);
 /// Pages below 4 GiB that Intel's real mode needs: out of the way of 16 MiB of flash, where QEMU has them too.
 const IDENTITY_MAP: u64 = 0xfeff_c000;
 const TSS: usize = 0xfeff_d000;
@@ -128,6 +151,8 @@ impl<F: HostFunction + 'static> Machine<F> {
         };
         Ok(Self {
             vcpus: Vec::new(),
+            lacks: Lacks::default(),
+            late: None,
             io_events: IoEvents::default(),
             environment: Arc::new(environment),
             stats: stats_fd(&*vm).ok().map(StatsFd::new),
@@ -171,7 +196,7 @@ impl<F: HostFunction + 'static> Machine<F> {
 
     /// Ends the VM: threads joined, memory out of the device's reach, then freed.
     pub(crate) fn destroy(mut self, offer: &mut Offer<F>) {
-        self.vcpus.clear();
+        self.end_vcpus();
         // What its vCPUs said last is no reason to end the connection of the next VM.
         let _ = offer.notices.take_broken();
         for ram in self.rams.values() {
@@ -247,11 +272,16 @@ impl<F: HostFunction + 'static> Machine<F> {
 
     /// Holds every vCPU out of the guest while `change` is made. One that waits for the SoC is out: it goes on waiting.
     fn with_vcpus_out(&mut self, change: impl FnOnce(&mut Self) -> Result<(), Refusal>) -> Result<(), Refusal> {
-        let deadline = Instant::now() + OUT;
+        // One that waits for a page may not come out before it is there, and it is by this thread that it would come.
+        let patience = if self.late.is_some() { OUT_LATE } else { OUT };
+        let deadline = Instant::now() + patience;
         self.vcpus.iter().for_each(Handle::hold);
-        let late = self.vcpus.iter().find(|vcpu| !vcpu.out_by(deadline)).map(|vcpu| vcpu.shared.index);
-        let done = match late {
+        let inside = self.vcpus.iter().find(|vcpu| !vcpu.out_by(deadline)).map(|vcpu| vcpu.shared.index);
+        let done = match inside {
             None => change(self),
+            Some(index) if self.late.is_some() => {
+                Err(Refusal { status: Status::LATE, why: format!("vCPU {index} waits for a page") })
+            }
             Some(index) => {
                 Err(Refusal::state(format!("vCPU {index} did not leave the guest within {} s", OUT.as_secs())))
             }
@@ -333,6 +363,11 @@ impl<F: HostFunction + 'static> Machine<F> {
 
     /// Lets vCPUs run.
     pub(crate) fn run(&self, vcpu: u32) -> Result<(), Refusal> {
+        if self.late.as_ref().is_some_and(Late::is_given_up) {
+            return Err(Refusal::state(
+                "a state that was set needed a page that had not come: the VM can't run any more",
+            ));
+        }
         self.named(vcpu)?.iter().for_each(|v| v.want(Want::Run));
         Ok(())
     }
@@ -373,7 +408,9 @@ impl<F: HostFunction + 'static> Machine<F> {
             self.all_paused()?;
             return chips::write(&self.vm, self.irqchip, &records);
         }
-        self.one(target)?.ask(Command::Write(records)).map(drop)
+        // KVM touches guest memory for some of it. This thread waits for that, and takes no call by which a page could come.
+        let give_up = || self.late.iter().for_each(Late::give_up);
+        self.one(target)?.ask_in(OUT, Command::Write(records), give_up).map(drop)
     }
 
     /// Sets a vCPU's CPUID.
@@ -403,7 +440,9 @@ impl<F: HostFunction + 'static> Machine<F> {
 
     /// Adds or removes an ioeventfd.
     pub(crate) fn io_event(&mut self, function: &F, event: &IoEvent) -> Result<(), Refusal> {
-        self.io_events.change(&self.vm, function, event)
+        let change = |this: &mut Self| this.io_events.change(&this.vm, function, event);
+        // KVM waits for every vCPU that is in it just then: for one that waits for a page, this thread would wait for itself.
+        if self.late.is_some() { self.with_vcpus_out(change) } else { change(self) }
     }
 
     /// The eventfd of a vector that may be wired to a GSI.
@@ -421,6 +460,50 @@ impl<F: HostFunction + 'static> Machine<F> {
         }
         self.harvest.clear();
         self.with_vcpus_out(|this| this.slots.log(&this.vm, &this.rams, on))
+    }
+
+    /// These pages come later.
+    pub(crate) fn lacks(&mut self, runs: &[LateRun]) -> Result<(), Refusal> {
+        self.all_paused()?;
+        if self.late.is_some() {
+            return Err(Refusal::state("post-copy is under way"));
+        }
+        self.lacks.add(&self.rams, runs)
+    }
+
+    /// Begins post-copy, or ends one of which every page has come.
+    pub(crate) fn post_copy(&mut self, host: &Host, on: bool) -> Result<(), Refusal> {
+        match &self.late {
+            None if on => {
+                self.all_paused()?;
+                let lacks = std::mem::take(&mut self.lacks);
+                let notices = &self.environment.notices;
+                self.late = Some(Late::begin(host.userfault()?, &self.rams, lacks, notices, host.vcpu_filter())?);
+                Ok(())
+            }
+            Some(late) if !on => match late.left() {
+                0 => {
+                    self.late = None;
+                    Ok(())
+                }
+                pages => Err(Refusal::state(format!("{pages} pages of the guest's are still to come"))),
+            },
+            None => Err(Refusal::state("no post-copy is under way")),
+            Some(_) => Err(Refusal::state("post-copy is under way")),
+        }
+    }
+
+    /// Pages that were said to come later are there.
+    pub(crate) fn placed(&self, runs: &[LateRun]) -> Result<(), Refusal> {
+        let late = self.late.as_ref().ok_or_else(|| Refusal::state("no post-copy is under way"))?;
+        late.placed(&self.rams, runs)
+    }
+
+    /// See [`Late::tell`].
+    pub(crate) fn tell_wanted(&self, told: impl FnMut(LateRun) -> bool) {
+        if let Some(late) = &self.late {
+            late.tell(told);
+        }
     }
 
     /// Fetches dirty pages.

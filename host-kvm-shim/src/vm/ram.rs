@@ -16,7 +16,8 @@ pub(crate) struct Ram {
     pub(crate) memory: GuestMemory,
     /// The node that it is on, where the SoC said so.
     node: Option<u32>,
-    huge: bool,
+    /// Bytes of a huge page, 0 for none.
+    huge: u64,
     iova: Iova,
 }
 
@@ -65,13 +66,18 @@ impl Ram {
             errno => Refusal::os(what, errno),
         })?;
         let iova = map(function, &memory, iova)?;
-        Ok((Self { memory, node, huge: huge != 0, iova }, vec![Extent { offset: 0, iova, len }]))
+        Ok((Self { memory, node, huge, iova }, vec![Extent { offset: 0, iova, len }]))
+    }
+
+    /// Bytes of one of its pages.
+    pub(crate) fn page(&self) -> u64 {
+        self.huge.max(PAGE)
     }
 
     /// Gives part of it back to the host.
     pub(crate) fn discard(&self, run: &Discard) -> Result<(), Refusal> {
         let Discard { ram, offset, len, .. } = *run;
-        if self.huge {
+        if self.huge != 0 {
             return Err(Refusal::unavailable(format!("RAM {ram} is huge pages, which are its VM's until it ends")));
         }
         let within = len != 0 && offset.checked_add(len).is_some_and(|end| end <= self.memory.len());

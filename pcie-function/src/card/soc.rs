@@ -148,6 +148,11 @@ impl<T: Transport> SocFunction for SocCard<T> {
         Ok(())
     }
 
+    fn take_pages(&self, _: Iova, _: u64) -> Result<(), FunctionError> {
+        // What the card reaches is pinned.
+        Ok(())
+    }
+
     fn raise(&self, vector: u32) {
         // A vector that the host hasn't got would fail what is posted behind it.
         if vector < self.vectors {

@@ -4,7 +4,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use nix::errno::Errno;
+use nix::sys::uio::pread;
+
 use crate::{BusMemory, MemoryFile, Window};
+
+/// Copies out from this length on go by the memory's file: they need no page table of this process, whose faults cost more than the copying.
+const BY_FILE: usize = 32 << 10;
 
 /// A mapping that the host announced, until it is revoked.
 ///
@@ -34,8 +40,8 @@ impl Drop for User<'_> {
 impl Entry {
     /// Of memory of `file` from `offset` on.
     pub(super) fn new(window: Window, file: OwnedFd, offset: u64, device_writes: bool) -> Self {
-        let file = Arc::new(file);
-        Self { window, file, offset, device_writes, revoked: AtomicBool::new(false), users: AtomicU32::new(0) }
+        let (file, revoked, users) = (Arc::new(file), AtomicBool::new(false), AtomicU32::new(0));
+        Self { window, file, offset, device_writes, revoked, users }
     }
 
     /// Bytes.
@@ -63,6 +69,38 @@ impl Entry {
         }
         let done = access(&self.window);
         (!self.window.is_lost()).then_some(done)
+    }
+
+    /// Copies out; `None` if it is revoked, or the host took the pages away.
+    pub(super) fn read(&self, offset: usize, data: &mut [u8]) -> Option<()> {
+        self.access(|window| {
+            // What the file refuses, the mapping tells of.
+            if data.len() < BY_FILE || self.read_file(offset, data).is_err() {
+                window.read_bytes(offset, data);
+            }
+        })
+    }
+
+    /// Copies in; `None` if it is revoked, or the host took the pages away. Never by the file: one writer of a file waits for the other.
+    pub(super) fn write(&self, offset: usize, data: &[u8]) -> Option<()> {
+        self.access(|window| window.write_bytes(offset, data))
+    }
+
+    fn read_file(&self, offset: usize, data: &mut [u8]) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < data.len() {
+            match pread(&self.file, &mut data[done..], self.place(offset + done)?) {
+                Ok(0) => return Err(Errno::EIO),
+                Ok(count) => done += count,
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn place(&self, offset: usize) -> Result<i64, Errno> {
+        i64::try_from(self.offset + offset as u64).map_err(|_| Errno::EFBIG)
     }
 
     /// Lets nobody in any more, and waits for those who are: the longest access copies a few megabytes.

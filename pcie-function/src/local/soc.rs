@@ -278,7 +278,7 @@ impl SocFunction for LocalSoc {
 
     fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), BusError> {
         let (entry, offset) = self.shared.find(iova, data.len())?;
-        entry.access(|window| window.read_bytes(offset, data)).ok_or(BusError::Dma)
+        entry.read(offset, data).ok_or(BusError::Dma)
     }
 
     fn write(&self, iova: Iova, data: &[u8]) -> Result<(), BusError> {
@@ -286,7 +286,7 @@ impl SocFunction for LocalSoc {
         if !entry.device_writes() {
             return Err(BusError::Dma);
         }
-        entry.access(|window| window.write_bytes(offset, data)).ok_or(BusError::Dma)
+        entry.write(offset, data).ok_or(BusError::Dma)
     }
 
     fn raise(&self, vector: u32) {
@@ -310,6 +310,14 @@ impl SocFunction for LocalSoc {
     fn file(&self, iova: Iova) -> Option<MemoryFile> {
         let (entry, from) = self.shared.find(iova, 1).ok()?;
         entry.device_writes().then(|| entry.file(from))
+    }
+
+    fn take_pages(&self, iova: Iova, len: u64) -> Result<(), FunctionError> {
+        let gone = || FunctionError::Unusable(format!("the host has no memory at {iova:#x}"));
+        let bytes = usize::try_from(len).map_err(|_| gone())?;
+        let (entry, offset) = self.shared.find(iova, bytes).map_err(|_| gone())?;
+        let taken = entry.access(|window| window.take_pages(offset, bytes)).ok_or_else(gone)?;
+        taken.map_err(|e| FunctionError::Os("take the guest's memory", e))
     }
 
     fn share(&self, event: BorrowedFd<'_>) -> Option<u32> {

@@ -98,6 +98,10 @@ impl<F: SocFunction> SocFunction for ModelledSoc<F> {
         if self.end.is_some() { None } else { self.inner.file(iova) }
     }
 
+    fn take_pages(&self, iova: Iova, len: u64) -> Result<(), FunctionError> {
+        self.inner.take_pages(iova, len)
+    }
+
     /// As with shared eventfds: the guest's write is neither counted nor held back, so a link that takes time has none.
     fn notify_pages(&self) -> u32 {
         if self.end.is_some() { 0 } else { self.inner.notify_pages() }

@@ -8,7 +8,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::registers::PORTS;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, MemoryError};
 
 /// Bytes that are moved under the lock: how long a reset may wait.
 const PIECE: usize = 64 << 10;
@@ -75,19 +75,31 @@ impl Pass<'_> {
 
     /// Copies from guest memory.
     pub(super) fn read(&self, addr: u64, data: &mut [u8]) -> Result<(), Refused> {
-        let _open = self.open()?;
-        self.dma.memory.read(addr, data).map_err(|_| Refused::Bus)
+        self.transfer(|memory| memory.read_now(addr, data))
     }
 
     /// Copies to guest memory.
     pub(super) fn write(&self, addr: u64, data: &[u8]) -> Result<(), Refused> {
         let mut at = addr;
         for piece in data.chunks(PIECE) {
-            let _open = self.open()?;
-            self.dma.memory.write(at, piece).map_err(|_| Refused::Bus)?;
+            self.transfer(|memory| memory.write_now(at, piece))?;
             at = at.saturating_add(piece.len() as u64);
         }
         Ok(())
+    }
+
+    fn transfer(&self, mut copy: impl FnMut(&dyn GuestMemory) -> Result<(), MemoryError>) -> Result<(), Refused> {
+        loop {
+            let moved = {
+                let _open = self.open()?;
+                copy(&*self.dma.memory)
+            };
+            match moved {
+                // Whoever shuts the gate waits for transfers, not for pages.
+                Err(late @ MemoryError::Late { .. }) => self.dma.memory.wait_for(late).map_err(|_| Refused::Bus)?,
+                moved => return moved.map_err(|_| Refused::Bus),
+            }
+        }
     }
 
     fn open(&self) -> Result<MutexGuard<'_, Gate>, Refused> {

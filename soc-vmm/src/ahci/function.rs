@@ -23,6 +23,8 @@ const INDEX_BAR: usize = 4;
 const REGISTER_BAR: usize = 5;
 const INDEX_BAR_LEN: u64 = 32;
 const REGISTER_BAR_LEN: u64 = 4096;
+/// The index register's bits.
+pub(super) const INDEX_BITS: u32 = REGISTER_BAR_LEN as u32 - 4;
 /// Offsets of the index and the data register in their BAR.
 const INDEX: u64 = 0x10;
 const DATA: u64 = 0x14;
@@ -36,6 +38,8 @@ const MAP_AHCI: u8 = 0x40;
 /// A CD-ROM drive on a port.
 #[derive(Default)]
 pub struct CdDrive {
+    /// What messages call it.
+    pub name: String,
     /// What is in it.
     pub medium: Option<Medium>,
     /// Hears of its tray.
@@ -56,16 +60,16 @@ pub struct Plumbing<'a> {
 
 /// The controller.
 pub struct Ahci {
-    config: ConfigSpace,
+    pub(super) config: ConfigSpace,
     msi: Msi,
-    line: InterruptLine,
-    shared: Arc<Shared>,
+    pub(super) line: InterruptLine,
+    pub(super) shared: Arc<Shared>,
     /// The index register of the pair in BAR 4.
-    index: u32,
+    pub(super) index: u32,
     /// Ports whose interrupt was told by a message.
-    told: u32,
+    pub(super) told: u32,
     /// The line's level.
-    high: bool,
+    pub(super) high: bool,
 }
 
 impl Ahci {
@@ -88,7 +92,7 @@ impl Ahci {
         let mut index = 0;
         let ports = drives.map(|drive| {
             index += 1;
-            Port::new(drive.map(|drive| Drive::new(drive.medium, format!("OB{index:05}"), drive.listener)))
+            Port::new(drive.map(|drive| Drive::new(drive.name, drive.medium, format!("OB{index:05}"), drive.listener)))
         });
         let present = ports.each_ref().map(|port| port.drive.is_some());
         let shared = Arc::new(Shared {
@@ -158,12 +162,17 @@ impl Ahci {
 
     /// Looks at configuration space again.
     fn configure(&mut self) {
+        self.connect();
+        self.interrupt();
+    }
+
+    /// Makes messages and DMA go as configuration space says.
+    pub(super) fn connect(&mut self) {
         self.msi.configure(&self.config);
         let bus_master = self.config.command() & command::BUS_MASTER != 0;
         self.shared.dma.set_bus_master(bus_master);
         self.shared.hba().bus_master = bus_master;
         self.shared.work.notify_one();
-        self.interrupt();
     }
 }
 
@@ -193,7 +202,7 @@ impl PciFunction for Ahci {
     fn write(&mut self, region: usize, offset: u64, data: u64, access: &Access, _: Deferred<'_>) -> Answer {
         match (region, offset) {
             (REGISTER_BAR, _) => self.write_registers(offset, access.len, data),
-            (_, INDEX) => self.index = data as u32 & (REGISTER_BAR_LEN as u32 - 4),
+            (_, INDEX) => self.index = data as u32 & INDEX_BITS,
             (_, DATA) => self.write_registers(self.index.into(), access.len, data),
             _ => {}
         }

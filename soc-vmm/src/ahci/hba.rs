@@ -26,11 +26,24 @@ pub(super) struct Hba {
     served: usize,
     /// The device is gone: its thread ends.
     pub(super) ended: bool,
+    /// Nothing is begun any more.
+    pub(super) halted: bool,
+    /// The thread is at something.
+    pub(super) busy: bool,
 }
 
 impl Hba {
     pub(super) fn new(ports: [Port; PORTS]) -> Self {
-        Self { interrupts_on: false, pending: 0, ports, bus_master: false, served: PORTS - 1, ended: false }
+        Self {
+            interrupts_on: false,
+            pending: 0,
+            ports,
+            bus_master: false,
+            served: PORTS - 1,
+            ended: false,
+            halted: false,
+            busy: false,
+        }
     }
 
     /// HBA reset (§10.4.3).

@@ -14,6 +14,7 @@ mod handle;
 mod hba;
 mod port;
 mod registers;
+mod state;
 mod worker;
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

@@ -8,6 +8,9 @@ use super::registers::{
     DET, DET_RESET, LINK_UP, SERR_EXCHANGED, SIG_ATAPI, SIG_NONE, SLOTS, TFD_NONE, cmd, interrupt, port, status,
 };
 
+/// SCTL's bits that there are.
+const CONTROL: u32 = 0xfff;
+
 /// What a guest can tell of a port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortState {
@@ -54,6 +57,19 @@ impl PortState {
             halted: false,
             owes_signature: present,
         }
+    }
+}
+
+impl PortState {
+    /// Whether a port with or without a drive can be so.
+    pub(super) fn is_sound(&self, present: bool) -> bool {
+        self.list & 0x3ff == 0
+            && self.received & 0xff == 0
+            && self.enabled & !interrupt::ALL == 0
+            && self.cmd & !cmd::WRITABLE == 0
+            && self.control & !CONTROL == 0
+            && self.slot < SLOTS
+            && (present || !self.owes_signature)
     }
 }
 
@@ -175,7 +191,7 @@ impl Port {
             port::IS => state.status &= !ones,
             port::IE => state.enabled = merge(state.enabled) & interrupt::ALL,
             port::CMD => return self.command(merge(self.state.cmd)),
-            port::SCTL => return self.link_control(merge(self.state.control) & 0xfff),
+            port::SCTL => return self.link_control(merge(self.state.control) & CONTROL),
             port::SERR => state.errors &= !ones,
             port::SACT if state.cmd & cmd::START != 0 => state.active |= ones,
             port::CI if state.cmd & cmd::START != 0 => {

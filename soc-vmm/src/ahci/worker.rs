@@ -25,6 +25,7 @@ pub(super) fn run(shared: &Shared) {
     while let Some(job) = next(shared) {
         // Nobody waits for a job that was overtaken by a reset; every other end is in the registers.
         let _ = perform(shared, &job, &mut logged);
+        shared.hba().busy = false;
         shared.wake.wake();
     }
 }
@@ -62,7 +63,7 @@ fn next(shared: &Shared) -> Option<Job<'_>> {
 }
 
 fn pick<'a>(shared: &'a Shared, hba: &mut Hba) -> Option<Job<'a>> {
-    if !hba.bus_master {
+    if !hba.bus_master || hba.halted {
         return None;
     }
     hba.turns().find_map(|index| {
@@ -78,6 +79,7 @@ fn pick<'a>(shared: &'a Shared, hba: &mut Hba) -> Option<Job<'a>> {
             Work::Command { list: port.state.list, slot }
         };
         hba.serve(index);
+        hba.busy = true;
         Some(Job { port: index, pass: shared.dma.pass(index), received, work })
     })
 }

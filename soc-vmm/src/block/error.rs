@@ -3,6 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::nbd::NbdError;
+use crate::nbd::wire::error::NOSPC;
+
 /// Why an image could not be opened, read or written. Its source, where it has one, goes on where its text ends.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
@@ -14,6 +17,17 @@ pub enum BlockError {
         /// What is wrong with it.
         source: ImageProblem,
     },
+    /// It is another process's, by NBD.
+    #[error("can't use disk {disk}")]
+    Nbd {
+        /// Where it is, and its name there.
+        disk: String,
+        /// What is wrong with it.
+        source: NbdError,
+    },
+    /// A job copies it.
+    #[error("the disk is being copied: wait for the job's end, or cancel it")]
+    Copied,
     /// Asked for what is not there.
     #[error("{len:#x} bytes at {offset:#x} are not all within a disk of {size:#x} bytes")]
     OutOfRange {
@@ -55,7 +69,11 @@ impl BlockError {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
             )
         };
-        matches!(self, Self::Image { source: ImageProblem::Io { source, .. }, .. } if full(source))
+        match self {
+            Self::Image { source: ImageProblem::Io { source, .. }, .. } => full(source),
+            Self::Nbd { source: NbdError::Failed(number), .. } => *number == NOSPC,
+            _ => false,
+        }
     }
 }
 
@@ -99,6 +117,16 @@ pub enum ImageProblem {
     InUse {
         /// Someone writes it; else someone reads it, and this one would write it.
         written: bool,
+    },
+    /// Another process had it, and left another size.
+    #[error(
+        "it has {now} bytes and had {len} when this VM was started: see that nobody resizes it while its guest moves"
+    )]
+    OtherSize {
+        /// Bytes now.
+        now: u64,
+        /// Bytes when it was opened.
+        len: u64,
     },
     /// The format was not given, and a guess would be dangerous.
     #[error(

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 use nix::libc;
 use nix::unistd::{SysconfVar, sysconf};
 
@@ -130,6 +130,27 @@ impl Opened {
         }
         let len = (&self.file).seek(SeekFrom::End(0)).map_err(failed)?;
         if len < size { Err(ImageProblem::SmallDevice { size, len }) } else { Ok(()) }
+    }
+
+    /// Forgets what this system remembers of it, which on a network's file system may be old.
+    pub(super) fn forget(&self) {
+        // Advice: where it can't be taken nothing is remembered.
+        let _ = posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    }
+
+    /// Looks at it anew after somebody else had it: whether it still has `len` bytes.
+    pub(super) fn look_again(&self, len: u64) -> Result<(), ImageProblem> {
+        self.forget();
+        let now = (&self.file).seek(SeekFrom::End(0)).map_err(|source| ImageProblem::Io { action: EXAMINE, source })?;
+        if now == len { Ok(()) } else { Err(ImageProblem::OtherSize { now, len }) }
+    }
+
+    /// The same open file once more.
+    pub(super) fn again(&self) -> Result<Self, ImageProblem> {
+        let file = self.file.try_clone().map_err(|source| ImageProblem::Io { action: OPEN, source })?;
+        let Self { ref path, read_only, len, id, .. } = *self;
+        let again = Self { file, path: path.clone(), read_only, len, id, direct: None };
+        if self.direct.is_some() { again.past_cache() } else { Ok(again) }
     }
 
     /// Fills `buf` from `offset`; the bytes that there were.

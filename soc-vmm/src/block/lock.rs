@@ -42,9 +42,8 @@ pub(super) fn lock(file: &File, read_only: bool) -> Result<(), ImageProblem> {
 
 /// The same; who is in the way, if anybody is: one who writes the image, or one who reads it and wants it unchanged.
 fn lock_bytes(file: &File, read_only: bool) -> nix::Result<Option<bool>> {
-    let does: &[off_t] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] };
-    let at = |base, what: &[off_t]| what.iter().map(|p| base + p).collect::<Vec<_>>();
-    for byte in [at(DOES, does), at(FORBIDS, &ALONE)].concat() {
+    let does = does(read_only);
+    for byte in all(read_only) {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&range(F_RDLCK, byte))) {
             // Someone has the file for himself, which isn't QEMU's way.
             Err(Errno::EAGAIN | Errno::EACCES) => return Ok(Some(true)),
@@ -62,6 +61,31 @@ fn lock_bytes(file: &File, read_only: bool) -> nix::Result<Option<bool>> {
         }
     }
     Ok(None)
+}
+
+/// Gives an image back that this open file has locked.
+///
+/// # Errors
+/// Its file system can't.
+pub(super) fn unlock(file: &File, read_only: bool) -> Result<(), ImageProblem> {
+    let each = |byte| fcntl(file, FcntlArg::F_OFD_SETLK(&range(F_UNLCK, byte))).map(drop);
+    match all(read_only).into_iter().try_for_each(each) {
+        Ok(()) | Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => Ok(()),
+        Err(errno) => Err(ImageProblem::Io { action: LOCK, source: errno.into() }),
+    }
+}
+
+fn does(read_only: bool) -> &'static [off_t] {
+    if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] }
+}
+
+fn at(base: off_t, what: &[off_t]) -> Vec<off_t> {
+    what.iter().map(|p| base + p).collect()
+}
+
+/// The bytes that who has an image locks.
+fn all(read_only: bool) -> Vec<off_t> {
+    [at(DOES, does(read_only)), at(FORBIDS, &ALONE)].concat()
 }
 
 /// One byte of a file, and the lock meant.

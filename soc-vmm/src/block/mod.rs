@@ -6,20 +6,24 @@
 mod error;
 mod file;
 mod lock;
+mod mirror;
 mod qcow2;
 mod queue;
 mod raw;
 mod spec;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::sync::Arc;
 
 pub use error::{BlockError, ImageProblem};
 pub use file::FileId;
+pub use mirror::{Ending, Mirror, MirrorError, MirrorEvent, MirrorSpec, MirrorSync, Side};
 pub use queue::{Aio, BUFFER_ALIGN, BlockQueue, Buffer, Done, Job, Operation, open_queue};
 pub use raw::RawFile;
 pub use spec::{ImageFormat, ImageSpec};
+pub use watch::{WatchSlot, Watched, Watcher};
 
 use file::Opened;
 
@@ -75,10 +79,51 @@ pub trait BlockBackend: Send + Sync {
         Err(BlockError::FixedSize)
     }
 
+    /// What the `len` bytes at `offset` are, as far as that can be told without reading them, and for how many of them it holds: at least
+    /// one, if `len` is.
+    ///
+    /// # Errors
+    /// As [`BlockBackend::read_at`].
+    fn extent(&self, offset: u64, len: u64) -> Result<(Extent, u64), BlockError> {
+        check_range(offset, len, self.size())?;
+        Ok((Extent::Data, len))
+    }
+
+    /// Gives the image to another process, everything written to it: until [`BlockBackend::claim`] nothing is written, and what is read
+    /// may be that one's. Nothing to do if it is another's already.
+    ///
+    /// # Errors
+    /// The image can't be written: it is still this one's.
+    fn release(&self) -> Result<(), BlockError> {
+        Ok(())
+    }
+
+    /// Takes an image over that another process had, as that has left it. Nothing to do if it is this one's already.
+    ///
+    /// # Errors
+    /// Somebody else has it, it has another size, or can't be read.
+    fn claim(&self) -> Result<(), BlockError> {
+        Ok(())
+    }
+
+    /// Has calls fail that wait for another process, and those that would: nobody wants anything more of it.
+    fn interrupt(&self) {}
+
     /// The file whose bytes are the disk's, where that is so.
     fn raw(&self) -> Option<Arc<RawFile>> {
         None
     }
+}
+
+/// What bytes of a disk are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// Anything.
+    Data,
+    /// Zeros.
+    Zero,
+    /// What the image's backing file has there.
+    Below,
 }
 
 /// Opens an image. It stays open, whatever happens to its name.
@@ -94,17 +139,19 @@ pub trait BlockBackend: Send + Sync {
 pub fn open(spec: &ImageSpec) -> Result<Arc<dyn BlockBackend>, BlockError> {
     let problem = |source| BlockError::Image { path: spec.path.clone(), source };
     let opened = Opened::new(&spec.path, spec.read_only).map_err(problem)?;
-    lock::lock(&opened.file, spec.read_only).map_err(problem)?;
+    if !spec.unclaimed {
+        lock::lock(&opened.file, spec.read_only).map_err(problem)?;
+    }
     let format = file::format_of(&opened, spec.format).map_err(problem)?;
     let opened = if spec.direct { opened.past_cache().map_err(problem)? } else { opened };
     Ok(match format {
-        ImageFormat::Raw => Arc::new(raw::Raw::new(opened)),
-        ImageFormat::Qcow2 => Arc::new(qcow2::Qcow2::new(opened).map_err(problem)?),
+        ImageFormat::Raw => Arc::new(raw::Raw::new(opened, !spec.unclaimed)),
+        ImageFormat::Qcow2 => Arc::new(qcow2::Qcow2::new(opened, !spec.unclaimed).map_err(problem)?),
     })
 }
 
 /// Writes zeros one by one, where neither a file system nor a format can make them.
-fn write_zeros(image: &dyn BlockBackend, offset: u64, len: u64) -> Result<(), BlockError> {
+pub(crate) fn write_zeros(image: &dyn BlockBackend, offset: u64, len: u64) -> Result<(), BlockError> {
     static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     for at in (offset..offset + len).step_by(ZEROS.len()) {
         let count = (offset + len - at).min(ZEROS.len() as u64) as usize;
@@ -114,7 +161,7 @@ fn write_zeros(image: &dyn BlockBackend, offset: u64, len: u64) -> Result<(), Bl
 }
 
 /// `Ok` if the range is within a disk of `size` bytes.
-fn check_range(offset: u64, len: u64, size: u64) -> Result<(), BlockError> {
+pub(crate) fn check_range(offset: u64, len: u64, size: u64) -> Result<(), BlockError> {
     match offset.checked_add(len) {
         Some(end) if end <= size => Ok(()),
         _ => Err(BlockError::OutOfRange { offset, len, size }),

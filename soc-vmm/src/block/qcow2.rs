@@ -7,17 +7,17 @@ mod guard;
 mod header;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::format::PreallocateMode;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, qcow2, raw};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapping, qcow2, raw};
 
 use super::error::{BlockError, ImageProblem};
 use super::file::{self, FileId, Opened};
-use super::lock::lock;
+use super::lock::{lock, unlock};
 use super::spec::ImageFormat;
-use super::{BlockBackend, check_growth, check_range, write_zeros};
+use super::{BlockBackend, Extent, check_growth, check_range, write_zeros};
 use crate::cli::with_causes;
 use guard::{Guarded, Shrunk};
 use header::Header;
@@ -42,15 +42,28 @@ pub(super) struct Qcow2 {
     /// Bytes of the disk that it stands on; 0 without one.
     backing_size: u64,
     read_only: bool,
+    /// It is this process's, and locked.
+    claimed: AtomicBool,
+    /// The top of the chain once more: what is locked, and opened anew.
+    opened: Opened,
 }
 
 impl Qcow2 {
-    pub(super) fn new(opened: Opened) -> Result<Self, ImageProblem> {
+    pub(super) fn new(opened: Opened, claimed: bool) -> Result<Self, ImageProblem> {
         let (path, read_only) = (opened.path.clone(), opened.read_only);
         let mut files = Vec::new();
-        let (image, backing_size) = open_qcow2(opened, &mut files)?;
+        let (image, backing_size) = open_qcow2(opened.again()?, &mut files)?;
         let size = image.size().into();
-        Ok(Self { image: RwLock::new(image), files, path, size, backing_size, read_only })
+        Ok(Self {
+            image: RwLock::new(image),
+            files,
+            path,
+            size,
+            backing_size,
+            read_only,
+            claimed: claimed.into(),
+            opened,
+        })
     }
 
     fn image(&self) -> RwLockReadGuard<'_, FormatAccess<Guarded>> {
@@ -112,6 +125,20 @@ impl BlockBackend for Qcow2 {
         self.image().read(buf, offset).map_err(self.failed(READ))
     }
 
+    fn extent(&self, offset: u64, len: u64) -> Result<(Extent, u64), BlockError> {
+        check_range(offset, len, self.size())?;
+        let image = self.image();
+        let (mapping, held) = image.get_shallow_mapping(offset, len).map_err(self.failed(READ))?;
+        let extent = match mapping {
+            ShallowMapping::Zero { explicit: true, .. } => Extent::Zero,
+            ShallowMapping::Zero { .. } if self.files.len() == 1 => Extent::Zero,
+            ShallowMapping::Zero { .. } | ShallowMapping::Indirect { .. } => Extent::Below,
+            _ => Extent::Data,
+        };
+        // A length of none is no answer.
+        Ok(if held == 0 { (Extent::Data, len) } else { (extent, held.min(len)) })
+    }
+
     fn write_at(&self, data: &[u8], offset: u64) -> Result<(), BlockError> {
         self.check_write(offset, data.len() as u64)?;
         self.image().write(data, offset).map_err(self.failed(WRITE))
@@ -150,6 +177,34 @@ impl BlockBackend for Qcow2 {
             Err(error) if error.kind() == std::io::ErrorKind::Unsupported => write_zeros(self, offset, len),
             done => done.map_err(self.failed(WRITE)),
         }
+    }
+
+    fn release(&self) -> Result<(), BlockError> {
+        if self.read_only || !self.claimed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.flush()?;
+        unlock(&self.opened.file, false).map_err(|source| BlockError::Image { path: self.path.clone(), source })?;
+        self.claimed.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    fn claim(&self) -> Result<(), BlockError> {
+        if self.read_only || self.claimed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let anew = || {
+            lock(&self.opened.file, false)?;
+            self.opened.forget();
+            // What its tables say may be something else by now.
+            let (image, _) = open_qcow2(self.opened.again()?, &mut Vec::new())?;
+            let (now, len) = (image.size(), self.size());
+            if now == len { Ok(image) } else { Err(ImageProblem::OtherSize { now, len }) }
+        };
+        let image = anew().map_err(|source| BlockError::Image { path: self.path.clone(), source })?;
+        *self.image_alone() = image;
+        self.claimed.store(true, Ordering::Release);
+        Ok(())
     }
 
     fn grow(&self, size: u64) -> Result<(), BlockError> {

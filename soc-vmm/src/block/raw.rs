@@ -4,14 +4,16 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
 
 use super::error::{BlockError, ImageProblem};
 use super::file::{FileId, Opened, READ, WRITE, read_up_to};
-use super::{BlockBackend, check_growth, check_range, write_zeros};
+use super::lock::{lock, unlock};
+use super::{BlockBackend, Extent, check_growth, check_range, write_zeros};
 
 /// Bytes of the smallest unit that a disk has.
 const SECTOR: u64 = 512;
@@ -21,7 +23,11 @@ const SECTOR: u64 = 512;
 /// Like QEMU, it rounds an odd size up: what the file lacks of the last sector reads as zeros, and the file grows when that sector
 /// is written.
 #[derive(Debug)]
-pub(super) struct Raw(Arc<RawFile>);
+pub(super) struct Raw {
+    file: Arc<RawFile>,
+    /// It is this process's, and locked.
+    claimed: AtomicBool,
+}
 
 /// A file whose bytes are the disk's. Who calls the system himself finds here what to call, and what an answer means.
 #[derive(Debug)]
@@ -32,9 +38,9 @@ pub struct RawFile {
 }
 
 impl Raw {
-    pub(super) fn new(opened: Opened) -> Self {
+    pub(super) fn new(opened: Opened, claimed: bool) -> Self {
         let len = opened.len.into();
-        Self(Arc::new(RawFile { opened, len }))
+        Self { file: Arc::new(RawFile { opened, len }), claimed: claimed.into() }
     }
 
     fn check_write(&self, offset: u64, len: u64) -> Result<(), BlockError> {
@@ -49,11 +55,11 @@ impl Raw {
         // The size is a file's, which the system counts with a sign.
         let (at, count) = (offset.cast_signed(), len.cast_signed());
         loop {
-            match fallocate(&self.0.opened.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, at, count) {
+            match fallocate(&self.file.opened.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, at, count) {
                 Ok(()) => return Ok(true),
                 Err(Errno::EINTR) => {}
                 Err(errno) if RawFile::cant_allocate(errno) => return Ok(false),
-                Err(errno) => return Err(self.0.write_failed(errno)),
+                Err(errno) => return Err(self.file.write_failed(errno)),
             }
         }
     }
@@ -107,43 +113,60 @@ impl RawFile {
 
 impl BlockBackend for Raw {
     fn size(&self) -> u64 {
-        self.0.size()
+        self.file.size()
     }
 
     fn is_read_only(&self) -> bool {
-        self.0.is_read_only()
+        self.file.is_read_only()
     }
 
     fn files(&self) -> &[FileId] {
-        std::slice::from_ref(&self.0.opened.id)
+        std::slice::from_ref(&self.file.opened.id)
     }
 
     fn raw(&self) -> Option<Arc<RawFile>> {
-        Some(self.0.clone())
+        Some(self.file.clone())
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
         check_range(offset, buf.len() as u64, self.size())?;
-        let file = self.0.file_for(buf.as_ptr(), offset, buf.len());
-        let count = read_up_to(file, buf, offset).map_err(|error| self.0.read_failed(error))?;
+        let file = self.file.file_for(buf.as_ptr(), offset, buf.len());
+        let count = read_up_to(file, buf, offset).map_err(|error| self.file.read_failed(error))?;
         if count < buf.len() {
-            self.0.check_end(offset + count as u64)?;
+            self.file.check_end(offset + count as u64)?;
         }
         buf[count..].fill(0);
         Ok(())
     }
 
+    fn extent(&self, offset: u64, len: u64) -> Result<(Extent, u64), BlockError> {
+        check_range(offset, len, self.size())?;
+        let file = &self.file.opened.file;
+        let find = |what| lseek(file, offset.cast_signed(), what).map(|at| at.cast_unsigned().saturating_sub(offset));
+        match find(Whence::SeekData) {
+            // Nothing but a hole behind it; behind the file's end are zeros too.
+            Err(Errno::ENXIO) => Ok((Extent::Zero, len)),
+            Ok(0) => {
+                let hole = find(Whence::SeekHole).ok().filter(|hole| *hole > 0);
+                Ok((Extent::Data, hole.unwrap_or(len).min(len)))
+            }
+            Ok(data) => Ok((Extent::Zero, data.min(len))),
+            // A file system that can't tell, or a block device.
+            Err(_) => Ok((Extent::Data, len)),
+        }
+    }
+
     fn write_at(&self, data: &[u8], offset: u64) -> Result<(), BlockError> {
         self.check_write(offset, data.len() as u64)?;
-        let file = self.0.file_for(data.as_ptr(), offset, data.len());
-        file.write_all_at(data, offset).map_err(|error| self.0.write_failed(error))
+        let file = self.file.file_for(data.as_ptr(), offset, data.len());
+        file.write_all_at(data, offset).map_err(|error| self.file.write_failed(error))
     }
 
     fn flush(&self) -> Result<(), BlockError> {
         if self.is_read_only() {
             return Ok(());
         }
-        self.0.file().sync_data().map_err(|error| self.0.write_failed(error))
+        self.file.file().sync_data().map_err(|error| self.file.write_failed(error))
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError> {
@@ -163,9 +186,30 @@ impl BlockBackend for Raw {
         write_zeros(self, offset, len)
     }
 
+    fn release(&self) -> Result<(), BlockError> {
+        if self.is_read_only() || !self.claimed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.flush()?;
+        unlock(self.file.file(), false).map_err(|problem| self.file.failed(problem))?;
+        self.claimed.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    fn claim(&self) -> Result<(), BlockError> {
+        if self.is_read_only() || self.claimed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let claimed = lock(self.file.file(), false)
+            .and_then(|()| self.file.opened.look_again(self.file.len.load(Ordering::Acquire)));
+        claimed.map_err(|problem| self.file.failed(problem))?;
+        self.claimed.store(true, Ordering::Release);
+        Ok(())
+    }
+
     fn grow(&self, size: u64) -> Result<(), BlockError> {
         check_growth(self, size)?;
-        let resized = self.0.opened.resize(size).map_err(|problem| self.0.failed(problem));
-        resized.map(|()| self.0.len.store(size, Ordering::Release))
+        let resized = self.file.opened.resize(size).map_err(|problem| self.file.failed(problem));
+        resized.map(|()| self.file.len.store(size, Ordering::Release))
     }
 }

@@ -22,12 +22,14 @@ pub struct ImageSpec {
     pub read_only: bool,
     /// It is read and written past the page cache (O_DIRECT), and so are the files that it stands on.
     pub direct: bool,
+    /// Somebody else has it until [`super::BlockBackend::claim`]: it is not locked.
+    pub unclaimed: bool,
 }
 
 impl ImageSpec {
     /// An image that is written, its format told by its name.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), format: None, read_only: false, direct: false }
+        Self { path: path.into(), format: None, read_only: false, direct: false, unclaimed: false }
     }
 
     /// The same, only read: a CD-ROM.

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::{Access, Answer, Deferred, Device};
+use crate::persist::{StateError, States};
 
 /// A claim of `len` addresses from `base`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +52,8 @@ pub struct Bus {
     entries: Vec<Entry>,
     /// The device that is asked for every address that no claim covers.
     rest: Option<usize>,
+    /// No device does anything by itself: none is polled.
+    still: bool,
 }
 
 impl Bus {
@@ -114,8 +117,12 @@ impl Bus {
         }
     }
 
-    /// Polls every device: after a wake-up, and once [`Bus::deadline`] has passed.
+    /// Polls every device: after a wake-up, and once [`Bus::deadline`] has passed. Between [`Bus::is_halted`] and [`Bus::go_on`] it does
+    /// nothing: what comes from outside meanwhile waits.
     pub fn poll(&mut self) {
+        if self.still {
+            return;
+        }
         for index in 0..self.devices.len() {
             self.devices[index].device.poll();
             self.note_deadline(index);
@@ -124,7 +131,7 @@ impl Bus {
 
     /// When [`Bus::poll`] must be called at the latest; none: not before a wake-up.
     pub fn deadline(&self) -> Option<Instant> {
-        self.deadline
+        self.deadline.filter(|_| !self.still)
     }
 
     /// Resets every device.
@@ -133,6 +140,46 @@ impl Bus {
             self.devices[index].device.reset();
             self.note_deadline(index);
         }
+    }
+
+    /// See [`Moves::halt`](crate::persist::Moves::halt).
+    pub fn halt(&mut self) {
+        self.devices.iter_mut().for_each(|slot| slot.device.halt());
+    }
+
+    /// Whether every device is halted, which they are until [`Bus::go_on`] then.
+    pub fn is_halted(&mut self) -> bool {
+        // Each is asked: what one has to do for it needn't wait for another.
+        let moving = self.devices.iter_mut().filter_map(|slot| (!slot.device.is_halted()).then_some(())).count();
+        self.still = moving == 0;
+        self.still
+    }
+
+    /// Why a device can't be moved, if one can't.
+    pub fn blocker(&self) -> Option<String> {
+        self.devices.iter().find_map(|slot| slot.device.blocker())
+    }
+
+    /// See [`Moves::go_on`](crate::persist::Moves::go_on).
+    pub fn go_on(&mut self) {
+        self.still = false;
+        self.devices.iter_mut().for_each(|slot| slot.device.go_on());
+        self.poll();
+    }
+
+    /// Puts every device's state into `states`.
+    pub fn save_into(&self, states: &mut States) {
+        self.devices.iter().for_each(|slot| slot.device.save_into("", states));
+    }
+
+    /// Takes every device's state out of `states`, in the order in which they were put on the bus. They do nothing by themselves until
+    /// [`Bus::go_on`].
+    ///
+    /// # Errors
+    /// See [`StateError`]: some devices have taken theirs.
+    pub fn load(&mut self, states: &mut States) -> Result<(), StateError> {
+        self.still = true;
+        self.devices.iter_mut().try_for_each(|slot| slot.device.load("", states))
     }
 
     fn note_deadline(&mut self, index: usize) {

@@ -13,6 +13,8 @@ mod reply;
 pub use map::{Bus, Claim, MapError};
 pub use reply::{Answer, Deferred, LateAnswer, RequestId, Ticket, Wake};
 
+use crate::persist::{Moves, StateError, States};
+
 /// How an access reached its device.
 #[derive(Clone, Debug)]
 pub struct Access {
@@ -25,7 +27,7 @@ pub struct Access {
 }
 
 /// A device behind a range of ports or of memory.
-pub trait Device: Send {
+pub trait Device: Send + Moves {
     /// The guest reads `access.len` bytes at `offset` from the range's start. Only the low `8 × len` bits of the answer count.
     fn read(&mut self, access: &Access, offset: u64, reply: Deferred<'_>) -> Answer;
 
@@ -65,6 +67,32 @@ impl<D: Device> Device for Arc<Mutex<D>> {
 
     fn reset(&mut self) {
         lock(self).reset();
+    }
+}
+
+impl<D: Moves> Moves for Arc<Mutex<D>> {
+    fn halt(&mut self) {
+        lock(self).halt();
+    }
+
+    fn is_halted(&mut self) -> bool {
+        lock(self).is_halted()
+    }
+
+    fn go_on(&mut self) {
+        lock(self).go_on();
+    }
+
+    fn blocker(&self) -> Option<String> {
+        lock(self).blocker()
+    }
+
+    fn save_into(&self, at: &str, states: &mut States) {
+        lock(self).save_into(at, states);
+    }
+
+    fn load(&mut self, at: &str, states: &mut States) -> Result<(), StateError> {
+        lock(self).load(at, states)
     }
 }
 

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Args, Parser, Subcommand, builder::PossibleValuesParser, builder::TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::PossibleValuesParser, builder::TypedValueParser};
 use tracing::level_filters::LevelFilter;
 
 use super::balloon::BalloonSpec;
@@ -22,6 +22,7 @@ use super::vhost::{AnyDisk, AnyNet, FsSpec};
 use super::vsock::VsockSpec;
 use crate::control::VmName;
 use crate::cpuid::CpuSpec;
+use crate::migrate::Uri;
 use crate::sandbox::SandboxSwitch;
 
 /// Runs VMs whose vCPUs are on the host and whose devices are here, on the SoC.
@@ -134,11 +135,81 @@ pub(super) enum Command {
         /// The memory that it shall have: MiB, or with K, M, G, T
         size: DiskSize,
     },
+    /// Moves a VM's guest to another one that waits for it (run --incoming), live, and shows how it goes
+    #[command(override_usage = "soc-vmm migrate [OPTIONS] <URI> <NAME|--qmp <SOCKET>>")]
+    Migrate {
+        #[command(flatten)]
+        how: MigrateArgs,
+        #[command(flatten)]
+        target: TargetArgs,
+    },
+    /// Keeps a VM's guest in a file, from which run --incoming file:FILE has it go on, and ends the VM
+    #[command(allow_missing_positional = true, override_usage = "soc-vmm save [OPTIONS] <NAME|--qmp <SOCKET>> <FILE>")]
+    Save {
+        #[command(flatten)]
+        target: TargetArgs,
+        /// The file, which isn't there yet
+        file: PathBuf,
+        /// Keep the guest here too, as it was (running) or standing still (paused), which a guest that writes to disks needs
+        #[arg(long, value_name = "running|paused", num_args = 0..=1, require_equals = true, default_missing_value = "running")]
+        keep: Option<Keeps>,
+        /// Return as soon as it has begun
+        #[arg(long)]
+        detach: bool,
+    },
+    /// Ends a move or a save that is under way: the guest stays
+    CancelMigration(TargetArgs),
     /// Functions for programs that may not open them
     #[command(subcommand)]
     Pool(PoolVerb),
     #[command(external_subcommand)]
     Other(Vec<OsString>),
+}
+
+/// What becomes of a guest that is in a file too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Keeps {
+    /// It goes on.
+    Running,
+    /// It stands still until it is resumed.
+    Paused,
+}
+
+/// How a guest is moved.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub struct MigrateArgs {
+    /// Where the other one waits: tcp:HOST:PORT, tls:HOST:PORT or unix:SOCKET; or file:FILE, which keeps the guest
+    pub(super) uri: Uri,
+    /// Connections, 1 to 16
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16), default_value_t = 2)]
+    pub(super) connections: u8,
+    /// Most bytes a second: MiB, or with K, M, G, T [default: no limit]
+    #[arg(long, value_name = "SIZE")]
+    pub(super) bandwidth: Option<DiskSize>,
+    /// Milliseconds that what is left of memory may take while the guest stands still
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(..=2_000_000), default_value_t = 50)]
+    pub(super) downtime: u64,
+    /// Slow a guest down that writes faster than its pages move: on, off
+    #[arg(long, value_name = "on|off", default_value = "on", value_parser = ["on", "off"])]
+    pub(super) auto_converge: String,
+    /// Compress pages
+    #[arg(long)]
+    pub(super) zstd: bool,
+    /// Certificates for tls: ca-cert.pem, client-cert.pem, client-key.pem, which the VM reads
+    #[arg(long, value_name = "DIR")]
+    pub(super) tls_dir: Option<PathBuf>,
+    /// Whom the other one's certificate has to be for [default: HOST]
+    #[arg(long, value_name = "HOST", requires = "tls_dir")]
+    pub(super) tls_hostname: Option<String>,
+    /// Have the guest run there after the first round, and its other pages follow
+    #[arg(long, conflicts_with_all = ["detach", "resume"])]
+    pub(super) postcopy: bool,
+    /// Go on with such a move whose connection broke, as it began
+    #[arg(long, conflicts_with_all = ["connections", "bandwidth", "downtime", "auto_converge", "zstd"])]
+    pub(super) resume: bool,
+    /// Return as soon as it has begun
+    #[arg(long)]
+    pub(super) detach: bool,
 }
 
 /// Which VM.
@@ -166,7 +237,7 @@ pub(super) struct RunArgs {
     /// Host CPU that each vCPU stays on, as 0=4,1=5
     #[arg(long, value_name = "VCPU=CPU,…")]
     pub(super) cpu_affinity: Option<CpuAffinity>,
-    /// RAM: MiB, or with K, M, G; [,hugepages=2M|1G][,node=N] [default: 512M]
+    /// RAM: MiB, or with K, M, G; [,hugepages=2M|1G][,node=N][,prealloc=on] [default: 512M]
     #[arg(long, value_name = "SIZE")]
     pub(super) memory: Option<Memory>,
     /// A NUMA node: [node=N,]memory=SIZE[,cpus=A-B]…[,host=H[,pin=on]]
@@ -237,6 +308,13 @@ pub(super) struct RunArgs {
     /// Whether soc-vmm gives up, before the guest runs, calls that it has no need of: on, off
     #[arg(long, value_name = "on|off", default_value = "off")]
     pub(super) sandbox: SandboxSwitch,
+    /// Take over a guest from elsewhere: tcp:HOST:PORT, tls:HOST:PORT, unix:SOCKET, fd:N, file:FILE, or defer (a monitor says where);
+    /// file:FILE,pages=first: not before all of its pages are read
+    #[arg(long, value_name = "URI")]
+    pub(super) incoming: Option<Uri>,
+    /// Certificates for --incoming tls: ca-cert.pem, server-cert.pem, server-key.pem
+    #[arg(long, value_name = "DIR")]
+    pub(super) tls_dir: Option<PathBuf>,
     /// Don't start the vCPUs
     #[arg(long)]
     pub(super) paused: bool,
@@ -252,8 +330,6 @@ pub(super) struct RunArgs {
 pub(super) struct LaterArgs {
     #[arg(long, hide = true, allow_hyphen_values = true)]
     vfio: Vec<OsString>,
-    #[arg(long, hide = true, allow_hyphen_values = true)]
-    incoming: Vec<OsString>,
     #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "on", allow_hyphen_values = true)]
     tpm: Vec<OsString>,
     #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "on", allow_hyphen_values = true)]
@@ -265,8 +341,7 @@ pub(super) struct LaterArgs {
 impl LaterArgs {
     /// The first one that was given, as it is refused.
     pub(super) fn refusal(&self) -> Option<String> {
-        let later = [("--vfio", &self.vfio), ("--incoming", &self.incoming)];
-        let later = later.map(|(name, values)| (values, format!("{name} is not there yet")));
+        let later = [(&self.vfio, "--vfio is not there yet".to_owned())];
         let never = [
             ("--tpm", &self.tpm, "TPM"),
             ("--secure-boot", &self.secure_boot, "Secure Boot, which needs SMM"),
@@ -278,8 +353,9 @@ impl LaterArgs {
     }
 }
 
-/// Commands of which the interface is fixed and the work isn't there.
-pub(super) const LATER_COMMANDS: [&str; 4] = ["migrate", "cancel-migration", "save", "clone"];
+/// Commands of which the interface is fixed and the work isn't there, and what does it meanwhile.
+pub(super) const LATER_COMMANDS: [(&str, &str); 1] =
+    [("clone", "save --keep NAME FILE, and run --incoming file:FILE with the same options")];
 
 /// The text of a disk or an interface: good by itself, and for the VM to read.
 #[derive(Clone, Debug)]

@@ -11,7 +11,8 @@ use serde_json::json;
 use super::{ExitStatus, Failure, Target, Verb, one_line};
 use crate::control::{CDROM_ID, Counters, RunDir, VmName};
 use crate::devices::CpuReport;
-use crate::qmp::types::{Empty, NewDeviceId, ObjectProperty, OutboardCounter, OutboardVm};
+use crate::migrate::Step;
+use crate::qmp::types::{Empty, NewDeviceId, ObjectProperty, OutboardCounter, OutboardMigration, OutboardVm};
 use crate::qmp::{Add, Client, ClientError, PERIPHERAL, ROOT_PORT};
 
 /// How long a VM may take to greet: it does so whatever else it does, unless it is stopped or starves.
@@ -97,6 +98,15 @@ pub fn perform(verb: &Verb, target: &Target, out: &mut dyn Write) -> Result<(), 
         Verb::Balloon(size) => {
             let arguments = json!({ "value": size });
             return client.execute_with::<Empty>("balloon", &arguments).map(drop).map_err(failed);
+        }
+        Verb::Migrate(ref args) => {
+            return super::migrate::migrate(&mut client, args, &shown, out).map_err(|e| e.failure(failed));
+        }
+        Verb::Save { ref file, keep, detach } => {
+            return super::migrate::save(&mut client, file, keep, detach, &shown, out).map_err(|e| e.failure(failed));
+        }
+        Verb::CancelMigration => {
+            return super::migrate::cancel(&mut client, &shown).map_err(|e| e.failure(failed));
         }
         Verb::AddCpu => {
             let added: NewDeviceId = client.execute("x-outboard-add-cpu").map_err(failed)?;
@@ -284,7 +294,7 @@ fn without_scheme(path: &Path) -> PathBuf {
 }
 
 /// A reader that has gone is no failure of ours.
-fn written(result: io::Result<()>) -> Result<(), Failure> {
+pub(super) fn written(result: io::Result<()>) -> Result<(), Failure> {
     match result {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
             Err(Failure::of(ExitStatus::Unavailable, "standard output", &e))
@@ -305,6 +315,9 @@ fn write_status(out: &mut dyn Write, vm: &OutboardVm, devices: &[DeviceShown]) -
     let plural = if vm.cpus == 1 { "" } else { "s" };
     let (name, status, cpus, memory, function, pid) = row(vm);
     writeln!(out, "{name}: {status} ({cpus} vCPU{plural}, {memory}, function {function}, pid {pid})")?;
+    if let Some(migration) = &vm.migration {
+        writeln!(out, "  {}", shown_migration(migration))?;
+    }
     devices.iter().try_for_each(|device| writeln!(out, "  {} ({})", one_line(&device.id), one_line(&device.driver)))
 }
 
@@ -326,6 +339,19 @@ fn write_table(out: &mut dyn Write, vms: &[OutboardVm], silent: &[String]) -> io
 fn row(vm: &OutboardVm) -> (String, String, u16, String, String, u32) {
     // Whatever answered may say anything.
     (one_line(&vm.name), vm.status.to_string(), vm.cpus, shown_size(vm.memory), one_line(&vm.function), vm.pid)
+}
+
+fn shown_migration(migration: &OutboardMigration) -> String {
+    let OutboardMigration { status, error_desc, remaining, total } = migration;
+    let mebibytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let left = match total {
+        // Nobody knows yet what comes, or cares any more.
+        _ if *status == Step::Failed => String::new(),
+        0 => String::new(),
+        total => format!(", {:.1} MiB left of {:.1}", mebibytes(*remaining), mebibytes(*total)),
+    };
+    let why = error_desc.as_ref().map_or(String::new(), |why| format!(": {}", one_line(why)));
+    format!("migration {status}{left}{why}")
 }
 
 /// Bytes as `--memory` takes them, in the largest unit that divides them.
@@ -476,7 +502,15 @@ mod tests {
             memory: 1 << 30,
             function: "local\r\u{7f}".into(),
             pid: 7,
+            migration: None,
         };
+        let migration = OutboardMigration {
+            status: crate::migrate::Step::PostcopyPaused,
+            error_desc: Some("it\nbroke\u{2028}\u{1b}[2J".into()),
+            remaining: 3 << 19,
+            total: 1 << 30,
+        };
+        let moving = OutboardVm { migration: Some(migration), ..vm.clone() };
         let shown = |write: &dyn Fn(&mut Vec<u8>) -> io::Result<()>| {
             let mut out = Vec::new();
             write(&mut out).unwrap();
@@ -487,6 +521,9 @@ mod tests {
         let devices = ["disk0\u{7}", "net0"].map(|id| DeviceShown { id: id.into(), driver: "virtio\n".into() });
         assert_eq!(shown(&|out| write_status(out, &vm, &[])).lines().count(), 1);
         assert_eq!(shown(&|out| write_status(out, &vm, &devices)).lines().count(), 3);
+        let told = shown(&|out| write_status(out, &moving, &[]));
+        assert!(told.contains("\n  migration postcopy-paused, 1.5 MiB left of 1024.0: it broke"), "{told}");
+        assert_eq!(told.lines().count(), 2);
         assert_eq!(shown(&|out| write_table(out, std::slice::from_ref(&vm), &[])).lines().count(), 2);
         let json = shown(&|out| write_json(out, &vm));
         assert_eq!(json.lines().count(), 1);

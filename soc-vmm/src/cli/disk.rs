@@ -82,6 +82,7 @@ impl FromStr for DiskSpec {
             format: options.word("format", &formats)?,
             read_only: options.word("readonly", &[("on", true), ("off", false)])?.unwrap_or(false),
             direct,
+            unclaimed: false,
         };
         let errors = [("report", OnError::Report), ("stop", OnError::Stop), ("ignore", OnError::Ignore)];
         let write_errors = [&errors[..], &[("enospc", OnError::Enospc)]].concat();

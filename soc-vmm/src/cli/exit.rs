@@ -143,10 +143,15 @@ pub(crate) fn one_line(text: &str) -> String {
             line.push(' ');
         }
         for c in word.chars() {
-            if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
+            if c.is_control() || is_format(c) { line.extend(c.escape_default()) } else { line.push(c) }
         }
     }
     line
+}
+
+/// Whether it ends a line or turns the direction of what follows (Unicode's LS, PS, and bidirectional controls, UAX #9 §2).
+fn is_format(c: char) -> bool {
+    matches!(c, '\u{200e}' | '\u{200f}' | '\u{061c}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 #[cfg(test)]

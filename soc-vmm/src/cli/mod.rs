@@ -9,6 +9,7 @@ mod disk;
 mod entropy;
 mod exit;
 mod iommu;
+mod migrate;
 mod net;
 mod numa;
 mod pool;
@@ -29,12 +30,14 @@ use args::{CommandLine, LATER_COMMANDS, RunArgs, TargetArgs};
 use crate::boot::BootSource;
 use crate::control::VmName;
 use crate::cpuid::{CpuSpec, Topology};
+use crate::migrate::Uri;
 use crate::numa::NodeSpec;
 use crate::qemu::small::{ActionOption, BootOption, FwCfgFile, RtcBase};
 use crate::qemu::{self, Hardware, Probe};
 use crate::sandbox::SandboxSpec;
 use crate::smbios::SystemNames;
 
+pub use args::{Keeps, MigrateArgs};
 pub use balloon::BalloonSpec;
 pub use channel::ChannelSpec;
 pub use client::{list, perform, print};
@@ -120,6 +123,19 @@ pub enum Verb {
     },
     /// `balloon`: bytes that the guest shall have.
     Balloon(u64),
+    /// `migrate`.
+    Migrate(Box<MigrateArgs>),
+    /// `save`.
+    Save {
+        /// Where to.
+        file: PathBuf,
+        /// What becomes of the guest here; none: the VM ends.
+        keep: Option<Keeps>,
+        /// Return as soon as it has begun.
+        detach: bool,
+    },
+    /// `cancel-migration`.
+    CancelMigration,
     /// `insert`.
     Insert {
         /// The medium's image.
@@ -191,6 +207,10 @@ pub struct RunConfig {
     pub sandbox: Option<SandboxSpec>,
     /// Don't start the vCPUs.
     pub paused: bool,
+    /// Where its guest comes from; none: it is a new one.
+    pub incoming: Option<Uri>,
+    /// The certificates for that, if they are needed.
+    pub tls_dir: Option<PathBuf>,
     /// What to log.
     pub log: LevelFilter,
     /// What the machine is told of itself.
@@ -298,15 +318,22 @@ impl Invocation {
             Command::AddNet { name, spec } => Self::Perform(Verb::AddNet(spec.0), Target::Name(name)),
             Command::Resize { name, id, size } => Self::Perform(Verb::Resize { id, size: size.0 }, Target::Name(name)),
             Command::Balloon { name, size } => Self::Perform(Verb::Balloon(size.0), Target::Name(name)),
+            Command::Migrate { how, target } => {
+                check_tls(Some(&how.uri), how.tls_dir.is_some(), "")?;
+                Self::Perform(Verb::Migrate(Box::new(how)), target.into())
+            }
+            Command::Save { target, file, keep, detach } => {
+                Self::Perform(Verb::Save { file, keep, detach }, target.into())
+            }
+            Command::CancelMigration(target) => Self::Perform(Verb::CancelMigration, target.into()),
             Command::AddCpu { name } => Self::Perform(Verb::AddCpu, Target::Name(name)),
             Command::Remove { name, id } => Self::Perform(Verb::Remove { id }, Target::Name(name)),
             Command::Quit(target) => Self::Perform(Verb::Quit, target.into()),
             Command::Other(words) => {
                 let name = words.first().map(|word| word.to_string_lossy()).unwrap_or_default();
-                return usage(if LATER_COMMANDS.contains(&&*name) {
-                    format!("{name} is not there yet")
-                } else {
-                    format!("there is no command '{name}'; see soc-vmm --help")
+                return usage(match LATER_COMMANDS.iter().find(|(later, _)| *later == name) {
+                    Some((_, meanwhile)) => format!("{name} is not there yet: take {meanwhile}"),
+                    None => format!("there is no command '{name}'; see soc-vmm --help"),
                 });
             }
         })
@@ -318,6 +345,7 @@ impl RunConfig {
         if let Some(line) = args.later.refusal() {
             return usage(line);
         }
+        check_tls(args.incoming.as_ref(), args.tls_dir.is_some(), "--incoming ")?;
         // What is said of a vCPU is said of those that can come too.
         let cpus = args.cpus.topology.cpus() as u16;
         let cpu_affinity = args.cpu_affinity.unwrap_or_default();
@@ -388,11 +416,24 @@ impl RunConfig {
             function: args.function,
             sandbox: args.sandbox.0,
             paused: args.paused,
+            incoming: args.incoming,
+            tls_dir: args.tls_dir,
             log: args.log,
             machine: MachineConfig::default(),
             process: ProcessConfig::default(),
             hardware: None,
         })
+    }
+}
+
+/// Whether certificates are there where they are needed, and nowhere else.
+fn check_tls(uri: Option<&Uri>, has_dir: bool, option: &str) -> Result<(), Failure> {
+    match (uri, has_dir) {
+        (Some(uri @ Uri::Tls(..)), false) => {
+            usage(format!("{option}{uri} needs certificates: say where they are by --tls-dir DIR"))
+        }
+        (Some(Uri::Tls(..)), true) | (_, false) => Ok(()),
+        (_, true) => usage(format!("--tls-dir is for {option}tls:HOST:PORT")),
     }
 }
 

@@ -88,16 +88,30 @@ fn everything_at_once() {
 }
 
 #[test]
-fn what_is_not_there_yet_is_refused_by_name() {
-    for option in ["--vfio", "--incoming"] {
-        let line = refusal(&["run", "--kernel", "k", option, "-x"]);
-        assert_eq!(line, format!("{option} is not there yet"));
+fn a_guest_is_kept_by_the_name_or_the_socket_of_its_vm() {
+    let saved = |line: &[&str]| match parse(&[&["save"], line].concat()) {
+        Ok(Invocation::Perform(Verb::Save { file, keep, detach: false }, target)) => (target, file, keep),
+        other => panic!("{line:?} gives {other:?}"),
+    };
+    let named = || Target::Name("web".parse().unwrap());
+    assert_eq!(saved(&["web", "f"]), (named(), "f".into(), None));
+    assert_eq!(saved(&["web", "f", "--keep"]), (named(), "f".into(), Some(Keeps::Running)));
+    assert_eq!(saved(&["--keep", "web", "f"]), (named(), "f".into(), Some(Keeps::Running)));
+    assert_eq!(saved(&["web", "f", "--keep=paused"]), (named(), "f".into(), Some(Keeps::Paused)));
+    assert_eq!(saved(&["f", "--qmp", "s"]), (Target::Socket("s".into()), "f".into(), None));
+    for line in [&["save"][..], &["save", "f"], &["save", "web", "f", "--keep=off"]] {
+        refusal(line);
     }
+}
+
+#[test]
+fn what_is_not_there_yet_is_refused_by_name() {
+    assert_eq!(refusal(&["run", "--kernel", "k", "--vfio", "-x"]), "--vfio is not there yet");
     for (option, what) in [("--tpm", "TPM"), ("--secure-boot=on", "Secure Boot"), ("--smm", "System Management Mode")] {
         assert!(refusal(&["run", "--firmware", "f", option]).contains(&format!("has no {what}")), "{option}");
     }
-    for command in LATER_COMMANDS {
-        assert_eq!(refusal(&[command, "a", "--b"]), format!("{command} is not there yet"));
+    for (command, meanwhile) in LATER_COMMANDS {
+        assert_eq!(refusal(&[command, "a", "--b"]), format!("{command} is not there yet: take {meanwhile}"));
     }
     // QEMU's way of writing.
     for (first, said) in [

@@ -27,12 +27,14 @@ pub struct Memory {
     pub hugepages: Option<HugePages>,
     /// NUMA node of the host.
     pub node: Option<u16>,
+    /// All of it is taken before the guest starts, and not as it is touched. Huge pages and what a function pins are, anyway.
+    pub prealloc: bool,
 }
 
 impl Default for Memory {
     /// 512 MiB.
     fn default() -> Self {
-        Self { size: 512 << 20, hugepages: None, node: None }
+        Self { size: 512 << 20, hugepages: None, node: None, prealloc: false }
     }
 }
 
@@ -60,7 +62,8 @@ impl FromStr for Memory {
 
     fn from_str(s: &str) -> Result<Self, ValueError> {
         let (size, options) = s.split_once(',').map_or((s, None), |(size, options)| (size, Some(options)));
-        let mut memory = Self { size: parse_size(size)?, hugepages: None, node: None };
+        let mut memory = Self { size: parse_size(size)?, ..Self::default() };
+        let mut prealloc = None;
         for option in options.into_iter().flat_map(|options| options.split(',')) {
             match option.split_once('=') {
                 Some(("hugepages", "2M")) if memory.hugepages.is_none() => memory.hugepages = Some(HugePages::Size2M),
@@ -72,9 +75,15 @@ impl FromStr for Memory {
                     Ok(node) => memory.node = Some(node),
                     Err(_) => return wrong(format!("node={node}: a NUMA node is a number")),
                 },
-                _ => return wrong(format!("'{option}': write SIZE[,hugepages=2M|1G][,node=N], each once")),
+                Some(("prealloc", "on")) if prealloc.is_none() => prealloc = Some(true),
+                Some(("prealloc", "off")) if prealloc.is_none() => prealloc = Some(false),
+                _ => {
+                    let all = "SIZE[,hugepages=2M|1G][,node=N][,prealloc=on|off]";
+                    return wrong(format!("'{option}': write {all}, each once"));
+                }
             }
         }
+        memory.prealloc = prealloc.unwrap_or_default();
         let page = memory.hugepages.map_or(4 << 10, HugePages::size);
         if !memory.size.is_multiple_of(page) {
             return wrong(format!("{} bytes are not whole pages of {page} bytes", memory.size));
@@ -356,6 +365,17 @@ mod tests {
             "18446744073709551615",
         ] {
             assert_eq!(memory(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn memory_that_is_taken_at_once() {
+        let prealloc = |s: &str| s.parse::<Memory>().ok().map(|memory| memory.prealloc);
+        assert_eq!(prealloc("1G"), Some(false));
+        assert_eq!(prealloc("1G,prealloc=on,node=0"), Some(true));
+        assert_eq!(prealloc("1G,prealloc=off"), Some(false));
+        for bad in ["1G,prealloc", "1G,prealloc=yes", "1G,prealloc=on,prealloc=on", "1G,prealloc=off,prealloc=on"] {
+            assert_eq!(prealloc(bad), None, "{bad}");
         }
     }
 

@@ -1,7 +1,6 @@
 //! The CD-ROM drive of a VM, as its monitors reach it: once the machine is built, from any thread.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::SystemTime;
 
 use tokio::sync::broadcast::WeakSender;
 
@@ -65,7 +64,7 @@ impl TrayListener for Tray {
         let kind = EventKind::DeviceTrayMoved { device: "", id: self.1.clone(), tray_open: open };
         if let Some(events) = self.0.upgrade() {
             // An error says that no monitor listens.
-            let _ = events.send(Event { kind, at: SystemTime::now() });
+            let _ = events.send(Event::now(kind));
         }
     }
 }

@@ -1,7 +1,6 @@
 //! A VM's processors, as its monitors reach them: once the machine is built, from any thread.
 
 use std::sync::{Arc, OnceLock};
-use std::time::SystemTime;
 
 use tokio::sync::broadcast::WeakSender;
 
@@ -31,7 +30,7 @@ impl Teller {
     fn tell(&self, kind: EventKind) {
         if let Some(events) = self.0.upgrade() {
             // An error says that no monitor listens.
-            let _ = events.send(Event { kind, at: SystemTime::now() });
+            let _ = events.send(Event::now(kind));
         }
     }
 }

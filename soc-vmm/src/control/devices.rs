@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::broadcast::WeakSender;
@@ -42,7 +42,7 @@ impl DeviceEvents {
     }
 
     fn tell(&self, name: &'static str, device: &str, kind: EventKind) {
-        let event = Event { kind, at: SystemTime::now() };
+        let event = Event::now(kind);
         let key = (name, device.to_owned());
         match self.held.lock().unwrap_or_else(PoisonError::into_inner).entry(key.clone()) {
             Entry::Occupied(mut held) => {
@@ -94,7 +94,7 @@ impl DiskErrorListener for DeviceEvents {
             reason,
         };
         if action == ErrorAction::Stop {
-            self.send(Event { kind, at: SystemTime::now() });
+            self.send(Event::now(kind));
         } else {
             self.tell("BLOCK_IO_ERROR", &disk, kind);
         }

@@ -1,17 +1,48 @@
 //! What happened to a VM, as every monitor hears it.
 
-use std::time::SystemTime;
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::time::{Duration, SystemTime};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::jobs::JobStatus;
+use crate::migrate::Step;
+
 /// An event and when it happened.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Event {
     /// What happened.
     pub kind: EventKind,
     /// When, by the SoC's clock.
     pub at: SystemTime,
+    /// Goes with the last monitor's copy.
+    _heard: Option<SyncSender<()>>,
+}
+
+impl Event {
+    /// That happens now.
+    pub fn now(kind: EventKind) -> Self {
+        Self { kind, at: SystemTime::now(), _heard: None }
+    }
+
+    /// The same, and what tells when every monitor has been sent it.
+    pub fn now_heard(kind: EventKind) -> (Self, Heard) {
+        let (heard, waits) = mpsc::sync_channel(0);
+        (Self { _heard: Some(heard), ..Self::now(kind) }, Heard(waits))
+    }
+}
+
+/// Tells when every monitor has been sent an event.
+#[derive(Debug)]
+pub struct Heard(Receiver<()>);
+
+impl Heard {
+    /// Waits for that, for `limit` at most: one that doesn't listen holds nobody up for longer.
+    pub fn wait(&self, limit: Duration) {
+        // Nothing is ever sent: the last sender goes.
+        _ = self.0.recv_timeout(limit);
+    }
 }
 
 /// QMP events of a VM's life, with their QAPI names and data.
@@ -98,11 +129,71 @@ pub enum EventKind {
         /// What.
         info: AcpiOstInfo,
     },
+    /// A migration went on.
+    Migration {
+        /// Where it is now.
+        status: Step,
+    },
+    /// A migration looked at what was written.
+    MigrationPass {
+        /// How often it has.
+        pass: i64,
+    },
+    /// A job went on.
+    JobStatusChange {
+        /// Which.
+        id: String,
+        /// To where.
+        status: JobStatus,
+    },
+    /// A copy is the same as its disk.
+    BlockJobReady(BlockJobFigures),
+    /// A job has done what it should, or failed.
+    BlockJobCompleted {
+        /// Which, and how far it came.
+        #[serde(flatten)]
+        job: BlockJobFigures,
+        /// Why it failed, if it did.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    },
+    /// Somebody has ended a job.
+    BlockJobCancelled(BlockJobFigures),
+    /// A disk failed under a job.
+    BlockJobError {
+        /// The job.
+        device: String,
+        /// What was asked of the disk.
+        operation: IoOperation,
+        /// What became of it: the job fails.
+        action: IoAction,
+    },
+    /// An export is no more.
+    BlockExportDeleted {
+        /// Its id.
+        id: String,
+    },
     /// The guest's kernel panicked, and another one takes over.
     GuestCrashloaded {
         /// What becomes of the VM.
         action: CrashAction,
     },
+}
+
+/// A job and how far it came, as QMP's events of block jobs have it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct BlockJobFigures {
+    /// `mirror`.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// Its id.
+    pub device: String,
+    /// Bytes that are to be done.
+    pub len: u64,
+    /// Bytes that are done.
+    pub offset: u64,
+    /// Bytes a second at most; 0: no limit.
+    pub speed: u64,
 }
 
 /// QMP `IoOperationType`.

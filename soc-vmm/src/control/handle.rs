@@ -1,7 +1,6 @@
 //! How the rest of soc-vmm asks a VM for things.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
@@ -16,6 +15,9 @@ use crate::chardev::Chardevs;
 use crate::cpuid::HostCpu;
 use crate::cpus::CpusHandle;
 use crate::fds::Fds;
+use crate::jobs::Jobs;
+use crate::migrate::Migration;
+use crate::nbd::Exports;
 use crate::slots::SlotsHandle;
 
 /// Asks one VM for things. Cheap to clone.
@@ -30,6 +32,9 @@ pub struct VmHandle {
     pub(super) slots: SlotsPlace,
     pub(super) cpus: CpusPlace,
     pub(super) host: HostPlace,
+    pub(super) migration: Arc<Migration>,
+    pub(super) jobs: Arc<Jobs>,
+    pub(super) exports: Arc<Exports>,
     pub(super) built: watch::Receiver<bool>,
     /// Says at once that the VM is to end; commands have their turn.
     pub(super) quits: watch::Sender<Option<ShutdownCause>>,
@@ -59,8 +64,7 @@ impl VmHandle {
     pub fn port_deleted(&self, id: &str) {
         self.chardevs.release(id);
         let path = format!("/machine/peripheral/{id}");
-        let event =
-            Event { kind: EventKind::DeviceDeleted { device: Some(id.to_owned()), path }, at: SystemTime::now() };
+        let event = Event::now(EventKind::DeviceDeleted { device: Some(id.to_owned()), path });
         if let Some(events) = self.events.upgrade() {
             // An error says that no monitor listens.
             let _ = events.send(event);
@@ -105,6 +109,21 @@ impl VmHandle {
     /// The host's processor; none: there is no host, or it was not asked yet.
     pub fn host(&self) -> Option<&HostCpu> {
         self.host.get()
+    }
+
+    /// Its way elsewhere, or here from elsewhere.
+    pub fn migration(&self) -> &Arc<Migration> {
+        &self.migration
+    }
+
+    /// The jobs on its disks.
+    pub fn jobs(&self) -> &Arc<Jobs> {
+        &self.jobs
+    }
+
+    /// The disks that it shows to others.
+    pub fn exports(&self) -> &Arc<Exports> {
+        &self.exports
     }
 
     /// The threads that stand for its vCPUs here.

@@ -17,6 +17,10 @@ use serde::{Deserialize, Serialize};
 ///          the upper four  └──▶ internal-error ───┘
 /// ```
 ///
+/// A VM that waits for a guest from elsewhere goes from prelaunch to inmigrate, and from there to what the guest was. One whose guest
+/// leaves goes from whatever it is to finish-migrate, and from there to postmigrate, or back; `cont` after that is for who knows that
+/// the guest runs nowhere else.
+///
 /// Besides, a VM that doesn't run can still power off or fail: the access that asks for it may be the last one served
 /// before the pause, and a function can vanish at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -38,11 +42,17 @@ pub enum RunState {
     IoError,
     /// The guest reported its own panic.
     GuestPanicked,
+    /// Waits for a guest from elsewhere.
+    Inmigrate,
+    /// The guest stands still on its way elsewhere.
+    FinishMigrate,
+    /// The guest is elsewhere.
+    Postmigrate,
 }
 
 impl RunState {
     /// Every state.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::Prelaunch,
         Self::Running,
         Self::Paused,
@@ -51,6 +61,9 @@ impl RunState {
         Self::InternalError,
         Self::IoError,
         Self::GuestPanicked,
+        Self::Inmigrate,
+        Self::FinishMigrate,
+        Self::Postmigrate,
     ];
 
     /// Whether the vCPUs run.
@@ -65,11 +78,17 @@ impl RunState {
 
     /// Whether `next` may follow. A state does not follow itself.
     pub fn may_become(self, next: Self) -> bool {
-        use RunState::{GuestPanicked, InternalError, IoError, Paused, Prelaunch, Running, Shutdown, Suspended};
+        use RunState::{
+            FinishMigrate, GuestPanicked, Inmigrate, InternalError, IoError, Paused, Postmigrate, Prelaunch, Running,
+            Shutdown, Suspended,
+        };
         match next {
-            Prelaunch => !matches!(self, Prelaunch | Running),
-            Running => matches!(self, Prelaunch | Paused | Suspended | IoError | GuestPanicked),
-            Paused | Suspended | IoError | GuestPanicked => self == Running,
+            Prelaunch => !matches!(self, Prelaunch | Running | Inmigrate),
+            Running => !matches!(self, Running | Shutdown | InternalError),
+            Paused | Suspended | IoError | GuestPanicked => matches!(self, Running | Inmigrate | FinishMigrate),
+            Inmigrate => self == Prelaunch,
+            FinishMigrate => !matches!(self, Inmigrate | FinishMigrate | Shutdown | InternalError),
+            Postmigrate => self == FinishMigrate,
             Shutdown => !matches!(self, Shutdown | InternalError),
             InternalError => self != InternalError,
         }
@@ -91,7 +110,19 @@ mod tests {
         let names: Vec<String> = RunState::ALL.iter().map(ToString::to_string).collect();
         assert_eq!(
             names,
-            ["prelaunch", "running", "paused", "suspended", "shutdown", "internal-error", "io-error", "guest-panicked"]
+            [
+                "prelaunch",
+                "running",
+                "paused",
+                "suspended",
+                "shutdown",
+                "internal-error",
+                "io-error",
+                "guest-panicked",
+                "inmigrate",
+                "finish-migrate",
+                "postmigrate"
+            ]
         );
     }
 

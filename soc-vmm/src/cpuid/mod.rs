@@ -6,6 +6,7 @@
 
 use api_channel::call::CpuidEntry;
 
+mod compare;
 mod feature;
 mod host;
 mod hyperv;
@@ -15,6 +16,7 @@ mod spec;
 mod topology;
 mod words;
 
+pub use compare::difference;
 pub use feature::NameError;
 pub use host::{HostCpu, ModelDefinition, ModelExpansion};
 pub use hyperv::{Enlightenments, HypervSpec};

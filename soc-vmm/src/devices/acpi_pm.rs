@@ -4,21 +4,21 @@
 //! The PM timer derives from the host's TSC at the guest's access, never from the SoC's clock: a guest that measures one against
 //! the other sees no drift. Only its overflow interrupt, which nobody's access triggers, is timed by the SoC.
 
+mod state;
 mod timer;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
-
-use serde::{Deserialize, Serialize};
+use std::time::Instant;
 
 use super::wire::Wire;
-use super::{Clock, Persist, Ranges, RestoreError, bytes, check, claim};
+use super::{Clock, Ranges, bytes, claim};
 use crate::bus::{Access, Answer, Deferred, Device, Wake};
 use crate::interrupt::InterruptLine;
 use crate::power::{PowerEvent, PowerSink};
-use timer::PmTimer;
+use timer::{PmTimer, Reading};
 
+pub use state::{AcpiPmState, AcpiWaiting, TscMoment};
 pub use timer::PmTimerWidth;
 
 /// First port of the block.
@@ -90,6 +90,10 @@ const SMI_ENABLE_VALUE: u64 = 1 << 5;
 pub struct AcpiPm {
     registers: Registers,
     timer: PmTimer,
+    /// The host's TSC at the last access.
+    seen: Option<Reading>,
+    /// The timer as it was on the host that the guest came from, until the first access tells this host's TSC.
+    before: Option<Before>,
     deadline: Option<Instant>,
     pending: Arc<Pending>,
     clock: Arc<dyn Clock>,
@@ -98,44 +102,20 @@ pub struct AcpiPm {
     sleep: Sleep,
 }
 
+/// A PM timer that another host's TSC drove.
+#[derive(Clone, Copy, Debug)]
+struct Before {
+    tsc: Reading,
+    tsc_khz: u64,
+    offset: u64,
+}
+
 /// Whether the guest can sleep in S3, and whether it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sleep {
     Never,
     Awake,
     Asleep,
-}
-
-/// Saved state of an [`AcpiPm`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AcpiPmState {
-    /// PM1 status.
-    pub status: u16,
-    /// PM1 enable.
-    pub enable: u16,
-    /// PM1 control.
-    pub control: u16,
-    /// GPE0 status.
-    pub gpe_status: u64,
-    /// GPE0 enable.
-    pub gpe_enable: u64,
-    /// Ports 0xb2 and 0xb3.
-    pub apm: [u8; 2],
-    /// The host's TSC rate under which `timer_offset` holds, in kHz.
-    pub tsc_khz: u64,
-    /// The PM timer's count at host TSC 0 (modulo 2⁶⁴).
-    pub timer_offset: u64,
-    /// The count (modulo 2⁶⁴) at which the timer's status bit is set next; none before the first access.
-    pub timer_carry: Option<u64>,
-    /// ns until the overflow interrupt, where it is enabled.
-    pub carry_in: Option<u64>,
-}
-
-impl AcpiPmState {
-    /// The PM timer's count when this state's host had the TSC `host_tsc`: what [`AcpiPm::set_timer`] wants on another host.
-    pub fn timer_at(&self, host_tsc: u64) -> u64 {
-        timer::ticks(host_tsc, self.tsc_khz).wrapping_add(self.timer_offset)
-    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -218,19 +198,25 @@ impl AcpiPm {
         let timer = PmTimer::new(tsc_khz.max(1), width);
         let registers = Registers::default();
         let sci = Wire::new(sci);
-        (Self { registers, timer, deadline: None, pending, clock, power, sci, sleep: Sleep::Never }, handle)
+        let pm = Self {
+            registers,
+            timer,
+            seen: None,
+            before: None,
+            deadline: None,
+            pending,
+            clock,
+            power,
+            sci,
+            sleep: Sleep::Never,
+        };
+        (pm, handle)
     }
 
     /// The same, where the guest may suspend to RAM: who takes [`PowerEvent::Suspend`] can bring it back.
     #[must_use]
     pub fn with_sleep(self) -> Self {
         Self { sleep: Sleep::Awake, ..self }
-    }
-
-    /// Makes the PM timer show `count` at host TSC `host_tsc`: after a restore on a host whose TSC is another.
-    pub fn set_timer(&mut self, count: u64, host_tsc: u64) {
-        self.timer.set(count, host_tsc);
-        self.update(host_tsc);
     }
 
     fn read_register(&self, offset: u64, timer: u32) -> u8 {
@@ -312,8 +298,13 @@ impl AcpiPm {
         self.registers.enable & !self.registers.status & event::TIMER != 0
     }
 
-    /// Brings the timer's status bit up to `host_tsc`.
+    /// Brings the timer up to `host_tsc`, and its status bit.
     fn observe(&mut self, host_tsc: u64) {
+        let now = self.clock.monotonic();
+        if let Some(Before { tsc, tsc_khz, offset }) = self.before.take() {
+            self.timer.set(timer::ticks(tsc.at(now, tsc_khz), tsc_khz).wrapping_add(offset), host_tsc);
+        }
+        self.seen = Some(Reading { tsc: host_tsc, when: now });
         if self.timer.carried(host_tsc) {
             self.registers.status |= event::TIMER;
             self.deadline = None;
@@ -376,43 +367,5 @@ impl Device for AcpiPm {
             self.sleep = Sleep::Awake;
         }
         self.sci.set(false);
-    }
-}
-
-impl Persist for AcpiPm {
-    type State = AcpiPmState;
-
-    fn save(&self) -> AcpiPmState {
-        let registers = self.registers;
-        let now = self.clock.monotonic();
-        AcpiPmState {
-            status: registers.status,
-            enable: registers.enable,
-            control: registers.control,
-            gpe_status: registers.gpe_status,
-            gpe_enable: registers.gpe_enable,
-            apm: registers.apm,
-            tsc_khz: self.timer.tsc_khz(),
-            timer_offset: self.timer.offset(),
-            timer_carry: self.timer.next_carry(),
-            // The longest wait is the timer's range, twenty minutes: it fits.
-            carry_in: self.deadline.map(|deadline| deadline.saturating_duration_since(now).as_nanos() as u64),
-        }
-    }
-
-    /// Goes on with the host TSC of the state's host; on another one [`AcpiPm::set_timer`] follows.
-    fn restore(&mut self, state: &AcpiPmState) -> Result<(), RestoreError> {
-        let ok = |condition, what| check(condition, "acpi pm", what);
-        ok(state.enable & !event::ENABLES == 0, "PM1 enable has reserved bits")?;
-        ok(state.control & !control::KEPT == 0, "PM1 control has reserved bits")?;
-        let longest = self.timer.longest_wait();
-        ok(state.carry_in.is_none_or(|ns| Duration::from_nanos(ns) <= longest), "the timer overflows too late")?;
-        let AcpiPmState { status, enable, control, gpe_status, gpe_enable, apm, .. } = *state;
-        self.registers = Registers { status, enable, control, gpe_status, gpe_enable, apm };
-        self.timer.restore(state.timer_offset, state.timer_carry);
-        let now = self.clock.monotonic();
-        self.deadline = state.carry_in.filter(|_| self.wants_carry()).map(|ns| now + Duration::from_nanos(ns));
-        self.sci.force(self.registers.sci());
-        Ok(())
     }
 }

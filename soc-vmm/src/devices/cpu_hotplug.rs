@@ -153,6 +153,10 @@ impl Cpu {
         self.standing == Standing::Present
     }
 
+    fn is_absent(&self) -> bool {
+        self.standing == Standing::Absent
+    }
+
     fn eject(&mut self) {
         *self = Self { standing: Standing::Ejected, source: self.source, reports: self.reports, ..Self::default() };
     }
@@ -176,7 +180,7 @@ impl CpuHotplugHandle {
     /// Puts an absent processor in, and tells the guest; whether it was absent.
     pub fn insert(&self, cpu: usize) -> bool {
         let is_there = |cpu: &mut Cpu| {
-            let is_absent = cpu.standing == Standing::Absent;
+            let is_absent = cpu.is_absent();
             if is_absent {
                 *cpu = Cpu { inserting: true, ..Cpu::present() };
             }
@@ -338,6 +342,7 @@ impl Device for CpuHotplug {
 }
 
 impl Persist for CpuHotplug {
+    const NAME: &'static str = "cpu-hotplug";
     type State = CpuHotplugState;
 
     fn save(&self) -> CpuHotplugState {
@@ -352,8 +357,23 @@ impl Persist for CpuHotplug {
         let is_told = |cpu: &Cpu| cpu.inserting || cpu.removing || cpu.asked_out;
         ok(state.cpus.iter().all(|cpu| cpu.is_present() || !is_told(cpu)), "something happens to an absent processor")?;
         ok(state.cpus.iter().all(|cpu| cpu.reports <= REPORTS), "a guest may report too often")?;
+        let mut cpus = lock(&self.cpus);
+        let pairs = || state.cpus.iter().zip(cpus.iter()).enumerate();
+        let lacks = |(_, (there, here)): &(usize, (&Cpu, &Cpu))| there.is_present() && !here.is_present();
+        if let Some((cpu, _)) = pairs().find(lacks) {
+            return Err(differs(cpu, "is there at the source, and not here: put it into this VM too"));
+        }
+        let exceeds = |(_, (there, here)): &(usize, (&Cpu, &Cpu))| here.is_present() && there.is_absent();
+        if let Some((cpu, _)) = pairs().find(exceeds) {
+            return Err(differs(cpu, "is here, and not at the source: start this VM without it"));
+        }
+        for (here, there) in cpus.iter_mut().zip(&state.cpus) {
+            // One that the guest has just ejected, and that this VM was not given any more, is parked already.
+            let gone = there.standing == Standing::Ejected && here.is_absent();
+            *here = if gone { Cpu { standing: Standing::Absent, ..*there } } else { *there };
+        }
+        drop(cpus);
         (self.selector, self.command) = (state.selector, state.command);
-        lock(&self.cpus).clone_from(&state.cpus);
         self.sink.ejected();
         Ok(())
     }
@@ -368,6 +388,11 @@ impl std::fmt::Debug for CpuHotplug {
             .field("command", command)
             .finish_non_exhaustive()
     }
+}
+
+/// A processor is not as at the source.
+fn differs(cpu: usize, how: &str) -> RestoreError {
+    RestoreError::new("cpu hot-plug", format!("processor {cpu} {how}"))
 }
 
 fn lock(cpus: &Mutex<Vec<Cpu>>) -> MutexGuard<'_, Vec<Cpu>> {

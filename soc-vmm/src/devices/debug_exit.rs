@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{Ranges, claim};
 use crate::bus::{Access, Answer, Deferred, Device};
+use crate::persist::{Moves, StateError, States};
 use crate::power::{PowerEvent, PowerSink};
 
 /// Ports 0xf4–0xf7: a write of V, 1, 2 or 4 bytes wide, ends soc-vmm with the low eight bits of `(V << 1) | 1`. Reads give 0.
@@ -18,6 +19,14 @@ impl DebugExit {
     /// A port that reports to `power`.
     pub fn new(power: Arc<dyn PowerSink>) -> Self {
         Self { power }
+    }
+}
+
+impl Moves for DebugExit {
+    fn save_into(&self, _: &str, _: &mut States) {}
+
+    fn load(&mut self, _: &str, _: &mut States) -> Result<(), StateError> {
+        Ok(())
     }
 }
 

@@ -25,6 +25,7 @@ use crate::bus::{Access, Answer, Deferred};
 use crate::interrupt::{InterruptLine, MessageSink};
 use crate::memory::GuestMemory;
 use crate::pci::{Bar, ConfigSpace, ConfigState, Identity, Msi, PciFunction, Space, command};
+use crate::persist::Hex;
 
 // Registers.
 const IDENTIFICATION: u64 = 0x00;
@@ -84,7 +85,7 @@ struct Registers {
 pub struct EduState {
     config: ConfigState,
     registers: Registers,
-    buffer: Vec<u8>,
+    buffer: Hex,
 }
 
 impl Edu {
@@ -225,21 +226,23 @@ impl PciFunction for Edu {
 }
 
 impl Persist for Edu {
+    const NAME: &'static str = "edu";
     type State = EduState;
 
     fn save(&self) -> EduState {
         let (config, registers) = (self.config.save(), self.registers.clone());
-        EduState { config, registers, buffer: self.buffer.to_vec() }
+        EduState { config, registers, buffer: Hex::trimmed(&*self.buffer) }
     }
 
     fn restore(&mut self, state: &EduState) -> Result<(), RestoreError> {
         const NAME: &str = "edu";
         let Registers { status, command, .. } = state.registers;
-        check(state.buffer.len() == BUFFER_LEN, NAME, "not 4 KiB of buffer")?;
+        let buffer = state.buffer.padded();
+        check(buffer.is_some(), NAME, "more than 4 KiB of buffer")?;
         check(status & !STATUS_INTERRUPT == 0 && command & START == 0, NAME, "work that is under way")?;
         check(self.config.restore(&state.config), NAME, "no configuration space")?;
         self.registers = state.registers.clone();
-        self.buffer.copy_from_slice(&state.buffer);
+        *self.buffer = buffer.unwrap_or([0; BUFFER_LEN]);
         self.msi.configure(&self.config);
         let high = self.config.show_interrupt(self.registers.reasons != 0 && !self.msi.enabled());
         self.wire.force(high);

@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use super::{Persist, Ranges, RestoreError, check, claim};
 use crate::bus::{Access, Answer, Deferred, Device};
 use crate::memory::GuestMemory;
+use crate::persist::Hex;
 
 pub use builder::{Builder, FwCfgError, Make};
 pub use items::{E820Entry, E820Kind, key};
@@ -55,7 +56,10 @@ pub struct FwCfg {
     dma_high: u32,
 }
 
-/// Saved state of a [`FwCfg`].
+/// Saved state of a [`FwCfg`]. No transfer is ever under way: each is done when the write that asks for it is.
+///
+/// Items that never change are this machine's own. A guest that reads one while it moves to a soc-vmm of another version may get the
+/// beginning of the one and the end of the other: firmware reads them in its first moments, and a kernel reads none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FwCfgState {
     /// Key of the selected item.
@@ -65,7 +69,7 @@ pub struct FwCfgState {
     /// The upper half of the DMA descriptor's address.
     pub dma_high: u32,
     /// Items that were made or written since the reset: key and bytes.
-    pub contents: Vec<(u16, Vec<u8>)>,
+    pub contents: Vec<(u16, Hex)>,
 }
 
 /// What a key stands for.
@@ -160,6 +164,7 @@ impl Device for FwCfg {
 }
 
 impl Persist for FwCfg {
+    const NAME: &'static str = "fw-cfg";
     type State = FwCfgState;
 
     fn save(&self) -> FwCfgState {
@@ -172,7 +177,7 @@ impl Persist for FwCfg {
             selected: self.selected,
             offset: self.offset,
             dma_high: self.dma_high,
-            contents: changed.map(|(key, item)| (*key, item.bytes.clone())).collect(),
+            contents: changed.map(|(key, item)| (*key, Hex(item.bytes.clone()))).collect(),
         }
     }
 
@@ -180,13 +185,13 @@ impl Persist for FwCfg {
         for (key, bytes) in &state.contents {
             let item = self.items.get(key).filter(|item| !matches!(item.origin, Origin::Fixed));
             check(item.is_some(), "fw_cfg", "an item that does not change has changed")?;
-            check(item.is_some_and(|item| item.bytes.len() == bytes.len()), "fw_cfg", "an item has another length")?;
+            check(item.is_some_and(|item| item.bytes.len() == bytes.0.len()), "fw_cfg", "an item has another length")?;
         }
         self.reset();
         (self.selected, self.offset, self.dma_high) = (state.selected & !WRITE_CHANNEL, state.offset, state.dma_high);
         for (key, bytes) in &state.contents {
             if let Some(item) = self.items.get_mut(key) {
-                item.bytes.clone_from(bytes);
+                item.bytes.clone_from(&bytes.0);
                 if let Origin::Made { made, .. } = &mut item.origin {
                     *made = true;
                 }

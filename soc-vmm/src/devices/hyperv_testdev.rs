@@ -124,6 +124,7 @@ impl Device for HypervTestdev {
 }
 
 impl Persist for HypervTestdev {
+    const NAME: &'static str = "hyperv-testdev";
     type State = HypervTestdevState;
 
     fn save(&self) -> HypervTestdevState {
@@ -153,7 +154,7 @@ impl Persist for HypervTestdev {
         check(state.ports.iter().all(waiting), NAME, "what waits is no message")?;
         self.reset();
         let sint = |&(vcpu, number): &(u16, u8)| Sint { vcpu, number };
-        let no_vector = |_| RestoreError { device: NAME, what: "the function has no vector left for a SINT" };
+        let no_vector = |_| RestoreError::new(NAME, "the function has no vector left for a SINT");
         for route in state.routes.iter().map(sint) {
             self.routes.insert(route, self.hyperv.route(route).map_err(no_vector)?);
         }

@@ -274,6 +274,7 @@ impl Device for I8042 {
 }
 
 impl Persist for I8042 {
+    const NAME: &'static str = "i8042";
     type State = I8042State;
 
     fn save(&self) -> I8042State {

@@ -151,17 +151,31 @@ impl Registers {
 }
 
 impl Chip {
-    /// A pin's entry was written, or all of them.
+    /// A pin's entry was written.
     fn entry_changed(&mut self, pin: usize) {
         // A pin that is masked keeps its route: its last interrupt may not be at its end.
         if self.registers.entries[pin] & MASKED == 0 {
-            let message = Some(self.registers.message(pin));
-            let Some(way) = self.routes.get_mut(pin) else { return };
-            if way.routed != message {
-                way.routed = message;
-                way.route.set(message);
-            }
+            self.route(pin);
             self.deliver_level(pin);
+        }
+    }
+
+    /// Every entry is another one. Of a pin that is masked amid its interrupt the host must know the vector, to report its end.
+    fn entries_restored(&mut self) {
+        for pin in 0..IO_APIC_PINS {
+            if self.registers.entries[pin] & (MASKED | REMOTE_IRR) != MASKED {
+                self.route(pin);
+                self.deliver_level(pin);
+            }
+        }
+    }
+
+    fn route(&mut self, pin: usize) {
+        let message = Some(self.registers.message(pin));
+        let Some(way) = self.routes.get_mut(pin) else { return };
+        if way.routed != message {
+            way.routed = message;
+            way.route.set(message);
         }
     }
 
@@ -259,6 +273,7 @@ impl Device for IoApic {
 }
 
 impl Persist for IoApic {
+    const NAME: &'static str = "io-apic";
     type State = IoApicState;
 
     fn save(&self) -> IoApicState {
@@ -278,7 +293,7 @@ impl Persist for IoApic {
         let mut chip = self.chip();
         chip.reset();
         chip.registers = Registers { select, id, levels, entries };
-        (0..IO_APIC_PINS).for_each(|pin| chip.entry_changed(pin));
+        chip.entries_restored();
         Ok(())
     }
 }

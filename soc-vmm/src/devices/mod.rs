@@ -53,12 +53,11 @@ mod rtc;
 mod serial;
 mod wire;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-
 use crate::bus::Claim;
+use crate::persist::check;
+pub use crate::persist::{Persist, RestoreError};
 
-pub use acpi_pm::{AcpiHandle, AcpiPm, AcpiPmState, PmTimerWidth};
+pub use acpi_pm::{AcpiHandle, AcpiPm, AcpiPmState, AcpiWaiting, PmTimerWidth, TscMoment};
 pub use clock::{Clock, SystemClock};
 pub use cpu_hotplug::{
     CPU_HOTPLUG_GPE, CPU_HOTPLUG_LEN, CPU_HOTPLUG_PORT, Cpu, CpuHotplug, CpuHotplugHandle, CpuHotplugState, CpuReport,
@@ -79,7 +78,7 @@ pub use pci_hotplug::{
 };
 pub use pipe::{Closed, InputQueue, InputWriter, OutputQueue, OutputReader, input_pipe, output_pipe};
 pub use port92::{Port92, Port92State};
-pub use pvpanic::{PVPANIC_PORT, Pvpanic};
+pub use pvpanic::{PVPANIC_PORT, Pvpanic, PvpanicState};
 pub use reset_control::{ResetControl, ResetControlState};
 pub use rtc::{BootDevice, Cmos, Rtc, RtcState};
 pub use serial::{Com, Serial, SerialState};
@@ -120,37 +119,4 @@ impl Ranges {
 
 const fn claim(base: u64, len: u64) -> Claim {
     Claim { base, len }
-}
-
-/// A device whose state can be taken out and put back, here or in another process.
-///
-/// Between `save` and `restore` no access may be in flight. `restore` raises the device's lines as they were: the irqchip's state
-/// goes first. Afterwards the bus must be polled once, for timers.
-pub trait Persist {
-    /// All that the guest can tell, as plain data.
-    type State: Serialize + DeserializeOwned;
-
-    /// Takes the state.
-    fn save(&self) -> Self::State;
-
-    /// Puts the state back. It may come from a peer: it is checked before anything is changed.
-    ///
-    /// # Errors
-    /// The state is none that the device can have.
-    fn restore(&mut self, state: &Self::State) -> Result<(), RestoreError>;
-}
-
-/// A saved state that no device of the kind can have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("saved state of {device}: {what}")]
-pub struct RestoreError {
-    /// Which device.
-    pub device: &'static str,
-    /// What is wrong with it.
-    pub what: &'static str,
-}
-
-/// `Ok` where `condition` holds, else the error that names it.
-fn check(condition: bool, device: &'static str, what: &'static str) -> Result<(), RestoreError> {
-    if condition { Ok(()) } else { Err(RestoreError { device, what }) }
 }

@@ -10,6 +10,7 @@ use super::wire::Wire;
 use super::{Persist, Ranges, RestoreError, bytes, check, claim};
 use crate::bus::{Access, Answer, Deferred, Device};
 use crate::interrupt::{InterruptLine, LineSink};
+use crate::persist::Hex;
 
 const LINES: u64 = 24;
 const MEMORY: u64 = 0x1_0000;
@@ -82,6 +83,7 @@ impl Device for PcTestPorts {
 }
 
 impl Persist for PcTestPorts {
+    const NAME: &'static str = "pc-testdev";
     type State = PcTestPortsState;
 
     fn save(&self) -> PcTestPortsState {
@@ -111,8 +113,8 @@ pub struct PcTestMemory {
 /// Saved state of [`PcTestMemory`].
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PcTestMemoryState {
-    /// The memory.
-    pub memory: Vec<u8>,
+    /// The memory, without the zeros at its end.
+    pub memory: Hex,
 }
 
 impl PcTestMemory {
@@ -147,15 +149,18 @@ impl Device for PcTestMemory {
 }
 
 impl Persist for PcTestMemory {
+    const NAME: &'static str = "pc-testdev-memory";
     type State = PcTestMemoryState;
 
     fn save(&self) -> PcTestMemoryState {
-        PcTestMemoryState { memory: self.memory.to_vec() }
+        PcTestMemoryState { memory: Hex::trimmed(&self.memory) }
     }
 
     fn restore(&mut self, state: &PcTestMemoryState) -> Result<(), RestoreError> {
-        check(state.memory.len() == self.memory.len(), "pc-testdev", "not 64 KiB of memory")?;
-        self.memory.copy_from_slice(&state.memory);
+        let Hex(bytes) = &state.memory;
+        check(bytes.len() <= self.memory.len(), "pc-testdev", "more than 64 KiB of memory")?;
+        self.memory.fill(0);
+        self.memory[..bytes.len()].copy_from_slice(bytes);
         Ok(())
     }
 }

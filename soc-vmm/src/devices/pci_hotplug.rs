@@ -155,6 +155,7 @@ impl Device for PciHotplug {
 }
 
 impl Persist for PciHotplug {
+    const NAME: &'static str = "pci-hotplug";
     type State = PciHotplugState;
 
     fn save(&self) -> PciHotplugState {

@@ -53,6 +53,7 @@ impl Device for Port92 {
 }
 
 impl Persist for Port92 {
+    const NAME: &'static str = "port92";
     type State = Port92State;
 
     fn save(&self) -> Port92State {

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{Ranges, bytes, claim};
+use serde::{Deserialize, Serialize};
+
+use super::{Persist, Ranges, RestoreError, bytes, claim};
 use crate::bus::{Access, Answer, Deferred, Device};
 use crate::power::{CrashEvent, CrashSink};
 
@@ -48,6 +50,27 @@ impl Device for Pvpanic {
 
     fn reset(&mut self) {
         self.reported = 0;
+    }
+}
+
+/// Saved state of [`Pvpanic`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PvpanicState {
+    /// Events that were reported since the last reset.
+    pub reported: u8,
+}
+
+impl Persist for Pvpanic {
+    const NAME: &'static str = "pvpanic";
+    type State = PvpanicState;
+
+    fn save(&self) -> PvpanicState {
+        PvpanicState { reported: self.reported }
+    }
+
+    fn restore(&mut self, state: &PvpanicState) -> Result<(), RestoreError> {
+        self.reported = state.reported;
+        Ok(())
     }
 }
 

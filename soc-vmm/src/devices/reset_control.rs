@@ -59,6 +59,7 @@ impl Device for ResetControl {
 }
 
 impl Persist for ResetControl {
+    const NAME: &'static str = "reset-control";
     type State = ResetControlState;
 
     fn save(&self) -> ResetControlState {

@@ -366,6 +366,7 @@ impl Device for Rtc {
 }
 
 impl Persist for Rtc {
+    const NAME: &'static str = "rtc";
     type State = RtcState;
 
     fn save(&self) -> RtcState {
@@ -376,11 +377,8 @@ impl Persist for Rtc {
 
     fn restore(&mut self, state: &RtcState) -> Result<(), RestoreError> {
         let ok = |condition, what| check(condition, "rtc", what);
-        let bytes: [u8; cmos::LEN] = state
-            .cmos
-            .as_slice()
-            .try_into()
-            .map_err(|_| RestoreError { device: "rtc", what: "not 128 bytes of CMOS RAM" })?;
+        let bytes: [u8; cmos::LEN] =
+            state.cmos.as_slice().try_into().map_err(|_| RestoreError::new("rtc", "not 128 bytes of CMOS RAM"))?;
         ok(bytes[usize::from(index::A)] & a::UPDATING == 0, "register A has update in progress")?;
         ok(bytes[usize::from(index::C)] & !c::SOURCES == 0, "register C has reserved bits")?;
         ok(bytes[usize::from(index::D)] == VALID, "register D is not what it always is")?;

@@ -121,7 +121,8 @@ pub struct Serial {
     irq: Wire,
 }
 
-/// Saved state of a [`Serial`]: its registers, and the bytes in its FIFOs. Bytes in its queues belong to the outside.
+/// Saved state of a [`Serial`]: its registers, and the bytes in its FIFOs. Bytes in its queues belong to the outside: what the output's
+/// queue has taken is written out by the process that took it, before it ends; input that the guest has not taken stays where it was typed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {
     /// Divisor latch.
@@ -357,6 +358,7 @@ impl Device for Serial {
 }
 
 impl Persist for Serial {
+    const NAME: &'static str = "serial";
     type State = SerialState;
 
     fn save(&self) -> SerialState {

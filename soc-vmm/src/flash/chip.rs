@@ -6,8 +6,11 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::SECTOR;
 use super::query::{self, BUFFER};
+use crate::persist::Hex;
 
 // Commands. What is not here means: read the array.
 const PROGRAM: u8 = 0x40;
@@ -28,10 +31,11 @@ mod status {
     pub(super) const READY: u8 = 1 << 7;
     pub(super) const ERASE_FAILED: u8 = 1 << 5;
     pub(super) const PROGRAM_FAILED: u8 = 1 << 4;
+    pub(super) const ALL: u8 = READY | ERASE_FAILED | PROGRAM_FAILED;
 }
 
 /// What a read gives, and what the next write means.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 enum Mode {
     #[default]
     Array,
@@ -41,7 +45,7 @@ enum Mode {
     Query,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Cycle {
     Command,
     /// Data of a program command.
@@ -67,6 +71,36 @@ pub(super) struct Chip {
     changed: Option<Range<usize>>,
 }
 
+/// Saved state of a [`Chip`]; its bytes are in its array's memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ChipState {
+    /// Bytes.
+    len: u64,
+    mode: Mode,
+    status: u8,
+    /// Data of a buffered write: offset and bytes of each cycle.
+    buffer: Vec<(u64, Hex)>,
+}
+
+impl ChipState {
+    /// Bytes of its chip.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether a chip can be so.
+    pub(super) fn is_sound(&self) -> bool {
+        let cycles = match self.mode {
+            Mode::Status(Cycle::Buffer(left)) if left >= 1 => self.buffer.len().checked_add(left),
+            Mode::Status(Cycle::BufferConfirm) => Some(self.buffer.len()),
+            Mode::Status(Cycle::Buffer(_)) => None,
+            _ => self.buffer.is_empty().then_some(0),
+        };
+        let fits = |(at, Hex(bytes)): &(u64, Hex)| *at < self.len && (1..=8).contains(&bytes.len());
+        cycles.is_some_and(|cycles| cycles <= BUFFER) && self.buffer.iter().all(fits) && self.status & !status::ALL == 0
+    }
+}
+
 impl Chip {
     /// A chip after power on; `bytes` are whole sectors.
     pub(super) fn new(bytes: Vec<u8>, read_only: bool) -> Self {
@@ -85,6 +119,25 @@ impl Chip {
     /// What was changed since the last call.
     pub(super) fn take_changed(&mut self) -> Option<Range<usize>> {
         self.changed.take()
+    }
+
+    /// Takes its state.
+    pub(super) fn save(&self) -> ChipState {
+        let is_filling = matches!(self.mode, Mode::Status(Cycle::Buffer(_) | Cycle::BufferConfirm));
+        let cycles = self.buffer.iter().filter(|_| is_filling);
+        let buffer = cycles.map(|(at, bytes, len)| (*at as u64, Hex(bytes[..*len].to_vec()))).collect();
+        ChipState { len: self.bytes.len() as u64, mode: self.mode, status: self.status, buffer }
+    }
+
+    /// Takes over a state that is sound, and the array's bytes.
+    pub(super) fn restore(&mut self, state: &ChipState, bytes: Vec<u8>) {
+        let cycle = |(at, Hex(data)): &(u64, Hex)| {
+            let mut bytes = [0; 8];
+            bytes[..data.len()].copy_from_slice(data);
+            (*at as usize, bytes, data.len())
+        };
+        self.buffer = state.buffer.iter().map(cycle).collect();
+        (self.bytes, self.mode, self.status, self.changed) = (bytes, state.mode, state.status, None);
     }
 
     pub(super) fn reset(&mut self) {

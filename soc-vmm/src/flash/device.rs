@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::chip::Chip;
 use super::{FlashMemory, VariableStore};
-use crate::bus::{Access, Answer, Claim, Deferred, Device};
+use crate::bus::{Access, Answer, Claim, Deferred, Device, Wake};
 
 /// A chip to be.
 #[derive(Debug)]
@@ -21,21 +21,23 @@ pub struct Bank {
 
 /// The chips, as one device: its offsets run through their claims.
 pub struct Flash {
-    chips: Vec<Placed>,
-    memory: Arc<dyn FlashMemory>,
+    pub(super) chips: Vec<Placed>,
+    pub(super) memory: Arc<dyn FlashMemory>,
+    pub(super) wake: Arc<dyn Wake>,
 }
 
-struct Placed {
-    chip: Chip,
+pub(super) struct Placed {
+    pub(super) chip: Chip,
     claim: Claim,
     /// The claim's first offset.
     at: u64,
-    store: Option<VariableStore>,
+    pub(super) store: Option<VariableStore>,
 }
 
 impl Flash {
-    /// The chips after power on; their arrays go to `memory` when they are first shown, at [`Flash::load`].
-    pub fn new(banks: Vec<Bank>, memory: Arc<dyn FlashMemory>) -> Self {
+    /// The chips after power on; their arrays go to `memory` when they are first shown, at [`Flash::fill`]. `wake` brings the
+    /// thread that serves IOREQs to look whether they are halted.
+    pub fn new(banks: Vec<Bank>, memory: Arc<dyn FlashMemory>, wake: Arc<dyn Wake>) -> Self {
         let mut at = 0;
         let place = |Bank { base, bytes, read_only, store }| {
             let claim = Claim { base, len: bytes.len() as u64 };
@@ -43,7 +45,7 @@ impl Flash {
             at += claim.len;
             placed
         };
-        Self { chips: banks.into_iter().map(place).collect(), memory }
+        Self { chips: banks.into_iter().map(place).collect(), memory, wake }
     }
 
     /// What the device claims of the memory bus.
@@ -52,7 +54,7 @@ impl Flash {
     }
 
     /// Puts every array into its memory, before the guest starts: whoever made the memory knows that it is shown.
-    pub fn load(&self) {
+    pub fn fill(&self) {
         for (bank, placed) in self.chips.iter().enumerate() {
             self.memory.program(bank, 0, placed.chip.bytes());
         }
@@ -72,7 +74,7 @@ impl Flash {
     }
 
     /// What was programmed goes to the array and to the store.
-    fn settle(memory: &dyn FlashMemory, bank: usize, placed: &mut Placed) {
+    pub(super) fn settle(memory: &dyn FlashMemory, bank: usize, placed: &mut Placed) {
         let Some(changed) = placed.chip.take_changed() else { return };
         let (start, bytes) = (changed.start, &placed.chip.bytes()[changed]);
         memory.program(bank, start as u64, bytes);

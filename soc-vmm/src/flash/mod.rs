@@ -12,12 +12,14 @@
 mod chip;
 mod device;
 mod query;
+mod state;
 mod store;
 #[cfg(test)]
 mod tests;
 
 use crate::bus::Ticket;
 use crate::layout::{FIRMWARE_MAX, FOUR_GIB};
+use crate::memory::MemoryError;
 
 pub use device::{Bank, Flash};
 pub use store::{StoreError, VariableStore};
@@ -34,6 +36,12 @@ pub trait FlashMemory: Send + Sync {
 
     /// Puts `bytes` at `offset` of a bank's array. The guest does not see the array meanwhile.
     fn program(&self, bank: usize, offset: u64, bytes: &[u8]);
+
+    /// Fills `bytes` from the beginning of a bank's array, whether or not the guest sees it.
+    ///
+    /// # Errors
+    /// It is out of reach.
+    fn fetch(&self, bank: usize, bytes: &mut [u8]) -> Result<(), MemoryError>;
 }
 
 /// Where chips of so many bytes begin: the variable store, the code.

@@ -2,6 +2,10 @@
 //!
 //! A thread of its own writes, so that no vCPU waits for a disk: a new file beside the old one, synced, renamed over it. What is
 //! programmed meanwhile goes into the next one. The file in force is locked, so that no two VMs write one store.
+//!
+//! A guest that moves may find the same file on the other side. So the source writes what there is and lets the file go
+//! ([`VariableStore::release`]) before the destination takes it ([`VariableStore::hold`]) and writes what the guest brought
+//! ([`VariableStore::replace`]).
 
 use std::fs::{File, Metadata, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Write};
@@ -14,6 +18,7 @@ use nix::errno::Errno;
 use nix::unistd::{AccessFlags, eaccess};
 
 use super::SECTOR;
+use crate::bus::Wake;
 use crate::layout::FIRMWARE_MAX;
 
 /// Between two writes: a guest that programs without end keeps no disk busy.
@@ -45,6 +50,16 @@ struct State {
     image: Vec<u8>,
     /// The image is newer than the file.
     dirty: bool,
+    /// What becomes the image once the file is wanted.
+    brought: Option<Vec<u8>>,
+    /// The file is this VM's to write, and locked as soon as it can be.
+    wanted: bool,
+    /// It is to be locked, which was not tried yet.
+    to_lock: bool,
+    /// It is locked, or just being locked.
+    locked: bool,
+    /// Who waits until it isn't.
+    waiter: Option<Arc<dyn Wake>>,
     ending: bool,
     ended: bool,
 }
@@ -90,14 +105,62 @@ impl VariableStore {
     /// Reads the store at `path`, and starts the thread that writes it.
     ///
     /// # Errors
-    /// There is no such file, or it is no variable store, or not all of one.
+    /// There is no such file, or it is no variable store, or not all of one, or another VM's.
     pub fn open(path: &Path) -> Result<(Self, Vec<u8>), StoreError> {
-        let (path, file, image) = read(path)?;
-        let state = State { image: image.clone(), dirty: false, ending: false, ended: false };
+        Self::start(path, true)
+    }
+
+    /// The same for a guest that is elsewhere as yet, where this very file may be in use: it is locked by [`VariableStore::hold`].
+    ///
+    /// # Errors
+    /// As [`VariableStore::open`], but for other VMs.
+    pub fn open_for_arrival(path: &Path) -> Result<(Self, Vec<u8>), StoreError> {
+        Self::start(path, false)
+    }
+
+    fn start(path: &Path, wanted: bool) -> Result<(Self, Vec<u8>), StoreError> {
+        let (path, file, image) = read(path, wanted)?;
+        let state = State {
+            image: image.clone(),
+            dirty: false,
+            brought: None,
+            wanted,
+            to_lock: false,
+            locked: wanted,
+            waiter: None,
+            ending: false,
+            ended: false,
+        };
         let shared = Arc::new(Shared { path, state: Mutex::new(state), changed: Condvar::new() });
-        let writer = shared.clone();
+        let (writer, file) = (shared.clone(), wanted.then_some(file));
         std::thread::Builder::new().name("nvram".into()).spawn(move || writer.run(file)).map_err(StoreError::Thread)?;
         Ok((Self { shared }, image))
+    }
+
+    /// Has the file written, where it isn't, and let go. Returns at once: [`VariableStore::is_released`] tells, and `waiter` is woken.
+    pub fn release(&self, waiter: Arc<dyn Wake>) {
+        self.change(|state| (state.wanted, state.waiter) = (false, Some(waiter)));
+    }
+
+    /// Whether the file is let go.
+    pub fn is_released(&self) -> bool {
+        let state = self.shared.lock();
+        !state.wanted && !state.locked && !state.dirty
+    }
+
+    /// Has the file locked, if it isn't, and what was brought written; returns at once.
+    pub fn hold(&self) {
+        self.change(|state| {
+            (state.wanted, state.to_lock) = (true, !state.locked);
+            if let Some(image) = state.brought.take() {
+                (state.image, state.dirty) = (image, true);
+            }
+        });
+    }
+
+    /// Makes `image`, which has the store's length, what the file is to have from the next [`VariableStore::hold`] on.
+    pub fn replace(&self, image: Vec<u8>) {
+        self.change(|state| state.brought = Some(image));
     }
 
     /// Whether that is the store's file, as it is now.
@@ -107,11 +170,16 @@ impl VariableStore {
 
     /// Has the file written with `bytes` at `offset`; returns at once. What lies behind the store's end vanishes.
     pub fn save(&self, offset: usize, bytes: &[u8]) {
-        let mut state = self.shared.lock();
-        for (old, new) in state.image.iter_mut().skip(offset).zip(bytes) {
-            *old = *new;
-        }
-        state.dirty = true;
+        self.change(|state| {
+            for (old, new) in state.image.iter_mut().skip(offset).zip(bytes) {
+                *old = *new;
+            }
+            state.dirty = true;
+        });
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.shared.lock());
         self.shared.changed.notify_all();
     }
 }
@@ -138,56 +206,87 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The thread: writes what is new, until the end. `file` is the one in force, locked.
-    fn run(&self, mut file: File) {
+    /// The thread: writes what is new, until the end. `file` is the one in force, locked; none: it is another VM's, as yet.
+    fn run(&self, mut file: Option<File>) {
         let mut failing = false;
         let mut state = self.lock();
         loop {
+            // Before the file is let go, it is made what it should be.
             if state.dirty {
-                state.dirty = false;
+                (state.dirty, state.to_lock, state.locked) = (false, false, true);
                 let image = state.image.clone();
                 drop(state);
-                let path = self.path.display();
-                match replace(&self.path, &image) {
-                    Ok(new) => {
-                        if failing {
-                            tracing::info!("the variable store {path} is written again");
-                        }
-                        (file, failing) = (new, false);
-                    }
-                    Err(error) => {
-                        if !failing {
-                            tracing::warn!("the variable store {path} can't be written: {error}; the guest goes on");
-                        }
-                        failing = true;
-                    }
-                }
-                state = self.pause();
+                let written = self.write(&mut file, &image);
+                self.tell(&written, &mut failing);
+                state = self.pause(file.is_some());
             } else if state.ending {
                 drop(file);
                 state.ended = true;
                 self.changed.notify_all();
                 return;
+            } else if !state.wanted && (state.locked || state.waiter.is_some()) {
+                (file, state.locked, state.to_lock) = (None, false, false);
+                state.waiter.take().iter().for_each(|waiter| waiter.wake());
+            } else if state.to_lock {
+                (state.to_lock, state.locked) = (false, true);
+                drop(state);
+                let locked = self.claim(&mut file);
+                self.tell(&locked, &mut failing);
+                state = self.lock();
+                state.locked = file.is_some();
             } else {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
         }
     }
 
-    /// Lets time pass, unless the end has come.
-    fn pause(&self) -> MutexGuard<'_, State> {
-        let waiting = self.changed.wait_timeout_while(self.lock(), PAUSE, |state| !state.ending);
+    /// Puts `image` into the file.
+    fn write(&self, file: &mut Option<File>, image: &[u8]) -> io::Result<()> {
+        self.claim(file)?;
+        *file = Some(replace(&self.path, image)?);
+        Ok(())
+    }
+
+    /// Locks the file, if it isn't.
+    fn claim(&self, file: &mut Option<File>) -> io::Result<()> {
+        if file.is_none() {
+            let found = open(&self.path)?;
+            if !lock(&found)? || is_another(&self.path, &found)? {
+                return Err(io::Error::other("another VM has it"));
+            }
+            *file = Some(found);
+        }
+        Ok(())
+    }
+
+    fn tell(&self, outcome: &io::Result<()>, failing: &mut bool) {
+        let path = self.path.display();
+        match outcome {
+            Ok(()) if *failing => tracing::info!("the variable store {path} is written again"),
+            Ok(()) => {}
+            Err(error) if !*failing => {
+                tracing::warn!("the variable store {path} can't be written: {error}; the guest goes on");
+            }
+            Err(_) => {}
+        }
+        *failing = outcome.is_err();
+    }
+
+    /// Lets time pass, unless the end has come, or somebody waits for the file.
+    fn pause(&self, locked: bool) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        state.locked = locked;
+        let waiting = self.changed.wait_timeout_while(state, PAUSE, |state| state.wanted && !state.ending);
         waiting.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
-/// The file behind `path`, locked, and its contents if they are a variable store's.
-fn read(path: &Path) -> Result<(PathBuf, File, Vec<u8>), StoreError> {
+/// The file behind `path`, locked where it is to be, and its contents if they are a variable store's.
+fn read(path: &Path, locked: bool) -> Result<(PathBuf, File, Vec<u8>), StoreError> {
     let unreadable = |source| StoreError::Unreadable { path: path.to_owned(), source };
     let damaged = |what: String| StoreError::Damaged { path: path.to_owned(), what };
     let real = path.canonicalize().map_err(unreadable)?;
-    // A pipe must not make anybody wait.
-    let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&real).map_err(unreadable)?;
+    let file = open(&real).map_err(unreadable)?;
     let metadata = file.metadata().map_err(unreadable)?;
     if !metadata.is_file() {
         return Err(damaged("is no regular file".into()));
@@ -197,8 +296,8 @@ fn read(path: &Path) -> Result<(PathBuf, File, Vec<u8>), StoreError> {
         return Err(StoreError::ReadOnly { path: path.to_owned() });
     }
     // Who replaced it meanwhile has the one in its place.
-    let replaced = || Ok::<_, io::Error>(std::fs::metadata(&real)?.ino() != metadata.ino());
-    if !lock(&file).map_err(unreadable)? || replaced().map_err(unreadable)? {
+    let is_ours = || Ok::<_, io::Error>(lock(&file)? && !is_another(&real, &file)?);
+    if locked && !is_ours().map_err(unreadable)? {
         return Err(StoreError::InUse { path: path.to_owned() });
     }
     let mut image = Vec::new();
@@ -218,6 +317,16 @@ fn read(path: &Path) -> Result<(PathBuf, File, Vec<u8>), StoreError> {
         return Err(damaged(format!("{how}: it has {len} bytes, and its header tells of {told}")));
     }
     Ok((real, file, image))
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    // A pipe must not make anybody wait.
+    OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)
+}
+
+/// Whether another file is at `path`.
+fn is_another(path: &Path, file: &File) -> io::Result<bool> {
+    Ok(std::fs::metadata(path)?.ino() != file.metadata()?.ino())
 }
 
 /// How long a firmware volume says it is.

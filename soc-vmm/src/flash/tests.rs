@@ -1,3 +1,5 @@
+mod moving;
+
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::{Arc, Mutex, mpsc};
@@ -24,6 +26,11 @@ impl FlashMemory for Arrays {
     fn program(&self, bank: usize, offset: u64, bytes: &[u8]) {
         let at = usize::try_from(offset).unwrap();
         self.0.lock().unwrap()[bank].0[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn fetch(&self, bank: usize, bytes: &mut [u8]) -> Result<(), MemoryError> {
+        bytes.copy_from_slice(&self.0.lock().unwrap()[bank].0[..bytes.len()]);
+        Ok(())
     }
 }
 
@@ -53,8 +60,8 @@ impl Guest {
             Bank { base: variables, bytes, read_only: false, store },
             Bank { base: start, bytes: code, read_only: true, store: None },
         ];
-        let flash = Flash::new(banks, arrays.clone());
-        flash.load();
+        let flash = Flash::new(banks, arrays.clone(), Arc::new(Asleep));
+        flash.fill();
         Self { flash, arrays }
     }
 

@@ -16,6 +16,7 @@
 
 mod page;
 mod sint;
+mod state;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -79,6 +80,8 @@ struct State {
     ports: BTreeMap<u32, Port>,
     /// The one route of each SINT, while somebody has it.
     routes: BTreeMap<Sint, Weak<dyn SintRoute>>,
+    /// Nothing is sent.
+    halted: bool,
 }
 
 /// Where a vCPU's pages are; none while the guest has switched them off.
@@ -131,6 +134,9 @@ impl Hyperv {
 
     /// Sends what waited for a slot that the guest has emptied.
     pub fn poll(&self) {
+        if self.state().halted {
+            return;
+        }
         let ended = self.sints.take_ended();
         if !ended.is_empty() {
             self.state().deliver(&*self.memory, |sint| ended.contains(&sint));
@@ -197,8 +203,7 @@ impl Hyperv {
         self.state().ports.get(&connection)?.waiting.as_deref().cloned()
     }
 
-    /// Has a message wait in the port behind `connection`, as it did when its device was saved. Where the pages are, the vCPUs' own
-    /// state says: [`Hyperv::changed`].
+    /// Has a message wait in the port behind `connection`, as it did when its device was saved.
     pub fn put_back(&self, connection: u32, message: Message) {
         if let Some(port) = self.state().ports.get_mut(&connection).filter(|port| port.kind == PortKind::Messages) {
             port.waiting = Some(Box::new(message));

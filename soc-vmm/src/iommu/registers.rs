@@ -14,6 +14,7 @@ use crate::bus::{Access, Answer, Claim, Deferred, Device, Wake};
 use crate::devices::{Persist, Ranges, RestoreError};
 use crate::interrupt::{MessageSink, Settling, Waiters};
 use crate::layout::{IOMMU, PAGE_SIZE};
+use crate::persist::check;
 
 // Offsets.
 const VERSION: u64 = 0x00;
@@ -349,6 +350,7 @@ impl Device for VtdRegisters {
 }
 
 impl Persist for VtdRegisters {
+    const NAME: &'static str = "vtd";
     type State = VtdState;
 
     fn save(&self) -> VtdState {
@@ -357,7 +359,7 @@ impl Persist for VtdRegisters {
     }
 
     fn restore(&mut self, state: &VtdState) -> Result<(), RestoreError> {
-        let check = |sound, what| if sound { Ok(()) } else { Err(RestoreError { device: "VT-d", what }) };
+        let check = |sound, what| check(sound, "VT-d", what);
         let VtdState { values, completion, faults } = state;
         let Values { status, root, root_used, table, table_used, queue, .. } = values;
         check(Faults::is_sound(faults), "fault records that there are not")?;
@@ -368,11 +370,12 @@ impl Persist for VtdRegisters {
         let queue_fits = queue.address & !QueueRegisters::ADDRESS == 0 && in_queue(queue.head) && in_queue(queue.tail);
         check(queue_fits, "a queue that can't be")?;
         self.values = values.clone();
-        self.behind = None;
         self.completion.restore(completion.clone());
         self.iommu.faults().restore(faults);
         self.translate();
         self.remap();
+        // What the queue waited for at the source is as true here once the host has every route.
+        self.behind = Some(self.waiters.mark());
         Ok(())
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use api_channel::call::Call;
+use api_channel::call::{Call, LateRun};
 use api_channel::event::Event;
 use api_channel::{ChannelError, Client, Incoming, Status};
 use pcie_function::{Doorbell, SocFunction};
@@ -16,6 +16,8 @@ use super::open::CHANNEL_VECTOR;
 
 /// How long the host may take for a call: an emulated server starves for seconds.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// How soon a call is made again that a vCPU was in the way of.
+const ONCE_MORE: Duration = Duration::from_millis(5);
 /// How often each side's heartbeat grows.
 const BEAT: Duration = Duration::from_secs(1);
 /// Heartbeats that may be missing before the host counts as silent.
@@ -88,6 +90,12 @@ pub trait EoiSink: Send + Sync + std::fmt::Debug {
     fn ended(&self, gsi: u32);
 }
 
+/// Hears what vCPUs wait for of the pages that were said to come later. Nothing blocks.
+pub trait WantedSink: Send + Sync + std::fmt::Debug {
+    /// For these; it may be said again.
+    fn wanted(&self, run: LateRun);
+}
+
 /// Waits for a reply, by the request's sequence.
 type Waiting = HashMap<u32, oneshot::Sender<Result<Reply, CallError>>>;
 
@@ -108,6 +116,7 @@ struct Shared<F: SocFunction> {
     function: Arc<F>,
     state: Mutex<State<F>>,
     eois: OnceLock<Weak<dyn EoiSink>>,
+    wanted: OnceLock<Weak<dyn WantedSink>>,
 }
 
 #[derive(Debug)]
@@ -130,6 +139,19 @@ impl<F: SocFunction> Channel<F> {
     /// # Errors
     /// See [`CallError`].
     pub async fn call(&self, call: &Call) -> Result<Reply, CallError> {
+        loop {
+            let answer = self.call_once(call).await;
+            match &answer {
+                // A vCPU that waits for a page doesn't leave the guest for that before it has come.
+                Err(CallError::Refused { status: Status::LATE, .. }) if needs_vcpus_out(call) => {
+                    tokio::time::sleep(ONCE_MORE).await;
+                }
+                _ => return answer,
+            }
+        }
+    }
+
+    async fn call_once(&self, call: &Call) -> Result<Reply, CallError> {
         let (sender, receiver) = oneshot::channel();
         let sequence = {
             let mut state = self.shared.state();
@@ -160,6 +182,11 @@ impl<F: SocFunction> Channel<F> {
         let _ = self.shared.eois.set(sink);
     }
 
+    /// The same for pages that vCPUs wait for.
+    pub fn on_wanted(&self, sink: Weak<dyn WantedSink>) {
+        let _ = self.shared.wanted.set(sink);
+    }
+
     /// Sends a call that is not answered.
     ///
     /// # Errors
@@ -177,6 +204,11 @@ impl<F: SocFunction> Channel<F> {
     }
 }
 
+/// Whether the host has every vCPU leave the guest for it, some of whose pages are still to come.
+fn needs_vcpus_out(call: &Call) -> bool {
+    matches!(call, Call::SetMemslots(_) | Call::NotifyPages(_) | Call::IoEvent(_))
+}
+
 /// The channel's receiving end, before its task runs.
 #[derive(Debug)]
 pub struct ChannelEnd<F: SocFunction> {
@@ -190,7 +222,11 @@ impl<F: SocFunction> ChannelEnd<F> {
         let bell = Bell::new(function.doorbell(Doorbell::Channel))?;
         let lost = Bell::new(function.lost_event())?;
         let state = Mutex::new(State { client, waiting: HashMap::new(), over: None });
-        Ok(Self { shared: Arc::new(Shared { function, state, eois: OnceLock::new() }), bell, lost })
+        Ok(Self {
+            shared: Arc::new(Shared { function, state, eois: OnceLock::new(), wanted: OnceLock::new() }),
+            bell,
+            lost,
+        })
     }
 
     /// Starts the task that listens; it ends when the connection is over or nobody takes notices any more.
@@ -245,6 +281,11 @@ impl<F: SocFunction> ChannelEnd<F> {
                         tracing::trace!(gsi, "end of interrupt");
                         if let Some(sink) = self.shared.eois.get().and_then(Weak::upgrade) {
                             sink.ended(gsi);
+                        }
+                    }
+                    Some(Incoming::Event(Event::Wanted(run))) => {
+                        if let Some(sink) = self.shared.wanted.get().and_then(Weak::upgrade) {
+                            sink.wanted(run);
                         }
                     }
                     Some(Incoming::Reply { sequence, status, payload, bulk }) => {

@@ -5,5 +5,5 @@ mod channel;
 mod log;
 mod open;
 
-pub use channel::{CallError, Channel, EoiSink, Notice, Reply};
+pub use channel::{CallError, Channel, EoiSink, Notice, Reply, WantedSink};
 pub use open::{Link, LinkError};

@@ -5,6 +5,7 @@
 use super::bar::{Bar, Space};
 use super::config::{ConfigSpace, command, header};
 use super::fabric::{Fabric, NodeId, is_bridge};
+use super::function::PciFunction;
 use crate::layout::IO_APIC;
 
 /// Where windows may be placed.
@@ -101,6 +102,7 @@ impl Fabric {
                 bridges.push(id);
             } else {
                 assign_bars(function.config_mut(), cursors)?;
+                enable(function);
             }
         }
         // What is there comes before what may come.
@@ -141,7 +143,7 @@ impl Fabric {
         let prefetchable = [(start[2] >> 16) as u16 | 1, (last[2] >> 16) as u16 & 0xfff0 | 1];
         config.put(0x24, &prefetchable.map(u16::to_le_bytes).concat());
         config.put(0x28, &[(start[2] >> 32) as u32, (last[2] >> 32) as u32].map(u32::to_le_bytes).concat());
-        enable(config);
+        enable(bridge);
         Ok(())
     }
 }
@@ -170,11 +172,11 @@ fn assign_bars(config: &mut ConfigSpace, cursors: &mut Cursors) -> Result<(), No
             config.put(at + 4, &((base >> 32) as u32).to_le_bytes());
         }
     }
-    enable(config);
     Ok(())
 }
 
-fn enable(config: &mut ConfigSpace) {
-    let on = config.command() | command::IO | command::MEMORY | command::BUS_MASTER;
-    config.put(header::COMMAND, &on.to_le_bytes());
+/// As firmware does it: the function hears of it.
+fn enable(function: &mut dyn PciFunction) {
+    let on = function.config().command() | command::IO | command::MEMORY | command::BUS_MASTER;
+    function.write_config(header::COMMAND, 2, on.into());
 }

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::bar::{Bar, Space};
+use crate::persist::Hex;
 
 /// Bytes of a function's configuration space.
 pub const CONFIG_SIZE: usize = 4096;
@@ -76,6 +77,8 @@ pub struct ConfigSpace {
     writable: Box<[u8; CONFIG_SIZE]>,
     /// Bits that a guest clears by writing ones.
     clearable: Box<[u8; CONFIG_SIZE]>,
+    /// Bits that the device itself changes, whatever the guest may do with them.
+    owned: Box<[u8; CONFIG_SIZE]>,
     bars: [Option<Bar>; 6],
     /// Where the next capability goes, and where the pointer to it is.
     next: u16,
@@ -85,9 +88,9 @@ pub struct ConfigSpace {
     link_extended: u16,
 }
 
-/// What a guest can change of a configuration space.
+/// A configuration space's bytes, without the zeros at their end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConfigState(Vec<u8>);
+pub struct ConfigState(Hex);
 
 impl ConfigSpace {
     /// A function with a type 0 header.
@@ -121,6 +124,7 @@ impl ConfigSpace {
             initial: zero(),
             writable: zero(),
             clearable: zero(),
+            owned: zero(),
             bars: [None; 6],
             next: 0x40,
             link: header::CAPABILITIES,
@@ -134,6 +138,7 @@ impl ConfigSpace {
         config.allow(header::COMMAND, &command::WRITABLE.to_le_bytes());
         // Master data parity, signalled and received aborts, SERR#, parity error.
         config.allow_clear(header::STATUS, &0xf900u16.to_le_bytes());
+        config.own(header::STATUS, &STATUS_INTERRUPT.to_le_bytes());
         // Cache line size.
         config.allow(0x0c, &[0xff]);
         config.allow(header::INTERRUPT_LINE, &[0xff]);
@@ -175,6 +180,12 @@ impl ConfigSpace {
     pub fn allow_clear(&mut self, offset: u16, mask: &[u8]) {
         let at = usize::from(offset);
         self.clearable[at..at + mask.len()].copy_from_slice(mask);
+    }
+
+    /// Says that the device itself changes the bits of `mask` ([`ConfigSpace::put`]), beside those that a guest can change.
+    pub fn own(&mut self, offset: u16, mask: &[u8]) {
+        let at = usize::from(offset);
+        self.owned[at..at + mask.len()].copy_from_slice(mask);
     }
 
     /// Adds BAR `index`; a 64-bit one takes the next index too.
@@ -252,7 +263,7 @@ impl ConfigSpace {
         }
     }
 
-    /// The device's own write: any bit, until the next reset.
+    /// The device's own write, until the next reset: of bits that a guest can change, or that the device owns ([`ConfigSpace::own`]).
     pub fn put(&mut self, offset: u16, bytes: &[u8]) {
         let at = usize::from(offset);
         self.data[at..at + bytes.len()].copy_from_slice(bytes);
@@ -294,19 +305,18 @@ impl ConfigSpace {
 
     /// Takes the state.
     pub fn save(&self) -> ConfigState {
-        ConfigState(self.data.to_vec())
+        ConfigState(Hex::trimmed(&*self.data))
     }
 
-    /// Puts a state back; whether it can be this function's: what nobody can write must be the same.
+    /// Puts a state back; whether it can be this function's: what neither the guest nor the device can change must be the same. What the
+    /// device's own words say is for the device to judge.
     #[must_use]
     pub fn restore(&mut self, state: &ConfigState) -> bool {
-        let Ok(data) = <&[u8; CONFIG_SIZE]>::try_from(&state.0[..]) else { return false };
-        // The device's own words lie behind the header; their owner judges them.
-        let same = (0..usize::from(header::CAPABILITIES))
-            .filter(|at| !(usize::from(header::STATUS)..usize::from(header::STATUS) + 2).contains(at))
-            .all(|at| (data[at] ^ self.initial[at]) & !self.writable[at] == 0);
+        let Some(data) = state.0.padded::<CONFIG_SIZE>() else { return false };
+        let changeable = |at: usize| self.writable[at] | self.clearable[at] | self.owned[at];
+        let same = (0..CONFIG_SIZE).all(|at| (data[at] ^ self.initial[at]) & !changeable(at) == 0);
         if same {
-            *self.data = *data;
+            *self.data = data;
         }
         same
     }
@@ -384,12 +394,25 @@ mod tests {
     fn a_state_of_another_function_is_refused() {
         let mut config = ConfigSpace::endpoint(&IDENTITY);
         config.write(header::COMMAND, 2, 7);
+        assert!(config.show_interrupt(true));
         let state = config.save();
+        assert!(serde_json::to_string(&state).unwrap().starts_with("\"8680182907000800"));
         config.reset();
         assert!(config.restore(&state));
-        assert_eq!(config.command(), 7);
+        assert_eq!((config.command(), config.u16(header::STATUS)), (7, STATUS_INTERRUPT));
         let mut other = ConfigSpace::endpoint(&Identity { device: 1, ..IDENTITY });
         assert!(!other.restore(&state));
-        assert!(!config.restore(&ConfigState(vec![0; 3])));
+        // A capability that is not there, a byte too much, none at all.
+        let with = |at: usize, byte| {
+            let mut bytes = state.0.0.clone();
+            bytes.resize(bytes.len().max(at + 1), 0);
+            bytes[at] = byte;
+            ConfigState(Hex(bytes))
+        };
+        for wrong in [with(0x40, 5), with(CONFIG_SIZE - 1, 1), with(CONFIG_SIZE, 0), ConfigState(Hex::default())] {
+            assert!(!config.restore(&wrong));
+        }
+        assert!(config.restore(&with(0x3c, 11)));
+        assert_eq!(config.command(), 7);
     }
 }

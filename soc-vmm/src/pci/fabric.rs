@@ -48,12 +48,12 @@ pub trait SlotSink: Send {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct NodeId(usize);
 
-struct Node {
-    function: Box<dyn PciFunction>,
+pub(super) struct Node {
+    pub(super) function: Box<dyn PciFunction>,
     /// The bridge behind which it sits; none: on the root bus.
-    parent: Option<usize>,
+    pub(super) parent: Option<usize>,
     /// Slot × 8 + function.
-    devfn: u8,
+    pub(super) devfn: u8,
     requester: Requester,
 }
 
@@ -69,20 +69,20 @@ pub struct Fabric {
     prepared: Option<Apertures>,
     /// Everything has its place: [`Fabric::prepare`] has been called.
     placed: bool,
-    host: HostBridge,
-    nodes: Vec<Option<Node>>,
+    pub(super) host: HostBridge,
+    pub(super) nodes: Vec<Option<Node>>,
     /// The configuration address register.
-    latch: u32,
+    pub(super) latch: u32,
     /// Sorted by base: of memory, and of ports.
     memory: Vec<Route>,
     ports: Vec<Route>,
     posted: Vec<Window>,
     signals: Vec<Signal>,
-    view: MemoryView,
-    platform: Arc<dyn Platform>,
+    pub(super) view: MemoryView,
+    pub(super) platform: Arc<dyn Platform>,
     slots: Option<Box<dyn SlotSink>>,
     /// The guest has looked at no configuration space since the machine was built or reset. That it uses the board's own ports says nothing.
-    untouched: bool,
+    pub(super) untouched: bool,
     deadline: Option<Instant>,
 }
 
@@ -355,12 +355,11 @@ impl Fabric {
 
     /// Finds anew what answers where, as the functions' registers stand.
     pub(super) fn settle(&mut self) {
+        self.place_requesters();
         let (mut memory, mut ports, mut posted) = (Vec::new(), Vec::new(), Vec::new());
         let mut signals = Vec::new();
         for (index, node) in self.nodes.iter().enumerate() {
             let Some(node) = node else { continue };
-            let bus = node.parent.and_then(|bridge| self.numbers(bridge)).map_or(0, |(_, secondary, _)| secondary);
-            node.requester.place(bus, node.devfn);
             let gates = self.gates(node);
             let open = |window: &Window| gates.iter().all(|gate| gate.lets(window));
             for window in node.function.windows().into_iter().filter(open) {
@@ -381,6 +380,14 @@ impl Fabric {
             self.signals = signals;
         }
         self.note_deadline();
+    }
+
+    /// Says by which IDs functions make requests, as buses are numbered.
+    pub(super) fn place_requesters(&self) {
+        for node in self.nodes.iter().flatten() {
+            let bus = node.parent.and_then(|bridge| self.numbers(bridge)).map_or(0, |(_, secondary, _)| secondary);
+            node.requester.place(bus, node.devfn);
+        }
     }
 
     /// What the bridges above a function let through.
@@ -505,7 +512,7 @@ fn ones(bytes: u8) -> u64 {
 #[derive(Clone, Debug)]
 pub struct FabricSide {
     fabric: Arc<Mutex<Fabric>>,
-    io: bool,
+    pub(super) io: bool,
 }
 
 impl FabricSide {
@@ -514,7 +521,7 @@ impl FabricSide {
         [true, false].map(|io| Self { fabric: fabric.clone(), io })
     }
 
-    fn fabric(&self) -> MutexGuard<'_, Fabric> {
+    pub(super) fn fabric(&self) -> MutexGuard<'_, Fabric> {
         self.fabric.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -6,10 +6,11 @@ use super::bar::{Signal, Space, Window};
 use super::config::{ConfigSpace, command};
 use super::root_port::RootPort;
 use crate::bus::{Access, Answer, Deferred};
+use crate::persist::Moves;
 
-/// A function of a PCI device. One thread calls it, the one that serves IOREQs; what its own threads have for it they leave where
+/// A function of a PCI device, whose state ([`Moves`]) has its configuration space in it. One thread calls it, the one that serves IOREQs; what its own threads have for it they leave where
 /// [`PciFunction::poll`] finds it.
-pub trait PciFunction: Send {
+pub trait PciFunction: Moves + Send {
     /// Its configuration space.
     fn config(&self) -> &ConfigSpace;
 

@@ -1,7 +1,7 @@
 //! The host bridge of a q35: 8086:29c0, with the registers that firmware of QEMU's machine sets (Intel 3 Series datasheet §5.1;
 //! QEMU hw/pci-host/q35.c has the same): ECAM, PAM, SMRAM and TSEG.
 
-use super::config::{ConfigSpace, Identity};
+use super::config::{ConfigSpace, ConfigState, Identity};
 use crate::layout::{ECAM, ECAM_SIZE};
 
 /// Offsets.
@@ -79,6 +79,7 @@ impl HostBridge {
         config.allow(PAM0, &[0x30, 0x33, 0x33, 0x33, 0x33, 0x33, 0x33]);
         config.set(SMRAM, &[BASE_SEGMENT]);
         config.set(ESMRAMC, &[ESMRAMC_FIXED]);
+        config.own(SMRAM, &[D_OPEN | D_CLOSED | D_LOCK | G_ENABLE, TSEG_SIZE | TSEG_ENABLE]);
         let mut bridge = Self { config, prepared };
         bridge.prepare();
         bridge
@@ -123,6 +124,17 @@ impl HostBridge {
             ESMRAMC => self.config.put(ESMRAMC, &[byte & (TSEG_SIZE | TSEG_ENABLE) | ESMRAMC_FIXED]),
             _ => {}
         }
+    }
+
+    /// Its state.
+    pub(super) fn save(&self) -> ConfigState {
+        self.config.save()
+    }
+
+    /// Puts it back; whether it is a host bridge's.
+    #[must_use]
+    pub(super) fn restore(&mut self, state: &ConfigState) -> bool {
+        self.config.restore(state)
     }
 
     pub(super) fn reset(&mut self) {

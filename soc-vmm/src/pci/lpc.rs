@@ -3,12 +3,15 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use super::bar::Window;
-use super::config::{ConfigSpace, Identity, header};
+use super::config::{ConfigSpace, ConfigState, Identity, header};
 use super::function::PciFunction;
 use super::routing::{PIRQS, Pirqs, ROUTE_OFF};
 use crate::bus::{Access, Answer, Deferred, Device};
-use crate::devices::{AcpiPm, PM_BASE, SMI_COMMAND};
+use crate::devices::{AcpiPm, AcpiPmState, PM_BASE, SMI_COMMAND};
+use crate::persist::{Persist, RestoreError, check};
 
 /// Where the LPC bridge sits: slot × 8 + function.
 pub const LPC: u8 = 0x1f << 3;
@@ -98,6 +101,35 @@ impl LpcBridge {
         }
         let wired = WIRING.iter().find(|at| (**at..**at + 2).contains(&offset));
         wired.map_or(0, |at| STRAIGHT.to_le_bytes()[(offset - at) as usize])
+    }
+}
+
+/// Saved state of an [`LpcBridge`]. The PIRQs' levels are their functions' to say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LpcState {
+    /// Its configuration space, which has the PIRQs' routes.
+    pub config: ConfigState,
+    /// ACPI's registers.
+    pub acpi: AcpiPmState,
+}
+
+impl Persist for LpcBridge {
+    const NAME: &'static str = "lpc";
+    type State = LpcState;
+
+    fn save(&self) -> LpcState {
+        LpcState { config: self.config.save(), acpi: self.acpi.save() }
+    }
+
+    fn restore(&mut self, state: &LpcState) -> Result<(), RestoreError> {
+        let before = self.config.clone();
+        check(self.config.restore(&state.config), Self::NAME, "no configuration space of an LPC bridge")?;
+        if let Err(error) = self.acpi.restore(&state.acpi) {
+            self.config = before;
+            return Err(error);
+        }
+        self.route();
+        Ok(())
     }
 }
 

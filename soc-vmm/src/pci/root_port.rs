@@ -4,11 +4,14 @@
 //! A device that is put in shows itself, with a press of the attention button, and the guest switches its power on. A press of the attention button asks the guest to let it
 //! go; it has done so once power and power indicator are off, which it may also do unasked.
 
-use super::config::{CAP_EXPRESS, ConfigSpace, Identity, header};
+use serde::{Deserialize, Serialize};
+
+use super::config::{CAP_EXPRESS, ConfigSpace, ConfigState, Identity, header};
 use super::function::PciFunction;
 use super::msi::Msi;
 use crate::bus::{Access, Answer, Deferred};
 use crate::interrupt::{InterruptLine, MessageSink};
+use crate::persist::{Persist, RestoreError, check};
 
 // Offsets within the PCI Express capability.
 const LINK_STATUS: u16 = 0x12;
@@ -87,6 +90,8 @@ pub enum Asked {
 
 /// A root port.
 pub struct RootPort {
+    /// What messages call it: its bus's name.
+    name: String,
     config: ConfigSpace,
     express: u16,
     msi: Msi,
@@ -127,12 +132,21 @@ impl RootPort {
         allow(0x28, &[0x3f, 0x00]);
         let express = config.add_capability(CAP_EXPRESS, &body, &writable);
         config.allow_clear(express + SLOT_STATUS, &slot_status::EVENTS.to_le_bytes());
+        config.own(express + SLOT_STATUS, &slot_status::PRESENT.to_le_bytes());
+        config.own(express + LINK_STATUS, &LINK_ACTIVE.to_le_bytes());
         // Root status: PME.
         config.allow_clear(express + 0x22, &[1, 0]);
         let msi = Msi::new(&mut config, sink);
         // Subsystem ids of a bridge have a capability of their own.
         config.add_capability(0x0d, &[0, 0, 0x36, 0x1b, 0, 0], &[]);
-        Self { config, express, msi, line, occupied: false, asked: false, released: false }
+        let name = format!("pci.{slot}");
+        Self { name, config, express, msi, line, occupied: false, asked: false, released: false }
+    }
+
+    /// The same, whose bus has that name.
+    #[must_use]
+    pub fn named(self, name: &str) -> Self {
+        Self { name: name.to_owned(), ..self }
     }
 
     /// Puts a device into the slot as if it had been there at power on.
@@ -272,6 +286,46 @@ impl RootPort {
 /// Whether power and power indicator are off.
 fn is_off(control: u16) -> bool {
     control & slot_control::POWER_OFF != 0 && control & slot_control::INDICATOR == slot_control::INDICATOR_OFF
+}
+
+/// Saved state of a [`RootPort`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootPortState {
+    /// Its configuration space, which has the slot's registers and MSI's.
+    pub config: ConfigState,
+    /// A device is in the slot.
+    pub occupied: bool,
+    /// The guest is asked to let it go.
+    pub asked: bool,
+}
+
+impl Persist for RootPort {
+    const NAME: &'static str = "pcie-root-port";
+    type State = RootPortState;
+
+    fn save(&self) -> RootPortState {
+        // What is released is taken out at once.
+        RootPortState { config: self.config.save(), occupied: self.occupied, asked: self.asked }
+    }
+
+    fn restore(&mut self, state: &RootPortState) -> Result<(), RestoreError> {
+        let RootPortState { ref config, occupied, asked } = *state;
+        if occupied != self.occupied {
+            let (there, here) = if occupied { ("a device", "none") } else { ("none", "one") };
+            let name = &self.name;
+            let what =
+                format!("behind port {name} is {there} at the source, and {here} here: give this VM the same devices");
+            return Err(RestoreError::new(Self::NAME, what));
+        }
+        check(occupied || !asked, Self::NAME, "a device is asked for that is not there")?;
+        check(self.config.restore(config), Self::NAME, "no configuration space of a port with this slot's number")?;
+        (self.asked, self.released) = (asked, false);
+        self.show();
+        self.msi.configure(&self.config);
+        // What stands was told.
+        self.interrupt(self.wants_message());
+        Ok(())
+    }
 }
 
 impl PciFunction for RootPort {

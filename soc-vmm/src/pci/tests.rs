@@ -8,6 +8,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::*;
 use crate::bus::{Access, Answer, Deferred, Device, LateAnswer, RequestId, Ticket, Wake};
+use crate::persist::{Moves, StateError, States};
 
 #[derive(Debug)]
 struct NoWake;
@@ -46,6 +47,17 @@ impl Probe {
         let mut config = ConfigSpace::endpoint(&identity);
         bars.iter().for_each(|(index, bar)| config.add_bar(*index, *bar));
         Box::new(Self(config, Arc::new(EventFd::new().unwrap())))
+    }
+}
+
+impl Moves for Probe {
+    fn save_into(&self, at: &str, states: &mut States) {
+        states.put("probe", at, 1, &self.0.save());
+    }
+
+    fn load(&mut self, at: &str, states: &mut States) -> Result<(), StateError> {
+        assert!(self.0.restore(&states.take("probe", at, 1)?));
+        Ok(())
     }
 }
 

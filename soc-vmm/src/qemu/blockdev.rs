@@ -6,12 +6,13 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Properties, Wrong, inert};
+use crate::nbd::Address;
 
 /// A block node (QMP `BlockdevOptions`, of the drivers that there are).
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Blockdev {
-    /// `file`, `host_device`, `raw`, `qcow2` or `throttle`.
+    /// `file`, `host_device`, `raw`, `qcow2`, `throttle` or `nbd`.
     pub driver: BlockDriver,
     /// Its name.
     pub node_name: String,
@@ -33,6 +34,14 @@ pub struct Blockdev {
     pub aio: Option<BlockAio>,
     /// Of `throttle`: the object that says how much may pass.
     pub throttle_group: Option<String>,
+    /// Of `nbd`: where its server is.
+    pub server: Option<NbdAddress>,
+    /// Of `nbd`: its name there; none: the one without a name.
+    pub export: Option<String>,
+    /// Of `nbd`: how the connection is kept secret: not here.
+    pub tls_creds: Option<String>,
+    /// Of `nbd`: whose certificate is expected; nobody's, where there is no TLS.
+    pub tls_hostname: Option<String>,
     /// Of an image: the node of its backing file, which is the one that the image names; within, `null`: it shall name none.
     #[serde(default, deserialize_with = "given")]
     pub backing: Option<Option<String>>,
@@ -63,6 +72,8 @@ pub enum BlockDriver {
     Qcow2,
     /// A limit before another node.
     Throttle,
+    /// Another process's disk.
+    Nbd,
 }
 
 impl BlockDriver {
@@ -74,6 +85,7 @@ impl BlockDriver {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
             Self::Throttle => "throttle",
+            Self::Nbd => "nbd",
         }
     }
 }
@@ -190,8 +202,24 @@ impl Blockdev {
         if self.backing.is_some() && self.driver != BlockDriver::Qcow2 {
             return wrong("backing", "that is of driver=qcow2");
         }
+        for (key, given) in [("tls-creds", &self.tls_creds), ("tls-hostname", &self.tls_hostname)] {
+            if given.as_ref().is_some_and(|given| !given.is_empty()) {
+                return wrong(key, "NBD is not spoken over TLS: leave it out, and give it a network of its own");
+            }
+        }
         let is_file = matches!(self.driver, BlockDriver::File | BlockDriver::HostDevice);
         let driver = self.driver.name();
+        let is_nbd = self.driver == BlockDriver::Nbd;
+        let of_nbd = [("server", self.server.is_some()), ("export", self.export.is_some())];
+        if let Some((key, _)) = of_nbd.into_iter().find(|(_, given)| *given && !is_nbd) {
+            return wrong(key, "that is of driver=nbd");
+        }
+        if is_nbd {
+            return match (&self.server, &self.filename, &self.file) {
+                (Some(_), None, None) => Ok(self),
+                _ => Err(Wrong::new("'nbd' needs 'server', and neither 'file' nor 'filename'")),
+            };
+        }
         match (is_file, &self.filename, &self.file) {
             (true, Some(_), None) | (false, None, Some(_)) => {}
             (true, ..) => return Err(Wrong::new(format!("'{driver}' needs 'filename', and no 'file'"))),
@@ -204,6 +232,40 @@ impl Blockdev {
             }
             (BlockDriver::Throttle, Some(_)) | (_, None) => Ok(self),
             (_, Some(_)) => wrong("throttle-group", "that is of driver=throttle"),
+        }
+    }
+}
+
+/// QMP `SocketAddress`, of the kinds that there are.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
+pub enum NbdAddress {
+    /// TCP.
+    Inet {
+        /// A host's name or address; none: every address.
+        host: String,
+        /// A port.
+        port: String,
+    },
+    /// A socket in the file system.
+    Unix {
+        /// Its path.
+        path: PathBuf,
+    },
+}
+
+impl NbdAddress {
+    /// What it means.
+    ///
+    /// # Errors
+    /// That is no port.
+    pub fn address(&self) -> Result<Address, Wrong> {
+        match self {
+            Self::Inet { host, port } => {
+                let number = port.parse().map_err(|_| Wrong::new(format!("'{port}' is no port: write its number")))?;
+                Ok(Address::Tcp(host.clone(), number))
+            }
+            Self::Unix { path } => Ok(Address::Unix(path.clone())),
         }
     }
 }

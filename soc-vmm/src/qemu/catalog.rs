@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::device::{self, Common, DebugExitProperties, NoProperties};
 use super::inert::INERT;
-use super::object::{MemoryProperties, RandomProperties, SecretProperties, ThrottleProperties};
+use super::object::{MemoryProperties, RandomProperties, SecretProperties, ThrottleProperties, TlsProperties};
 use super::{Blockdev, BlockdevAdd, Device, Netdev, NetdevAdd, Object};
 
 /// A property of something that can be had.
@@ -112,6 +112,7 @@ const OBJECTS: &[Entry] = &[
     Entry::of::<NoProperties>("rng-builtin"),
     Entry::of::<RandomProperties>("rng-random"),
     Entry::of::<ThrottleProperties>("throttle-group"),
+    Entry::of::<TlsProperties>("tls-creds-x509"),
 ];
 
 /// The properties of an object's schema, and which are needed.

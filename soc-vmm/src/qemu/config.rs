@@ -16,6 +16,7 @@ use crate::cli::{
     BalloonSpec, FunctionSpec, HugePages, Invocation, MachineConfig, Memory, ProcessConfig, RunConfig, SerialSpec,
 };
 use crate::control::VmName;
+use crate::migrate::Uri;
 use crate::smbios::SystemNames;
 
 /// Where SeaBIOS is looked for behind the directories of `-L`.
@@ -57,9 +58,11 @@ fn missing(what: &str, id: &str) -> Wrong {
 }
 
 fn run(mut line: Line, machine: &MachineOption) -> Result<RunConfig, Wrong> {
-    if let Some(uri) = &line.incoming {
-        let uri = uri.escape_default();
-        return Err(Wrong::new(format!("'{uri:.60}': a VM can't be taken over yet; start one anew")).at("-incoming"));
+    let incoming = line.incoming.take().map(|uri| uri.parse::<Uri>()).transpose();
+    let incoming = incoming.map_err(|e| Wrong::new(e.to_string()).at("-incoming"))?;
+    if let Some(Uri::Tls(..)) = incoming {
+        let why = "which certificates are meant is said by a monitor: take -incoming defer, migrate-set-parameters and migrate-incoming";
+        return Err(Wrong::new(why).at("-incoming"));
     }
     let topology = line.processors.take().unwrap_or_else(|| "1".to_owned());
     let (cpus, topology) = crate::cli::processors(&topology).map_err(|e| Wrong::new(e.to_string()).at("-smp"))?;
@@ -140,6 +143,8 @@ fn run(mut line: Line, machine: &MachineOption) -> Result<RunConfig, Wrong> {
         function,
         sandbox,
         paused,
+        incoming,
+        tls_dir: None,
         log,
         machine: config,
         process,
@@ -165,7 +170,7 @@ fn memory(line: &Line, machine: &MachineOption, cpus: u16) -> Result<(Memory, Ve
         Some(_) => Err(Wrong::new(format!("'{id}' is no memory"))),
         None => Err(missing("object", id)),
     };
-    let (mut huge, mut node) = (None, None);
+    let (mut huge, mut node, mut prealloc) = (None, None, false);
     if let Some(id) = &machine.memory {
         let memory = backend(id).map_err(|wrong| wrong.at("memory-backend").at("-machine"))?;
         if memory.size != size {
@@ -174,6 +179,7 @@ fn memory(line: &Line, machine: &MachineOption, cpus: u16) -> Result<(Memory, Ve
         }
         huge = huge_pages(&memory)?;
         node = memory.node;
+        prealloc = memory.prealloc;
     }
     let mut texts = Vec::new();
     for numa in &line.numa {
@@ -183,6 +189,7 @@ fn memory(line: &Line, machine: &MachineOption, cpus: u16) -> Result<(Memory, Ve
             return Err(Wrong::new("all memory is of pages of one size").at("memdev").at("-numa"));
         }
         huge = pages;
+        prealloc |= memory.prealloc;
         if !memory.size.is_multiple_of(1 << 10) {
             return Err(Wrong::new("memory is whole pages of 4 KiB").at("size").at("-object"));
         }
@@ -196,7 +203,7 @@ fn memory(line: &Line, machine: &MachineOption, cpus: u16) -> Result<(Memory, Ve
     if !size.is_multiple_of(page) {
         return Err(Wrong::new(format!("{size} bytes are not whole pages of {page} bytes")).at("-m"));
     }
-    let memory = Memory { size, hugepages: huge, node };
+    let memory = Memory { size, hugepages: huge, node, prealloc };
     crate::cli::nodes(&texts, memory, cpus).map_err(|why| Wrong::new(why.replace("--numa", "nodes")).at("-numa"))
 }
 

@@ -25,7 +25,7 @@ pub mod small;
 mod tests;
 mod wrong;
 
-pub use blockdev::{BlockAio, BlockDriver, Blockdev, Cache, FileDriver, FileRef, InlineFile};
+pub use blockdev::{BlockAio, BlockDriver, Blockdev, Cache, FileDriver, FileRef, InlineFile, NbdAddress};
 pub use chardev::{Chardev, ChardevKind, LogFile, Socket};
 pub use config::parse;
 pub use device::{

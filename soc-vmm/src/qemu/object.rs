@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Properties, Size, Wrong, inert};
+use crate::tls::{CredentialsSpec, Endpoint};
 
 /// An object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub enum ObjectKind {
     IoThread,
     /// How much may pass.
     ThrottleGroup(Limits),
+    /// Certificates.
+    Tls(CredentialsSpec),
 }
 
 /// Guest memory.
@@ -40,6 +43,8 @@ pub struct MemoryBackend {
     pub huge: Option<Option<u64>>,
     /// The host's node, if there is one.
     pub node: Option<u16>,
+    /// All of it is taken at once.
+    pub prealloc: bool,
 }
 
 /// QMP `ThrottleLimits`: what may pass in a second, and at most for a moment.
@@ -76,6 +81,8 @@ pub(super) struct MemoryProperties {
     #[serde(default)]
     hugetlb: bool,
     hugetlbsize: Option<Size>,
+    #[serde(default)]
+    prealloc: bool,
     mem_path: Option<PathBuf>,
     #[serde(default)]
     host_nodes: Vec<u16>,
@@ -102,6 +109,16 @@ pub(super) struct RandomProperties {
 pub(super) struct ThrottleProperties {
     #[serde(default)]
     limits: Limits,
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct TlsProperties {
+    dir: Option<PathBuf>,
+    endpoint: Option<Endpoint>,
+    verify_peer: Option<bool>,
+    priority: Option<String>,
+    passwordid: Option<String>,
 }
 
 #[derive(Deserialize, JsonSchema)]
@@ -149,10 +166,11 @@ impl Object {
             "throttle-group" => {
                 properties.read().map(|ThrottleProperties { limits }| ObjectKind::ThrottleGroup(limits))
             }
+            "tls-creds-x509" => properties.read().and_then(tls).map(ObjectKind::Tls),
             other => {
                 return Err(Wrong::new(format!(
                     "there is no '{}': there is secret, memory-backend-ram, -memfd and -file, rng-builtin, rng-random, iothread, \
-                     throttle-group",
+                     throttle-group, tls-creds-x509",
                     other.escape_default()
                 )));
             }
@@ -162,7 +180,7 @@ impl Object {
 }
 
 fn memory(kind: &str, properties: MemoryProperties) -> Result<MemoryBackend, Wrong> {
-    let MemoryProperties { size, hugetlb, hugetlbsize, mem_path, host_nodes, policy } = properties;
+    let MemoryProperties { size, hugetlb, hugetlbsize, prealloc, mem_path, host_nodes, policy } = properties;
     let huge = match (kind, mem_path) {
         ("memory-backend-file", Some(path)) => {
             // RAM is the host's: a path says which pages are meant, and nothing else.
@@ -189,5 +207,26 @@ fn memory(kind: &str, properties: MemoryProperties) -> Result<MemoryBackend, Wro
             return Err(Wrong::new(why).at("host-nodes"));
         }
     };
-    Ok(MemoryBackend { size: size.bytes(), huge, node })
+    Ok(MemoryBackend { size: size.bytes(), huge, node, prealloc })
+}
+
+fn tls(properties: TlsProperties) -> Result<CredentialsSpec, Wrong> {
+    let TlsProperties { dir, endpoint, verify_peer, priority, passwordid } = properties;
+    let dir = dir.ok_or_else(|| Wrong::new("it needs 'dir', a directory with ca-cert.pem"))?;
+    // QEMU's words for what its library does of its own accord; there is nothing to choose here.
+    if priority.is_some_and(|priority| !["NORMAL", "@SYSTEM"].contains(&priority.as_str())) {
+        let why = "there is TLS 1.3 with the ciphers of its standard, and nothing else: leave it out";
+        return Err(Wrong::new(why).at("priority"));
+    }
+    if passwordid.is_some() {
+        let why = "encrypted keys can't be read: decrypt the key, and let its owner alone read it";
+        return Err(Wrong::new(why).at("passwordid"));
+    }
+    let endpoint = endpoint.unwrap_or(Endpoint::Client);
+    let verify_peer = verify_peer.unwrap_or(true);
+    if endpoint == Endpoint::Client && !verify_peer {
+        let why = "whoever doesn't look at the server's certificate may talk to anybody: leave it on";
+        return Err(Wrong::new(why).at("verify-peer"));
+    }
+    Ok(CredentialsSpec { dir, endpoint, verify_peer })
 }

@@ -1,6 +1,7 @@
 //! From what a device, a block node or a network says to something that can be put into a machine: the same on the command line and in
 //! QMP.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::device::{Disk, Entropy, FileSystem, Net, Port, VhostDisk};
@@ -11,6 +12,7 @@ use crate::block::{Aio, BlockBackend, FileId, ImageFormat, ImageSpec};
 use crate::chardev::{ChardevError, Chardevs};
 use crate::cli::{DiskTuning, NetSpec, VhostRole, VhostSpec};
 use crate::fds::{FdError, Fds};
+use crate::nbd::NbdDisk;
 use crate::net::{self, NetSource, TapSource};
 use crate::slots::{
     self, DiskNode, NetNode, NewDevice, NewDisk, NewKind, NewPort, NodeError, NodeKind, OpenError, Place, Planned,
@@ -184,7 +186,7 @@ fn tuning(disk: &Disk, node: &DiskNode) -> DiskTuning {
 ///
 /// # Errors
 /// It can't be opened, or is the machine's own.
-pub fn image(node: &DiskNode, world: &World<'_>) -> Result<std::sync::Arc<dyn BlockBackend>, PlanError> {
+pub fn image(node: &DiskNode, world: &World<'_>) -> Result<Arc<dyn BlockBackend>, PlanError> {
     match &node.kind {
         NodeKind::Image(image, _) => Ok(image.clone()),
         NodeKind::File(spec) => Ok(slots::open_disk(spec, world.reserved)?),
@@ -211,7 +213,13 @@ impl Blockdev {
                     return Err(Wrong::new(format!("can't open {}: {e}", path.display())).at("filename").into());
                 }
                 // It is opened by who reads it: only then its locks are known. Used as it is, it is raw; its name is not asked.
-                let spec = ImageSpec { path: path.clone(), format: Some(ImageFormat::Raw), read_only, direct };
+                let spec = ImageSpec {
+                    path: path.clone(),
+                    format: Some(ImageFormat::Raw),
+                    read_only,
+                    direct,
+                    unclaimed: false,
+                };
                 let kind = NodeKind::File(spec);
                 let limits = RateLimits::default();
                 let node = DiskNode { kind, driver, file: path, read_only, direct, backing: None, aio, limits };
@@ -226,6 +234,15 @@ impl Blockdev {
                 let limits = rates(world.names.limits(&group)?);
                 return Ok((self.node_name, DiskNode { kind, driver, limits, ..below }));
             }
+            BlockDriver::Nbd => {
+                let server = self.server.ok_or_else(|| Wrong::new("it needs 'server'"))?;
+                let export = self.export.unwrap_or_default();
+                let disk = NbdDisk::connect(&server.address()?, &export, read_only).map_err(OpenError::from)?;
+                let file = disk.name().into();
+                let (kind, limits) = (NodeKind::Image(Arc::new(disk), None), RateLimits::default());
+                let node = DiskNode { kind, driver, file, read_only, direct, backing: None, aio, limits };
+                return Ok((self.node_name, node));
+            }
             BlockDriver::Raw => ImageFormat::Raw,
             BlockDriver::Qcow2 => ImageFormat::Qcow2,
         };
@@ -233,6 +250,12 @@ impl Blockdev {
         let (file, under, over) = match self.file {
             Some(FileRef::Node(name)) => {
                 let node = world.names.disk_node(&name)?;
+                if node.driver == BlockDriver::Nbd.name() && format == ImageFormat::Raw {
+                    // Its bytes are the disk's already.
+                    let kind = NodeKind::Image(image(&node, world)?, Some(name));
+                    let read_only = read_only || node.read_only;
+                    return Ok((self.node_name, DiskNode { kind, driver, read_only, ..node }));
+                }
                 if !matches!(node.kind, NodeKind::File(_)) {
                     return Err(Wrong::new(format!("'{name}' is no file's node")).at("file").into());
                 }
@@ -243,7 +266,7 @@ impl Blockdev {
         };
         let read_only = read_only || under.as_ref().is_some_and(|node| node.read_only);
         let direct = direct || under.as_ref().is_some_and(|node| node.direct);
-        let spec = ImageSpec { path: file.clone(), format: Some(format), read_only, direct };
+        let spec = ImageSpec { path: file.clone(), format: Some(format), read_only, direct, unclaimed: false };
         let image = slots::open_disk(&spec, world.reserved)?;
         let backing = self.backing.map(|backing| check_backing(&*image, backing, world)).transpose()?.flatten();
         let aio = aio.or(under.and_then(|node| node.aio));

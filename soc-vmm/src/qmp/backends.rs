@@ -8,7 +8,9 @@ use super::aside::aside;
 use super::cdrom::in_no_drive;
 use super::command::Command;
 use super::devices::{in_world, slots_of};
+use super::jobs::unused;
 use super::types::Empty;
+use crate::cli::with_causes;
 use crate::control::VmHandle;
 use crate::qemu::{BlockdevAdd, NetdevAdd, Object, ObjectKind, Properties, World};
 use crate::slots::SlotsHandle;
@@ -43,6 +45,7 @@ impl Command for BlockdevDel {
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
         let slots = slots_of(&vm)?;
         in_no_drive(&vm, &self.node_name)?;
+        unused(&vm, &self.node_name, "node")?;
         aside(move || Ok(slots.delete_disk(&self.node_name)?)).await?;
         Ok(Empty {})
     }
@@ -106,6 +109,11 @@ impl Command for ObjectAdd {
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
         if let ObjectKind::Memory(_) = self.0.kind {
             return Err(QmpError::generic("Memory can't be added to a VM"));
+        }
+        if let ObjectKind::Tls(spec) = &self.0.kind {
+            let spec = spec.clone();
+            // Whoever uses them reads them again: by then there may be new ones.
+            aside(move || spec.load().map_err(|e| QmpError::generic(with_causes(&e)))).await?;
         }
         slots_of(&vm)?.name_object(&self.0.id, self.0.kind)?;
         Ok(Empty {})

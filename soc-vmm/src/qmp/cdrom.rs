@@ -31,6 +31,7 @@ pub(super) struct Eject {
 
 impl Command for Eject {
     const NAME: &'static str = "eject";
+    const ALTERS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
@@ -64,6 +65,7 @@ pub(super) struct BlockdevChangeMedium {
 
 impl Command for BlockdevChangeMedium {
     const NAME: &'static str = "blockdev-change-medium";
+    const ALTERS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
@@ -108,6 +110,7 @@ pub(super) struct BlockdevOpenTray {
 
 impl Command for BlockdevOpenTray {
     const NAME: &'static str = "blockdev-open-tray";
+    const ALTERS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
@@ -129,6 +132,7 @@ pub(super) struct BlockdevCloseTray {
 
 impl Command for BlockdevCloseTray {
     const NAME: &'static str = "blockdev-close-tray";
+    const ALTERS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
@@ -147,6 +151,7 @@ pub(super) struct BlockdevRemoveMedium {
 
 impl Command for BlockdevRemoveMedium {
     const NAME: &'static str = "blockdev-remove-medium";
+    const ALTERS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
@@ -170,6 +175,7 @@ pub(super) struct BlockdevInsertMedium {
 
 impl Command for BlockdevInsertMedium {
     const NAME: &'static str = "blockdev-insert-medium";
+    const ALTERS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {

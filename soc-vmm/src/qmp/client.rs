@@ -141,7 +141,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError::Lost`]: it is still there after `patience`.
-    pub fn wait_for_end(mut self, patience: Duration) -> Result<(), ClientError> {
+    pub fn wait_for_end(&mut self, patience: Duration) -> Result<(), ClientError> {
         let deadline = Instant::now() + patience;
         loop {
             self.unread.clear();

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 pub use super::commands::COMMANDS;
 use super::schema::{Direction, Types};
 use super::{ErrorClass, Passed, QmpError};
-use crate::control::VmHandle;
+use crate::control::{RunState, VmHandle};
 
 /// A command that is carried out.
 pub type Execution = Pin<Box<dyn Future<Output = Result<Value, QmpError>> + Send>>;
@@ -23,6 +23,8 @@ pub trait Command: DeserializeOwned + JsonSchema + Send + 'static {
     const NAME: &'static str;
     /// What clients look for before they use what not every QEMU has.
     const FEATURES: &'static [&'static str] = &[];
+    /// Whether it changes what is saved of a guest that stands still to be moved: refused then.
+    const ALTERS: bool = false;
     /// What it returns.
     type Reply: Serialize + JsonSchema + Send;
 
@@ -76,6 +78,9 @@ fn prepare<C: Command>(
     passed: &mut Passed,
     vm: &VmHandle,
 ) -> Result<Execution, QmpError> {
+    if C::ALTERS && vm.state() == RunState::FinishMigrate {
+        return Err(QmpError::generic("The guest is just being moved: wait, or cancel that"));
+    }
     let mut command: C = serde_json::from_value(Value::Object(arguments))
         .map_err(|e| QmpError::generic(format!("Invalid arguments of '{}': {e}", C::NAME)))?;
     command.attach(passed);

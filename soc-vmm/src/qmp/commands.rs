@@ -10,9 +10,18 @@ use super::chardevs::{ChardevAdd, ChardevRemove, QueryChardev};
 use super::command::Entry;
 use super::cpus::{AddCpu, QueryCpusFast, QueryHotpluggableCpus};
 use super::devices::{AddDisk, AddNet, DeviceDel};
-use super::life::{Cont, QueryJobs, Quit, SetAction, Stop, SystemPowerdown, SystemReset};
+use super::exports::{BlockExportAdd, BlockExportDel, NbdServerStart, NbdServerStop, QueryBlockExports};
+use super::jobs::{
+    BlockJobCancel, BlockJobComplete, BlockJobSetSpeed, BlockdevMirror, JobCancel, JobComplete, JobDismiss,
+    QueryBlockJobs, QueryJobs,
+};
+use super::life::{Cont, Quit, SetAction, Stop, SystemPowerdown, SystemReset};
 use super::machines::{QueryCpuDefinitions, QueryCpuModelExpansion, QueryMachines, QueryTpmModels, QueryTpmTypes};
-use super::migration::{MigrateSetCapabilities, QueryMigrateCapabilities};
+use super::migration::{
+    CalcDirtyRate, Migrate, MigrateCancel, MigrateContinue, MigrateIncoming, MigratePause, MigrateRecover,
+    MigrateSetCapabilities, MigrateSetParameters, MigrateStartPostcopy, QueryDirtyRate, QueryMigrate,
+    QueryMigrateCapabilities, QueryMigrateParameters, Save,
+};
 use super::objects::{DeviceListProperties, QomListProperties, QomListTypes};
 use super::options::QueryCommandLineOptions;
 use super::ours::{QueryOutboardCounters, QueryOutboardVm};
@@ -44,6 +53,19 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<QueryChardev>(),
     Entry::of::<SetAction>(),
     Entry::of::<QueryJobs>(),
+    Entry::of::<JobCancel>(),
+    Entry::of::<JobComplete>(),
+    Entry::of::<JobDismiss>(),
+    Entry::of::<BlockdevMirror>(),
+    Entry::of::<QueryBlockJobs>(),
+    Entry::of::<BlockJobCancel>(),
+    Entry::of::<BlockJobComplete>(),
+    Entry::of::<BlockJobSetSpeed>(),
+    Entry::of::<NbdServerStart>(),
+    Entry::of::<NbdServerStop>(),
+    Entry::of::<BlockExportAdd>(),
+    Entry::of::<BlockExportDel>(),
+    Entry::of::<QueryBlockExports>(),
     Entry::of::<BlockdevAdd>(),
     Entry::of::<BlockdevDel>(),
     Entry::of::<NetdevAdd>(),
@@ -86,6 +108,19 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<QueryCommandLineOptions>(),
     Entry::of::<QueryMigrateCapabilities>(),
     Entry::of::<MigrateSetCapabilities>(),
+    Entry::of::<QueryMigrateParameters>(),
+    Entry::of::<MigrateSetParameters>(),
+    Entry::of::<Migrate>(),
+    Entry::of::<MigrateIncoming>(),
+    Entry::of::<MigrateCancel>(),
+    Entry::of::<MigratePause>(),
+    Entry::of::<MigrateRecover>(),
+    Entry::of::<MigrateStartPostcopy>(),
+    Entry::of::<MigrateContinue>(),
+    Entry::of::<QueryMigrate>(),
+    Entry::of::<CalcDirtyRate>(),
+    Entry::of::<QueryDirtyRate>(),
     Entry::of::<QueryOutboardVm>(),
     Entry::of::<QueryOutboardCounters>(),
+    Entry::of::<Save>(),
 ];

@@ -68,6 +68,7 @@ pub(super) struct AddCpu {}
 
 impl Command for AddCpu {
     const NAME: &'static str = "x-outboard-add-cpu";
+    const ALTERS: bool = true;
     type Reply = NewDeviceId;
 
     async fn run(self, vm: VmHandle) -> Result<NewDeviceId, QmpError> {

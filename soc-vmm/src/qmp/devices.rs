@@ -11,6 +11,7 @@ use super::aside::aside;
 use super::cdrom::in_no_drive;
 use super::command::Command;
 use super::cpus;
+use super::jobs::unwritten;
 use super::tree::in_peripheral;
 use super::types::{Empty, NewDeviceId};
 use super::{ErrorClass, QmpError};
@@ -27,6 +28,7 @@ pub(super) const NET: &str = "virtio-net-pci";
 /// QMP `device_add`, of what [`Device`] can be while the guest runs.
 impl Command for Device {
     const NAME: &'static str = "device_add";
+    const ALTERS: bool = true;
     // Numbers and truths are written as such, on the command line too.
     const FEATURES: &'static [&'static str] = &["json-cli", "json-cli-hotplug"];
     type Reply = Empty;
@@ -40,6 +42,7 @@ impl Command for Device {
         cpus::is_none(&vm, self.id.as_deref())?;
         if let DeviceKind::Disk(disk) = &self.kind {
             in_no_drive(&vm, &disk.drive)?;
+            unwritten(&vm, &disk.drive)?;
         }
         in_world(vm, move |slots, world| Ok(slots.put(self.plan(world)?)?)).await?;
         Ok(Empty {})
@@ -61,6 +64,7 @@ pub(super) struct DeviceDel {
 
 impl Command for DeviceDel {
     const NAME: &'static str = "device_del";
+    const ALTERS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
@@ -118,6 +122,7 @@ impl Add {
 
 impl Command for AddDisk {
     const NAME: &'static str = "x-outboard-add-disk";
+    const ALTERS: bool = true;
     type Reply = NewDeviceId;
 
     async fn run(self, vm: VmHandle) -> Result<NewDeviceId, QmpError> {
@@ -138,6 +143,7 @@ impl Command for AddDisk {
 
 impl Command for AddNet {
     const NAME: &'static str = "x-outboard-add-net";
+    const ALTERS: bool = true;
     type Reply = NewDeviceId;
 
     async fn run(self, vm: VmHandle) -> Result<NewDeviceId, QmpError> {

@@ -1,7 +1,7 @@
 //! Commands to the life of a VM.
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::QmpError;
 use super::command::Command;
@@ -96,23 +96,5 @@ impl Command for SetAction {
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
         vm.actions().set(self.0);
         Ok(Empty {})
-    }
-}
-
-/// QMP `query-jobs`.
-#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct QueryJobs {}
-
-/// QMP `JobInfo`, of which there is none: images have no jobs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-pub enum JobInfo {}
-
-impl Command for QueryJobs {
-    const NAME: &'static str = "query-jobs";
-    type Reply = Vec<JobInfo>;
-
-    async fn run(self, _: VmHandle) -> Result<Vec<JobInfo>, QmpError> {
-        Ok(Vec::new())
     }
 }

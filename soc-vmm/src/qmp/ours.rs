@@ -5,9 +5,10 @@ use serde::Deserialize;
 
 use super::QmpError;
 use super::command::Command;
-use super::types::{OutboardCounter, OutboardVm};
+use super::types::{OutboardCounter, OutboardMigration, OutboardVm};
 use crate::control::VmHandle;
 use crate::cpus::CpusHandle;
+use crate::migrate::{Step, failure};
 
 /// `x-query-outboard-vm`, a command of ours: what `soc-vmm list` shows.
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
@@ -28,6 +29,12 @@ impl Command for QueryOutboardVm {
             memory: info.memory,
             function: info.function,
             pid: std::process::id(),
+            migration: vm.migration().under_way_or_failed().map(|progress| OutboardMigration {
+                status: Step::of(&progress.phase),
+                error_desc: failure(&progress.phase).map(str::to_owned),
+                remaining: progress.remaining,
+                total: progress.total,
+            }),
         })
     }
 }

@@ -12,7 +12,7 @@ use serde::Serialize;
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::unix::WriteHalf;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -204,7 +204,7 @@ async fn monitor(
             event = events.recv() => match event {
                 Ok(event) if session.is_negotiated() => send(&mut writer, &WireEvent::from(&event)).await?,
                 Ok(_) => {}
-                Err(RecvError::Lagged(_)) => return Err(io::Error::other("it doesn't take its events")),
+                Err(RecvError::Lagged(_)) => return Err(behind()),
                 Err(RecvError::Closed) => {
                     // The VM has ended, so this answers at once.
                     if let Some(call) = running {
@@ -213,7 +213,17 @@ async fn monitor(
                     return Ok(());
                 }
             },
-            response = finished(&mut running) => send(&mut writer, &response).await?,
+            response = finished(&mut running) => {
+                // What came since this turn asked for events came before the response.
+                loop {
+                    match events.try_recv() {
+                        Ok(event) => send(&mut writer, &WireEvent::from(&event)).await?,
+                        Err(TryRecvError::Lagged(_)) => return Err(behind()),
+                        Err(TryRecvError::Empty | TryRecvError::Closed) => break,
+                    }
+                }
+                send(&mut writer, &response).await?;
+            }
             read = receive(reader.as_ref(), &mut buffer), if running.is_none() => {
                 let Received { bytes, fds, lost } = read?;
                 // Where some were lost none is kept: an earlier one would be taken in their place.
@@ -227,6 +237,11 @@ async fn monitor(
             }
         }
     }
+}
+
+/// A client that is too slow for its VM.
+fn behind() -> io::Error {
+    io::Error::other("it doesn't take its events")
 }
 
 /// Bytes and what descriptors came with them. Safe to cancel.

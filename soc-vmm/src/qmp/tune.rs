@@ -28,6 +28,7 @@ pub(super) struct BlockResize {
 
 impl Command for BlockResize {
     const NAME: &'static str = "block_resize";
+    const ALTERS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
@@ -60,6 +61,7 @@ pub(super) struct SetLink {
 
 impl Command for SetLink {
     const NAME: &'static str = "set_link";
+    const ALTERS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
@@ -81,6 +83,7 @@ pub(super) struct Balloon {
 
 impl Command for Balloon {
     const NAME: &'static str = "balloon";
+    const ALTERS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::ErrorClass;
 use crate::cli::one_line;
 use crate::control::RunState;
+use crate::migrate::Step;
 
 /// The reply of a command that has nothing to say: `{}`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -126,6 +127,24 @@ pub struct OutboardVm {
     pub function: String,
     /// The process id of its soc-vmm.
     pub pid: u32,
+    /// The migration that is under way, or failed last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<OutboardMigration>,
+}
+
+/// `x-outboard-migration`, a type of ours: what `soc-vmm status` shows of a migration. Sizes in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "x-outboard-migration")]
+pub struct OutboardMigration {
+    /// Where it is.
+    pub status: Step,
+    /// Why it failed or stands still, if it does.
+    #[serde(rename = "error-desc", default, skip_serializing_if = "Option::is_none")]
+    pub error_desc: Option<String>,
+    /// What is still to come or to go.
+    pub remaining: u64,
+    /// The guest's memory.
+    pub total: u64,
 }
 
 /// The first object on a monitor.

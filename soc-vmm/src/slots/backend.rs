@@ -4,6 +4,7 @@ use std::fs::Metadata;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{NewNet, NewVhost};
 use crate::block::{self, BlockBackend, BlockError, FileId, ImageSpec};
@@ -41,6 +42,8 @@ pub struct Reserved {
     pub images: Vec<(FileId, String)>,
     /// Files that may be replaced by others of the same name, and what they are.
     pub paths: Vec<(PathBuf, String)>,
+    /// The guest, whose disks are opened, is elsewhere: they are another process's until it is here.
+    pub elsewhere: Arc<AtomicBool>,
 }
 
 impl Reserved {
@@ -64,7 +67,8 @@ pub fn open_disk(image: &ImageSpec, reserved: &Reserved) -> Result<Arc<dyn Block
     if let Some(role) = file.and_then(|file| reserved.role_of(&file).map(str::to_owned)) {
         return Err(OpenError::Reserved { path: image.path.clone(), role });
     }
-    Ok(block::open(image)?)
+    let unclaimed = !image.read_only && reserved.elsewhere.load(Ordering::Acquire);
+    Ok(block::open(&ImageSpec { unclaimed, ..image.clone() })?)
 }
 
 /// Connects an interface. May take long: its peer may be slow.

@@ -1,12 +1,15 @@
 //! What monitors ask of slots.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::port::{DiskInfo, Port};
 use super::{
     DeviceHandle, DeviceKind, NewDevice, NewPort, NodeError, Occupant, Planned, Reserved, Shared, SlotError,
     SlotsHandle, lock,
 };
+use crate::block::BlockError;
+use crate::cli::with_causes;
 use crate::virtio::console::PortStatus;
 
 impl SlotsHandle {
@@ -141,6 +144,34 @@ impl SlotsHandle {
         lock(&shared.ports).iter().filter_map(|port| port.bus().map(str::to_owned)).collect()
     }
 
+    /// Gives the disks' images to another process, or takes them over from it: see [`BlockBackend`](crate::block::BlockBackend). The devices
+    /// are halted. What was done to some is taken back where it fails.
+    ///
+    /// # Errors
+    /// Which disk, and why.
+    pub fn hand_disks(&self, hand: Hand) -> Result<(), HandError> {
+        let disks = self.disks();
+        let give = |disk: &DiskInfo, hand| match hand {
+            Hand::Over => disk.handle.release(),
+            Hand::Back => disk.handle.claim(),
+        };
+        for (index, disk) in disks.iter().enumerate() {
+            if let Err(source) = give(disk, hand) {
+                let back = if hand == Hand::Over { Hand::Back } else { Hand::Over };
+                for earlier in &disks[..index] {
+                    if let Err(e) = give(earlier, back) {
+                        tracing::error!(disk = earlier.id, "its image is not as it was: {}", with_causes(&e));
+                    }
+                }
+                return Err(HandError { disk: disk.id.clone(), source });
+            }
+        }
+        if let Ok(reserved) = self.reserved() {
+            reserved.elsewhere.store(hand == Hand::Over, Ordering::Release);
+        }
+        Ok(())
+    }
+
     /// Files that no disk may write.
     ///
     /// # Errors
@@ -158,4 +189,24 @@ impl std::fmt::Debug for SlotsHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SlotsHandle").field("devices", &self.devices()).finish_non_exhaustive()
     }
+}
+
+/// Which way images go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hand {
+    /// To another process.
+    Over,
+    /// Here.
+    Back,
+}
+
+/// A disk whose image stays where it is.
+#[derive(Debug, thiserror::Error)]
+#[error("disk {disk}")]
+pub struct HandError {
+    /// Its name.
+    pub disk: String,
+    /// Why.
+    #[source]
+    pub source: BlockError,
 }

@@ -30,12 +30,14 @@ pub use device::{
     DeviceHandle, DeviceKind, DeviceListeners, NewBalloon, NewDevice, NewDisk, NewKind, NewNet, NewPort, NewVhost,
     Place, Planned,
 };
+pub use handle::{Hand, HandError};
 pub use named::{DiskNode, Named, NetNode, NodeError, NodeInfo, NodeKind};
 pub use port::DiskInfo;
 pub use ways::{Way, Ways};
 
 use self::port::{Port, Seat};
 use crate::block::BlockError;
+use crate::bus::Wake;
 use crate::cli::Mac;
 use crate::pci::{Fabric, NodeId, PciFunction, Pirqs, PlugError, Requester, RootPort, SlotSink};
 use crate::virtio::balloon::BalloonError;
@@ -158,6 +160,8 @@ pub struct SlotParts {
     pub ways: Ways,
     /// Where kicks may come from.
     pub notify: Arc<NotifyPages>,
+    /// Wakes the thread that serves IOREQs.
+    pub wake: Arc<dyn Wake>,
     /// Where their pins go.
     pub pirqs: Arc<Pirqs>,
     /// Hears of devices that are gone.
@@ -187,6 +191,7 @@ pub struct SlotsHandle(Weak<Shared>);
 struct Shared {
     ways: Ways,
     notify: Arc<NotifyPages>,
+    wake: Arc<dyn Wake>,
     pirqs: Arc<Pirqs>,
     listeners: DeviceListeners,
     machine: String,
@@ -206,8 +211,8 @@ impl Slots {
     /// # Errors
     /// No thread is left for them.
     pub fn new(parts: SlotParts) -> io::Result<Self> {
-        let SlotParts { fabric, ways, notify, pirqs, listener, device_listeners, machine, names, reserved, named } =
-            parts;
+        let SlotParts { fabric, ways, notify, wake, pirqs, listener, device_listeners, .. } = parts;
+        let SlotParts { machine, names, reserved, named, .. } = parts;
         let ports = Arc::<Mutex<Vec<Port>>>::default();
         let (emptied, receiver) = channel();
         let reaper = {
@@ -221,6 +226,7 @@ impl Slots {
             fabric,
             ways,
             notify,
+            wake,
             pirqs,
             listeners,
             machine,
@@ -240,7 +246,7 @@ impl Slots {
     pub fn add_port(&self, name: &str, devfn: u8, number: u16) -> Result<(), PlugError> {
         let Shared { fabric, ways, pirqs, ports, .. } = &*self.shared;
         let way = ways.of_function();
-        let mut port = RootPort::new(number, pirqs.wire(devfn >> 3), &*way.messages);
+        let mut port = RootPort::new(number, pirqs.wire(devfn >> 3), &*way.messages).named(name);
         ways.show_line(port.config_mut(), devfn >> 3);
         let mut fabric = lock(fabric);
         let node = fabric.plug(None, devfn, Box::new(port))?;
@@ -362,7 +368,7 @@ impl Shared {
         let memory = self.ways.memory();
         let notify = if kind.is_kicked_often() { self.notify.clone() } else { Arc::default() };
         let line = self.pirqs.wire(devfn >> 3);
-        let plumbing = Plumbing { memory, messages: &*way.messages, line, notify };
+        let plumbing = Plumbing { memory, messages: &*way.messages, line, notify, wake: self.wake.clone() };
         let (bus, serial) = (bus.to_owned(), new.kind.serial(id));
         let (mut function, handle) = new.kind.make(id, new.node.as_deref(), kind, &self.listeners, plumbing)?;
         self.ways.show_line(function.config_mut(), devfn >> 3);

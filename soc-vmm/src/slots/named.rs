@@ -10,6 +10,7 @@ use super::{NewDevice, NewKind, NewNet, NewVhost, Place, SlotError, SlotsHandle,
 use crate::block::{Aio, BlockBackend, ImageSpec};
 use crate::cli::Mac;
 use crate::qemu::{Limits, ObjectKind};
+use crate::tls::CredentialsSpec;
 use crate::virtio::RateLimits;
 
 /// Back ends by name.
@@ -167,6 +168,17 @@ impl Named {
         }
     }
 
+    /// Where the certificates of that name are.
+    ///
+    /// # Errors
+    /// There is no such object.
+    pub fn credentials(&self, name: &str) -> Result<CredentialsSpec, NodeError> {
+        match self.objects.get(name) {
+            Some(ObjectKind::Tls(spec)) => Ok(spec.clone()),
+            _ => Err(NodeError::NotFound(name.into())),
+        }
+    }
+
     /// The images that are open.
     pub fn images(&self) -> impl Iterator<Item = &Arc<dyn BlockBackend>> {
         self.disks.values().filter_map(|node| match &node.kind {
@@ -292,6 +304,14 @@ impl SlotsHandle {
     /// There is no such object, or the VM has ended.
     pub fn limits(&self, name: &str) -> Result<Limits, NodeError> {
         lock(&self.shared()?.named).limits(name)
+    }
+
+    /// [`Named::credentials`].
+    ///
+    /// # Errors
+    /// There is no such object, or the VM has ended.
+    pub fn credentials(&self, name: &str) -> Result<CredentialsSpec, NodeError> {
+        lock(&self.shared()?.named).credentials(name)
     }
 
     /// [`Named::name_net`].

@@ -15,7 +15,12 @@ use crate::virtio::block::{DiskError, DiskErrorListener};
 use crate::virtio::console::PortEvents;
 
 /// What surrounds slots whose guest does nothing.
+#[derive(Debug)]
 struct Nothing;
+
+impl Wake for Nothing {
+    fn wake(&self) {}
+}
 
 impl Platform for Nothing {
     fn show(&self, _: &MemoryView, _: Option<crate::bus::Ticket>) {}
@@ -80,6 +85,7 @@ impl Rig {
             fabric: Arc::new(Mutex::new(Fabric::new(None, Arc::new(Nothing)))),
             ways: Ways::new(Arc::new(TestSink::default()), Arc::new(Nothing), None),
             notify: Arc::default(),
+            wake: Arc::new(Nothing),
             pirqs: Arc::new(Pirqs::new(Arc::new(Nothing))),
             listener: Arc::new(Heard(heard)),
             device_listeners: DeviceListeners {

@@ -224,21 +224,36 @@ impl Frontend {
         self.tell_enabled(queue, on)
     }
 
-    /// Stops queues that were started: afterwards it uses their memory no more.
+    /// Stops queues that were started: afterwards it uses their memory no more. For each, the entry of the available ring that it would have
+    /// taken next.
     ///
     /// # Errors
     /// It has not let go of them in time, or is gone.
-    pub fn stop(&mut self, queues: impl IntoIterator<Item = usize>) -> Result<(), VhostUserError> {
+    pub fn stop(&mut self, queues: impl IntoIterator<Item = usize>) -> Result<Vec<(usize, u16)>, VhostUserError> {
         self.socket.begin();
+        let mut stopped = Vec::new();
         for queue in queues {
             let index = queue as u32;
             let answer = self.ask(Request::GetVringBase, VringState { index, num: 0 }.as_bytes())?;
             match VringState::read_from_bytes(&answer) {
-                Ok(state) if state.index == index => {}
+                Ok(state) if state.index == index => stopped.push((queue, state.num as u16)),
                 _ => return Err(VhostUserError::Protocol("a stopped queue that is another one")),
             }
         }
-        Ok(())
+        Ok(stopped)
+    }
+
+    /// Has it tell its network that the guest with that address is here now, if it can.
+    ///
+    /// # Errors
+    /// It refuses, or is gone.
+    pub fn announce(&mut self, mac: [u8; 6]) -> Result<(), VhostUserError> {
+        if !self.speaks(protocol::RARP) {
+            return Ok(());
+        }
+        self.socket.begin();
+        let [a, b, c, d, e, f] = mac;
+        self.tell(Request::SendRarp, &[a, b, c, d, e, f, 0, 0], &[])
     }
 
     /// Tells it what of which files is memory.
@@ -277,8 +292,14 @@ impl Frontend {
         }
         if self.features >> F_PROTOCOL_FEATURES & 1 != 0 {
             let offered = self.ask_number(Request::GetProtocolFeatures)?;
-            let known =
-                [protocol::MQ, protocol::LOG_SHMFD, protocol::REPLY_ACK, protocol::BACKEND_REQ, protocol::CONFIG];
+            let known = [
+                protocol::MQ,
+                protocol::LOG_SHMFD,
+                protocol::RARP,
+                protocol::REPLY_ACK,
+                protocol::BACKEND_REQ,
+                protocol::CONFIG,
+            ];
             let record = records.then_some(protocol::INFLIGHT_SHMFD);
             let wanted = offered & known.into_iter().chain(record).fold(0, |bits, bit| bits | 1 << bit);
             // Not acknowledged yet: whether it will acknowledge is part of what is said.

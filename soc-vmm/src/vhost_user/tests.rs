@@ -120,6 +120,19 @@ fn queues_are_started_and_stopped_in_the_protocols_order() {
     }
 }
 
+#[test]
+fn who_can_tells_the_network_of_a_guest_that_has_moved() {
+    for can in [true, false] {
+        let features = u64::from(can) << protocol::RARP | 1 << protocol::REPLY_ACK;
+        let (script, stream) = Script::start(move |header, to| polite(features, header, to));
+        let mut frontend = Frontend::new(stream, LONG, false).unwrap();
+        frontend.announce([2, 3, 4, 5, 6, 7]).unwrap();
+        drop(frontend);
+        let said: Vec<Heard> = script.heard().into_iter().filter(|(request, _)| *request == 19).collect();
+        assert_eq!(said, can.then(|| (19, vec![2, 3, 4, 5, 6, 7, 0, 0])).into_iter().collect::<Vec<_>>());
+    }
+}
+
 /// Starts one queue on a back end that keeps a record of `size` bytes, twice over the same memory; what it heard.
 fn recorded(size: u64) -> (Result<(), VhostUserError>, Vec<Heard>) {
     let features = 1 << protocol::REPLY_ACK | 1 << protocol::INFLIGHT_SHMFD;

@@ -31,6 +31,8 @@ pub mod protocol {
     pub const MQ: u32 = 0;
     /// It logs which memory it writes, in memory that it is given.
     pub const LOG_SHMFD: u32 = 1;
+    /// It tells its network that a guest has moved to it.
+    pub const RARP: u32 = 2;
     /// Every message is answered on request.
     pub const REPLY_ACK: u32 = 3;
     /// The back end sends messages too.
@@ -75,6 +77,8 @@ pub enum Request {
     GetQueueNum = 17,
     /// Turns a queue on or off.
     SetVringEnable = 18,
+    /// The guest with that address is here now.
+    SendRarp = 19,
     /// The channel for messages of the back end, by descriptor.
     SetBackendReqFd = 21,
     /// Reads the device's configuration.

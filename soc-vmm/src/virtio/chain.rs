@@ -57,6 +57,14 @@ impl Chain {
         })
     }
 
+    /// Passes over the next `len` bytes to read.
+    ///
+    /// # Errors
+    /// There are fewer.
+    pub(super) fn skip(&mut self, len: u64) -> Result<(), QueueError> {
+        self.readable.consume(len as usize, |_, _| Ok(()))
+    }
+
     /// Writes the next `data.len()` bytes.
     ///
     /// # Errors

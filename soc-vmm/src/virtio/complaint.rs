@@ -26,10 +26,10 @@ const PERIOD: Duration = Duration::from_secs(60);
 
 /// What a peer can bring about for ever, as by closing each connection that it accepts: once a period it is a warning.
 #[derive(Debug, Default)]
-pub(super) struct Rarely(Option<Instant>);
+pub(crate) struct Rarely(Option<Instant>);
 
 impl Rarely {
-    pub(super) fn say(&mut self, now: Instant, what: impl Display) {
+    pub(crate) fn say(&mut self, now: Instant, what: impl Display) {
         if self.is_due(now) {
             tracing::warn!("{what}");
         } else {

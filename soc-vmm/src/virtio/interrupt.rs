@@ -92,6 +92,18 @@ impl Interrupts {
         pin.update();
     }
 
+    /// What the ISR status is; nothing is cleared.
+    pub(super) fn status(&self) -> u8 {
+        self.pin().isr
+    }
+
+    /// Makes the ISR status what it was. `live`: DRIVER_OK is set.
+    pub(super) fn restore(&self, isr: u8, live: bool) {
+        let mut pin = self.pin();
+        (pin.live, pin.isr) = (live, isr & (ISR_QUEUE | ISR_CONFIG));
+        pin.update();
+    }
+
     /// Device reset.
     pub(super) fn reset(&self) {
         self.routes.iter().for_each(|route| route.store(NO_VECTOR, Ordering::Relaxed));

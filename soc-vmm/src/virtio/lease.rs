@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::QueueError;
-use crate::memory::{Borrower, GuestMemory, RamFiles};
+use crate::memory::{Borrower, GuestMemory, MemoryError, RamFiles};
 
 /// Guest memory, lent to a device. After [`Lease::revoke`] nothing of it is read or written through this lease: what the device
 /// still does then reaches the guest no more.
@@ -24,7 +24,7 @@ impl Lease {
     /// # Errors
     /// Not all of it is RAM, the function is lost, or the lease is over.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> Result<(), QueueError> {
-        self.transfer(|memory| memory.read(addr, data))
+        self.transfer(|memory| memory.read_now(addr, data))
     }
 
     /// Copies to guest-physical `addr`.
@@ -32,7 +32,7 @@ impl Lease {
     /// # Errors
     /// As [`Lease::read`].
     pub fn write(&self, addr: u64, data: &[u8]) -> Result<(), QueueError> {
-        self.transfer(|memory| memory.write(addr, data))
+        self.transfer(|memory| memory.write_now(addr, data))
     }
 
     /// Reads 2 bytes that another side writes at any time, in one load: the aligned word of 8 around them is what a transfer never
@@ -71,12 +71,20 @@ impl Lease {
         *self.open.write().unwrap_or_else(PoisonError::into_inner) = false;
     }
 
-    fn transfer(
-        &self,
-        copy: impl FnOnce(&dyn GuestMemory) -> Result<(), crate::memory::MemoryError>,
-    ) -> Result<(), QueueError> {
-        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-        if *open { copy(&*self.memory).map_err(QueueError::Memory) } else { Err(QueueError::Revoked) }
+    fn transfer(&self, mut copy: impl FnMut(&dyn GuestMemory) -> Result<(), MemoryError>) -> Result<(), QueueError> {
+        loop {
+            let moved = {
+                let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+                if *open { copy(&*self.memory) } else { return Err(QueueError::Revoked) }
+            };
+            match moved {
+                // Whoever revokes the lease waits for transfers, not for pages. One that never comes is for who ends the VM to tell.
+                Err(late @ MemoryError::Late { .. }) => {
+                    self.memory.wait_for(late).map_err(|_| QueueError::Revoked)?;
+                }
+                moved => return moved.map_err(QueueError::Memory),
+            }
+        }
     }
 }
 

@@ -9,6 +9,9 @@
 //!   can reach the guest no more; what it still does to its back end is finished before the next session starts, since both run on the
 //!   same thread.
 //!
+//! Before a guest moves to another process each engine halts ([`Engine::halt`]): its session comes to a point from which it goes on, where it was or,
+//! from the states that are taken then, in the other process (`pci/state.rs`). Until it is there the thread that serves IOREQs has other things to do.
+//!
 //! Rings and buffers are reached by copies ([`crate::memory::GuestMemory`]), never by reference. This is why the rings are our own and
 //! not the `virtio-queue` crate's: it reaches memory through vm-memory's `Bytes<GuestAddress>`, which is implemented for everything,
 //! and solely, by slices that are mapped here; a function that moves memory by DMA has none. It also takes a transfer for each word,
@@ -24,7 +27,7 @@ mod ahead;
 pub mod balloon;
 pub mod block;
 mod chain;
-mod complaint;
+pub(crate) mod complaint;
 pub mod console;
 pub mod entropy;
 mod interrupt;
@@ -55,6 +58,7 @@ pub use registers::{QueueRegisters, Registers};
 pub use ring::{MAX_CHAIN, Ring, RingFeatures, RingLayout, RingPosition};
 pub use session::{Config, Control, Engine, Queue, Session, Wait};
 
+use crate::bus::Wake;
 use crate::interrupt::{InterruptLine, MessageSink};
 use crate::memory::{GuestMemory, MemoryError};
 
@@ -68,6 +72,8 @@ pub struct Plumbing<'a> {
     pub line: InterruptLine,
     /// Where kicks may come from.
     pub notify: Arc<NotifyPages>,
+    /// Wakes the thread that serves IOREQs: a device that was to halt has done so.
+    pub wake: Arc<dyn Wake>,
 }
 
 /// Why a queue can't be served any further.

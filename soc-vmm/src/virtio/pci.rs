@@ -1,5 +1,8 @@
 //! A virtio device as a PCI function, without the legacy interface (virtio 1.2 §4.1).
 
+mod missing;
+mod state;
+
 use std::io;
 use std::sync::Arc;
 
@@ -7,11 +10,11 @@ use virtio_bindings::virtio_config::{VIRTIO_F_ORDER_PLATFORM, VIRTIO_F_VERSION_1
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::notify::Kick;
-use super::registers::{COMMON_SIZE, Effect, Limits, Registers, STATUS};
+use super::registers::{COMMON_SIZE, Effect, Limits, QueueRegisters, Registers, STATUS};
 use super::session::{Config, Control, Engine, Queue, Session, eventfd, ring_bell};
 use super::word::DriverWord;
 use super::worker::Worker;
-use super::{Interrupts, Lease, Plumbing, Ring, RingFeatures, RingPosition};
+use super::{Interrupts, Lease, Plumbing, QueueError, Ring, RingFeatures, RingPosition};
 use crate::bus::{Access, Answer, Deferred};
 use crate::memory::GuestMemory;
 use crate::pci::{
@@ -52,6 +55,8 @@ pub(super) struct Model {
     pub(super) queues: Vec<u16>,
     /// Its configuration.
     pub(super) config: Vec<u8>,
+    /// Its engine's state: name and version.
+    pub(super) state: (&'static str, u32),
 }
 
 /// A virtio device behind PCI registers.
@@ -71,6 +76,12 @@ pub struct VirtioPci {
     /// The last one whose memory was lent when it was over, and the status that the driver had given the device.
     ending: Option<(Arc<Control>, u8)>,
     worker: Worker,
+    /// Device type.
+    kind: u32,
+    /// Why it can't move.
+    blocker: Option<String>,
+    /// Name and version of its engine's state.
+    state: (&'static str, u32),
     /// The capability that reaches BARs through configuration space (§4.1.4.9).
     window: u16,
 }
@@ -106,7 +117,10 @@ impl VirtioPci {
             registers: Registers::new(&limits),
             device: Arc::new(Config::new(model.config, interrupts.clone())),
             words: Vec::new(),
-            worker: Worker::new(model.name, engine, interrupts.clone())?,
+            worker: Worker::new(model.name, engine, interrupts.clone(), plumbing.wake)?,
+            kind: model.kind,
+            blocker: None,
+            state: model.state,
             session: None,
             ending: None,
             memory: plumbing.memory,
@@ -122,6 +136,12 @@ impl VirtioPci {
     /// Lets the driver write these words of the device's configuration (§2.5).
     pub(super) fn with_words(mut self, words: Vec<Arc<DriverWord>>) -> Self {
         self.words = words;
+        self
+    }
+
+    /// Keeps it in this process, for that reason, if there is one.
+    pub(super) fn kept_by(mut self, blocker: Option<String>) -> Self {
+        self.blocker = blocker;
         self
     }
 
@@ -151,40 +171,44 @@ impl VirtioPci {
         };
         let control = Arc::new(control);
         self.interrupts.start();
-        let has = |bit: u32| self.registers.accepted >> bit & 1 != 0;
-        let features =
-            RingFeatures { indirect: has(VIRTIO_RING_F_INDIRECT_DESC), event_index: has(VIRTIO_RING_F_EVENT_IDX) };
-        let mut queues = Vec::with_capacity(self.kicks.len());
-        for (index, (registers, kick)) in self.registers.queues.iter().zip(&self.kicks).enumerate() {
-            if !registers.enabled {
-                queues.push(None);
-                continue;
+        match self.open(&self.registers, &control, |_| RingPosition::default()) {
+            Ok(session) => self.worker.start(session),
+            Err(_) => {
+                control.ask_for_reset();
+                self.interrupts.config();
             }
-            match Ring::new(registers.layout, features, RingPosition::default(), control.lease.clone()) {
-                Ok(ring) => {
-                    let queue = Queue::new(ring, index, self.interrupts.clone(), kick.event.clone());
-                    queues.push(Some(queue.with_bypass(kick.bypass.clone())));
-                }
-                Err(_) => control.ask_for_reset(),
-            }
-        }
-        if control.needs_reset() {
-            self.interrupts.config();
-        } else {
-            self.worker.start(Session {
-                features: self.registers.accepted,
-                queues,
-                control: control.clone(),
-                config: self.device.clone(),
-            });
         }
         self.session = Some(control);
+    }
+
+    /// A session over the queues as `registers` have them, each at its position.
+    fn open(
+        &self,
+        registers: &Registers,
+        control: &Arc<Control>,
+        position: impl Fn(usize) -> RingPosition,
+    ) -> Result<Session, QueueError> {
+        let has = |bit: u32| registers.accepted >> bit & 1 != 0;
+        let features =
+            RingFeatures { indirect: has(VIRTIO_RING_F_INDIRECT_DESC), event_index: has(VIRTIO_RING_F_EVENT_IDX) };
+        let queue = |(index, (registers, kick)): (usize, (&QueueRegisters, &Kick))| {
+            if !registers.enabled {
+                return Ok(None);
+            }
+            let ring = Ring::new(registers.layout, features, position(index), control.lease.clone())?;
+            let queue = Queue::new(ring, index, self.interrupts.clone(), kick.event.clone());
+            Ok(Some(queue.with_bypass(kick.bypass.clone())))
+        };
+        let queues = registers.queues.iter().zip(&self.kicks).enumerate().map(queue).collect::<Result<_, _>>()?;
+        let (control, config) = (control.clone(), self.device.clone());
+        Ok(Session { features: registers.accepted, queues, control, config })
     }
 
     /// Device reset: the guest's memory is its own again.
     fn reset_device(&mut self) {
         if let Some(session) = self.session.take() {
             session.end();
+            self.worker.forget();
             if session.is_lent() {
                 self.ending = Some((session, self.registers.status));
             }

@@ -130,6 +130,43 @@ impl Registers {
         Effect::Nothing
     }
 
+    /// Whether a driver could have made them what they are, but for the features, which are
+    /// [`Registers::agreed`]'s.
+    ///
+    /// # Errors
+    /// What it could not.
+    pub(super) fn check(&self, limits: &Limits) -> Result<(), &'static str> {
+        let has = |bit: u8| self.status & bit != 0;
+        let is_vector = |vector: u16| vector == NO_VECTOR || vector < limits.vectors;
+        if self.queues.len() != limits.queues.len() {
+            return Err("it has another number of queues than here: start this machine with the source's options");
+        }
+        let sizes = || self.queues.iter().map(|queue| queue.layout.size).zip(&limits.queues);
+        if sizes().any(|(size, most)| !size.is_power_of_two() || size > *most) {
+            return Err("it has a queue of a size that none has here: start this machine with the source's options");
+        }
+        if !is_vector(self.config_vector) || !self.queues.iter().all(|queue| is_vector(queue.vector)) {
+            return Err("it has a vector that there isn't");
+        }
+        if has(NEEDS_RESET) || has(DRIVER_OK) && !has(FEATURES_OK) {
+            return Err("it has a status that no driver can set");
+        }
+        if has(FEATURES_OK) && self.accepted >> VIRTIO_F_VERSION_1 & 1 == 0 {
+            return Err("its driver doesn't know VIRTIO_F_VERSION_1");
+        }
+        Ok(())
+    }
+
+    /// The features that the driver and the device have agreed on.
+    pub(super) fn agreed(&self) -> u64 {
+        if self.status & FEATURES_OK == 0 { 0 } else { self.accepted }
+    }
+
+    /// Whether the driver has set DRIVER_OK.
+    pub(super) fn is_running(&self) -> bool {
+        self.status & DRIVER_OK != 0
+    }
+
     /// Device reset (§2.4).
     pub(super) fn reset(&mut self, limits: &Limits) {
         *self = Self::new(limits);

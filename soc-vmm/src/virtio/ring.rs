@@ -114,13 +114,14 @@ impl Ring {
         })
     }
 
-    /// Reads what the driver left in the used ring, before the first use.
+    /// Reads what the driver left in the used ring, before the first use, or the first one after a halt.
     ///
     /// # Errors
     /// It is not in RAM.
     pub fn start(&mut self) -> Result<(), QueueError> {
         self.lease.read(self.at.used, &mut self.first)?;
         self.first[..2].fill(0);
+        self.told = None;
         Ok(())
     }
 
@@ -132,6 +133,12 @@ impl Ring {
     /// How far it is; what was pushed and not published is not counted.
     pub fn position(&self) -> RingPosition {
         RingPosition { available: self.next.available, used: self.published }
+    }
+
+    /// Says that somebody else has served the queue: all before entry `next` is used, and nothing behind it was taken.
+    pub fn move_to(&mut self, next: u16) {
+        self.next = RingPosition { available: next, used: next };
+        (self.seen, self.published, self.signalled, self.run) = (next, next, next, (0, 0));
     }
 
     /// Through what chains are read and written.
@@ -151,6 +158,14 @@ impl Ring {
         self.parse(head, chain)?;
         self.next.available = self.next.available.wrapping_add(1);
         Ok(true)
+    }
+
+    /// Takes a chain again that was taken before this process had the queue, and never pushed.
+    ///
+    /// # Errors
+    /// As [`Ring::pop`].
+    pub fn retake(&mut self, head: u16, chain: &mut Chain) -> Result<(), QueueError> {
+        self.parse(head, chain)
     }
 
     /// Makes the last `count` chains taken available again; none of them may have been pushed.

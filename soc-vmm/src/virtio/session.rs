@@ -8,8 +8,9 @@ use std::time::Duration;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{Chain, Interrupts, Lease, QueueError, Ring, RingLayout};
+use super::{Chain, Interrupts, Lease, QueueError, Ring, RingLayout, RingPosition};
 use crate::memory::{Borrower, RamFiles};
+use crate::persist::{StateError, States};
 
 /// What a device does. It runs on the device's own thread and may block there.
 pub trait Engine: Send {
@@ -20,10 +21,38 @@ pub trait Engine: Send {
     /// The driver broke a queue, or took its memory back: the session is over.
     fn serve(&mut self, session: &mut Session) -> Result<Wait, QueueError>;
 
+    /// Called in place of [`Engine::serve`] while the session is to halt ([`Control::halt`]): comes to a point from which it can go on, here or
+    /// in another process. There nothing is under way, everything pushed is published, and what was taken and not given back is part of
+    /// [`Engine::save_into`]. What to wait for before the next call; none: it is there. [`Engine::serve`] may come instead at any time.
+    ///
+    /// # Errors
+    /// As [`Engine::serve`].
+    fn halt(&mut self, session: &mut Session) -> Result<Option<Wait>, QueueError>;
+
+    /// Puts its own state into `states`, under a name that says what kind of device it is: of `session`, which is halted, and of what is
+    /// there without one.
+    fn save_into(&self, at: &str, states: &mut States, session: Option<&Session>);
+
+    /// Takes that state out of `states` as one that may come from a peer. `session` has been served by nobody here, but it is not a new one for
+    /// its driver; `config` is as it was saved.
+    ///
+    /// # Errors
+    /// It isn't there, or none that the device can have.
+    fn load(
+        &mut self,
+        at: &str,
+        states: &mut States,
+        config: &Config,
+        session: Option<&mut Session>,
+    ) -> Result<(), StateError>;
+
     /// Whether what its source tells of is there, where that can be told without a system call; none: it can't.
     fn is_ready(&mut self) -> Option<bool> {
         None
     }
+
+    /// Waits for what it has left under way outside when its last session ended, before the device moves. It may take its time.
+    fn settle(&mut self) {}
 
     /// The session is over, by the driver or by an error. What it lent ([`Control::lend`]) it takes back; it may take its time.
     fn end(&mut self, session: &mut Session) {
@@ -79,6 +108,7 @@ pub struct Control {
     pub lease: Arc<Lease>,
     stop: EventFd,
     needs_reset: AtomicBool,
+    halting: AtomicBool,
     lent: AtomicBool,
 }
 
@@ -92,8 +122,20 @@ impl Control {
             lease: Arc::new(lease),
             stop: eventfd()?,
             needs_reset: AtomicBool::new(false),
+            halting: AtomicBool::new(false),
             lent: AtomicBool::new(false),
         })
+    }
+
+    /// Has the session halt at the next point from which it can go on, or not any more.
+    pub(super) fn halt(&self, halting: bool) {
+        self.halting.store(halting, Ordering::Release);
+        ring_bell(&self.stop);
+    }
+
+    /// Whether it is to halt, or is halted.
+    pub(super) fn is_halting(&self) -> bool {
+        self.halting.load(Ordering::Acquire)
     }
 
     /// Ends the session: on return it reaches the guest's memory no more, but through who borrowed it ([`Control::is_lent`]).
@@ -121,9 +163,19 @@ impl Control {
         self.lent.load(Ordering::Acquire)
     }
 
-    /// Readable once the session has ended.
+    /// Readable once the session has ended, or is to halt, or no more; see [`Control::hear`].
     pub(super) fn stopped(&self) -> BorrowedFd<'_> {
         self.stop.as_fd()
+    }
+
+    /// Hears what [`Control::stopped`] tells of.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub(super) fn hear(&self) -> Result<(), QueueError> {
+        // Before the look: who ends it afterwards signals it again.
+        let _ = self.stop.read();
+        self.lease.during(|| ())
     }
 
     /// Whether the device waits for a reset (§2.1.2).
@@ -220,6 +272,24 @@ impl Queue {
         self.ring.put_back(count);
     }
 
+    /// See [`Ring::retake`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn retake(&mut self, head: u16, chain: &mut Chain) -> Result<(), QueueError> {
+        self.ring.retake(head, chain)
+    }
+
+    /// See [`Ring::move_to`].
+    pub(super) fn move_to(&mut self, next: u16) {
+        self.ring.move_to(next);
+    }
+
+    /// How far it is.
+    pub(super) fn position(&self) -> RingPosition {
+        self.ring.position()
+    }
+
     /// Gives a chain back; see [`Ring::push`].
     ///
     /// # Errors
@@ -311,6 +381,24 @@ impl Config {
         for (to, from) in data.iter_mut().zip(state.bytes.iter().skip(offset)) {
             *to = *from;
         }
+    }
+
+    /// Its bytes, and how often they have changed.
+    pub(super) fn save(&self) -> (Vec<u8>, u8) {
+        let state = self.state();
+        (state.bytes.clone(), state.generation)
+    }
+
+    /// Makes it what it was; whether it has as many bytes.
+    #[must_use]
+    pub(super) fn restore(&self, bytes: &[u8], generation: u8) -> bool {
+        let mut state = self.state();
+        let fits = state.bytes.len() == bytes.len();
+        if fits {
+            state.bytes.copy_from_slice(bytes);
+            state.generation = generation;
+        }
+        fits
     }
 
     /// How often it has changed.

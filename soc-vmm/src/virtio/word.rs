@@ -36,7 +36,7 @@ impl DriverWord {
         }
     }
 
-    fn set(&self, value: u32) {
+    pub(super) fn set(&self, value: u32) {
         if self.value.swap(value, Ordering::AcqRel) != value {
             ring_bell(&self.bell);
         }

@@ -15,6 +15,7 @@ use super::view::Memory;
 use crate::bus::Ticket;
 use crate::flash::FlashMemory;
 use crate::link::{CallError, Channel};
+use crate::memory::MemoryError;
 use crate::pci::{MemoryView, Platform, Signal, Window};
 
 /// The host's side of the machine's address spaces.
@@ -84,6 +85,16 @@ impl<F: SocFunction> Arranger<F> {
     pub(super) async fn begin(&self) -> Result<(), CallError> {
         let slots = self.slots();
         self.arrange(&slots).await
+    }
+
+    /// Each allocation as DMA reaches it.
+    pub(super) fn extents(&self) -> &[(u32, Vec<Extent>)] {
+        &self.extents
+    }
+
+    /// Those of them that are ROM.
+    pub(super) fn roms(&self) -> Vec<u32> {
+        self.memory.roms.iter().map(|rom| rom.ram).collect()
     }
 
     /// Says that the host can post, and which ranges never move.
@@ -224,6 +235,14 @@ impl<F: SocFunction> FlashMemory for Arranger<F> {
         let extents = self.extents.iter().find(|(ram, _)| *ram == rom.ram);
         // Lost: said by who watches the function.
         let _ = extents.map(|(ram, extents)| self.ram.fill(*ram, extents, rom.offset + offset, bytes));
+    }
+
+    fn fetch(&self, bank: usize, bytes: &mut [u8]) -> Result<(), MemoryError> {
+        let rom = self.memory.roms.get(bank);
+        let (addr, len) = (rom.map_or(0, |rom| rom.base), bytes.len() as u64);
+        let found = rom.and_then(|rom| Some((rom, self.extents.iter().find(|(ram, _)| *ram == rom.ram)?)));
+        let (rom, (_, extents)) = found.ok_or(MemoryError::NotRam { addr, len })?;
+        self.ram.fetch(extents, rom.offset, bytes).map_err(|_| MemoryError::Lost { addr, len })
     }
 }
 

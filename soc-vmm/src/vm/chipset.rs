@@ -98,6 +98,7 @@ pub(super) fn build(parts: PciParts<'_>) -> Result<PciSide, BuildError> {
         fabric: fabric.clone(),
         ways: Ways::new(messages, memory, iommu),
         notify,
+        wake: wake.clone(),
         pirqs: pirqs.clone(),
         listener,
         device_listeners,
@@ -131,7 +132,7 @@ pub(super) fn build(parts: PciParts<'_>) -> Result<PciSide, BuildError> {
     let mut drives: [Option<CdDrive>; ahci::PORTS] = Default::default();
     let mut named = Vec::new();
     for Cdrom { id, port, medium, node } in cdroms {
-        drives[port] = Some(CdDrive { medium, listener: Some(trays(&id)) });
+        drives[port] = Some(CdDrive { name: id.clone(), medium, listener: Some(trays(&id)) });
         named.push((id, port, node));
     }
     let Way { requester, messages, memory } = ways.of_function();

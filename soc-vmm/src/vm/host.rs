@@ -16,7 +16,7 @@ use ioreq_ring::{SocLane, SocWindows};
 use nix::fcntl::posix_fallocate;
 use pcie_function::local::sealed_memfd;
 use pcie_function::regions::Type;
-use pcie_function::{Mapping, Reach, SocFunction, Window, Windowed};
+use pcie_function::{FunctionError, Mapping, Reach, SocFunction, Window, Windowed};
 
 use super::arranger::Arranger;
 use super::memory_plan::{MemoryPlan, Request};
@@ -48,6 +48,8 @@ pub(super) enum HostError {
         #[source]
         source: CallError,
     },
+    #[error("--memory prealloc=on")]
+    Prealloc(#[source] FunctionError),
     #[error("{0}: the host can't keep to it")]
     Affinity(&'static str, #[source] CallError),
     #[error(transparent)]
@@ -95,6 +97,10 @@ impl<F: SocFunction> HostVm<F> {
         let vm = Self { channel, created, ram, vcpus };
         let numa = Numa::new(&config.numa, layout);
         let (memory, extents) = vm.fill(MemoryPlan::new(layout, &config.memory, &numa), layout, roms).await?;
+        if config.memory.prealloc {
+            let (function, extents) = (link.function.clone(), extents.clone());
+            tokio::task::block_in_place(|| take_pages(&*function, &extents)).map_err(HostError::Prealloc)?;
+        }
         let arranger = Arranger::new(link.function.clone(), vm.channel.clone(), vm.ram.clone(), memory, extents, view);
         arranger.begin().await?;
         if numa.nodes.iter().any(|node| node.pinned) {
@@ -203,6 +209,11 @@ impl<F: SocFunction> HostVm<F> {
         self.state(VM).await
     }
 
+    /// Whether the guest can run before all of its pages are there.
+    pub(super) async fn can_post_copy(&self) -> Result<(), CallError> {
+        self.channel.call(&Call::CanPostCopy).await.map(drop)
+    }
+
     /// Lets these vCPUs run.
     pub(super) async fn run(&self, vcpus: &[usize]) -> Result<(), CallError> {
         if vcpus.len() == self.vcpus as usize {
@@ -261,6 +272,12 @@ fn is_sound(created: &VmCreated, vcpus: u32) -> bool {
     [created.completions, created.credits].iter().all(|base| fits(*base, LINE))
         && [created.ins, created.outs].iter().all(|base| fits(*base, STRING_PAGE))
         && created.lane_vector.checked_add(created.lane_vectors).is_some()
+}
+
+/// Takes all memory before it is used.
+fn take_pages(function: &impl SocFunction, extents: &[(u32, Vec<Extent>)]) -> Result<(), FunctionError> {
+    let mut all = extents.iter().flat_map(|(_, extents)| extents);
+    all.try_for_each(|extent| function.take_pages(extent.iova, extent.len))
 }
 
 /// Whether extents, sorted, are `len` bytes without gap or overlap, at IOVAs that there are.

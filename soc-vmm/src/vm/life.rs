@@ -1,13 +1,16 @@
 //! A VM's life on its function: built, started, kept, ended.
 
 mod ends;
+mod error;
+mod moves;
 mod processors;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use api_channel::call::VmCreated;
+use api_channel::call::{PAGE, VmCreated};
 use ioreq_ring::SocIdle;
 use pcie_function::SocFunction;
 use pcie_function::modelled::Crossings;
@@ -17,28 +20,30 @@ use super::arranger::Arranger;
 use super::chipset::Trays;
 use super::counters::Counters;
 use super::guest::{DiskErrors, GuestEvent, Relay};
-use super::host::{self, HostError, HostVm};
+use super::host::{self, HostVm};
 use super::lines::Lines;
 use super::machine::{BuildError, Machine, Parts};
 use super::media::Media;
 use super::messages::Messages;
+use super::moving::{Description, Memory, MoveOrder, Mover};
 use super::pages::RamPages;
 use super::shape::Shape;
 use super::split::{self, Split};
 use super::state;
+use super::throttle::Throttle;
 use super::worker::{Command, Serving, Waker, Worker};
 use crate::acpi::AcpiConfig;
 use crate::boot::{BootError, BootPlan, Entry};
 use crate::cli::{ExitStatus, Failure, RunConfig, with_causes};
 use crate::console::Attached;
 use crate::control::{self, Action, CdromDrive, Order, RunState, ShutdownCause, VmControl};
-use crate::cpuid::{CpuidConfig, CpuidError, HostCpu, Processor};
+use crate::cpuid::{CpuidConfig, HostCpu, Processor};
 use crate::cpus::{CpuListener, Cpus, NewCpu};
 use crate::devices::{AcpiHandle, InputQueue, OutputQueue};
 use crate::hyperv::Hyperv;
-use crate::layout::{LayoutError, MemoryLayout};
-use crate::link::{CallError, Channel, Link, LinkError, Notice};
-use crate::memory::{GuestMemory, MemoryError};
+use crate::layout::MemoryLayout;
+use crate::link::{CallError, Channel, Link, Notice};
+use crate::memory::GuestMemory;
 use crate::pci::MemoryView;
 use crate::power::{CrashEvent, PowerEvent};
 use crate::qemu::small::RebootAction;
@@ -46,8 +51,14 @@ use crate::slots::{DeviceListeners, NewBalloon, SlotListener, Slots};
 use crate::smbios::{SMBIOS_START, Smbios};
 use crate::virtio::NotifyPages;
 
+pub(super) use error::LifeError;
+use error::lost;
+
 /// How long the guest and its devices may take to stop at the VM's end.
 const HALT: Duration = Duration::from_secs(2);
+
+/// How long monitors may ask after the guest has left.
+const PARTING: Duration = Duration::from_secs(1);
 
 /// The far ends of a machine's byte streams.
 pub(super) struct Streams {
@@ -75,6 +86,8 @@ pub(super) struct Blueprint<'a> {
     pub(super) waker: Arc<Waker>,
     /// Where what must outlive the process is kept.
     pub(super) state_dir: &'a Path,
+    /// The guest comes from elsewhere: nothing is loaded.
+    pub(super) incoming: bool,
 }
 
 /// A VM with its vCPUs paused or running.
@@ -100,71 +113,16 @@ pub(super) struct Vm<F: SocFunction> {
     guest: Receiver<GuestEvent>,
     counters: Arc<Counters>,
     crossings: Arc<Crossings>,
-}
-
-/// Why a VM can't be built or went no further.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum LifeError {
-    #[error("the host did not do what it was asked for")]
-    Call(#[from] CallError),
-    #[error(transparent)]
-    Host(#[from] HostError),
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    #[error("the machine can't be built")]
-    Machine(#[from] BuildError),
-    #[error("--memory")]
-    Layout(#[from] LayoutError),
-    #[error(transparent)]
-    Cpuid(#[from] CpuidError),
-    #[error(
-        "--cpu: hv-synic: this host's KVM can't tell of the end of its interrupts (KVM_CAP_IRQFD_RESAMPLE; none can with --iommu); leave it out"
-    )]
-    NoEoi,
-    #[error("the host's records of vCPU state can't be read")]
-    Records,
-    #[error("can't start a thread")]
-    Thread(#[source] std::io::Error),
-}
-
-impl From<api_channel::codec::Malformed> for LifeError {
-    fn from(_: api_channel::codec::Malformed) -> Self {
-        Self::Records
-    }
-}
-
-impl LifeError {
-    pub(super) fn failure(&self) -> Failure {
-        let status = match self {
-            // The images are what they should be; the function is not.
-            Self::Boot(BootError::Memory(_)) => ExitStatus::Unavailable,
-            Self::Boot(_) | Self::Layout(_) => ExitStatus::Usage,
-            Self::Machine(e) if e.is_usage() => ExitStatus::Usage,
-            _ => ExitStatus::Unavailable,
-        };
-        Failure::of(status, "", self).by_loss(self.is_loss()).by_wish(self.is_wish())
-    }
-
-    /// Whether the host has less than this VM was asked to have, though nothing is wrong with the host.
-    fn is_wish(&self) -> bool {
-        matches!(self, Self::Cpuid(CpuidError::Lacks(_) | CpuidError::NeedsX2apic) | Self::NoEoi)
-    }
-
-    /// The same of a VM that was there: whoever noticed that the host is gone, it is lost.
-    fn of_a_vm(&self) -> Failure {
-        if self.is_loss() { lost(&with_causes(self)) } else { self.failure() }
-    }
-
-    fn is_loss(&self) -> bool {
-        match self {
-            Self::Call(e) | Self::Host(HostError::Call(e)) => e.is_loss(),
-            Self::Link(e) => e.is_loss(),
-            Self::Boot(BootError::Memory(e)) => matches!(e, MemoryError::Lost { .. }),
-            _ => false,
-        }
-    }
+    /// By what a migration reaches it, until the control plane has it.
+    mover: Option<Arc<Mover<F>>>,
+    /// What a migration wants of it.
+    moves: Receiver<MoveOrder>,
+    /// Devices stand still, and what the VM was before.
+    held: Option<RunState>,
+    throttle: Throttle,
+    /// Pages of each allocation, and the boot processor's CPUID: what another machine has to have too.
+    regions: BTreeMap<u32, u64>,
+    cpuid: Vec<[u32; 7]>,
 }
 
 impl<F: SocFunction> Vm<F> {
@@ -176,7 +134,7 @@ impl<F: SocFunction> Vm<F> {
         blueprint: Blueprint<'_>,
     ) -> Result<Self, LifeError> {
         let Blueprint { config, layout, mut plan, mut media, trays, listener, device_listeners, .. } = blueprint;
-        let Blueprint { cpu_listener, streams, waker, state_dir, .. } = blueprint;
+        let Blueprint { cpu_listener, streams, waker, state_dir, incoming, .. } = blueprint;
         let vcpus = config.topology.cpus();
         // Without firmware the chipset is as firmware would leave it.
         let prepared = plan.roms().is_empty();
@@ -200,6 +158,9 @@ impl<F: SocFunction> Vm<F> {
         };
         let host_cpu = HostCpu::new(&supported, cpuid.tsc_deadline)?;
         let processor = Processor::new(&supported, &config.cpu, cpuid)?.with_hyperv(hyperv);
+        let page = config.memory.hugepages.map_or(PAGE, |pages| pages.size());
+        let memory = Memory::new(channel.clone(), host.ram.clone(), arranger.extents(), arranger.roms(), page);
+        let (mover, moves) = Mover::new(memory);
         let physical_bits = processor.physical_address_bits();
         layout.check_address_width(physical_bits)?;
         for vcpu in 0..vcpus {
@@ -257,6 +218,7 @@ impl<F: SocFunction> Vm<F> {
                 memory: config.memory.size,
             }),
             flash: arranger.clone(),
+            incoming,
             trays,
             listener,
             device_listeners: DeviceListeners {
@@ -290,6 +252,7 @@ impl<F: SocFunction> Vm<F> {
             counters: counters.clone(),
             waker,
             commands: receiver,
+            halting: Vec::new(),
         };
         let worker = worker.start(commands).map_err(LifeError::Thread)?;
         let vm = Self {
@@ -310,8 +273,19 @@ impl<F: SocFunction> Vm<F> {
             guest,
             counters,
             crossings,
+            moves,
+            held: None,
+            throttle: Throttle::default(),
+            regions: migration::SourceVm::regions(&mover).into_iter().map(|region| (region.id, region.pages)).collect(),
+            cpuid: Description::words(&cpuid),
+            mover: Some(Arc::new(mover)),
         };
-        vm.start_state().await?;
+        if incoming {
+            vm.arranger.settled().await;
+            vm.stand_still().await;
+        } else {
+            vm.start_state().await?;
+        }
         Ok(vm)
     }
 
@@ -358,6 +332,7 @@ impl<F: SocFunction> Vm<F> {
             tokio::time::sleep(HALT).await;
             cause
         };
+        let gives_up = self.gives_up_pages(&control);
         // What the host was asked before may wait for it for a minute: who wants the VM to end doesn't.
         let mut halts = true;
         let kept = async {
@@ -374,13 +349,25 @@ impl<F: SocFunction> Vm<F> {
             control.ends(cause);
             Ok(ExitStatus::Done)
         });
+        gives_up.abort();
+        self.host.ram.give_up();
         if ended.is_err() && control.state() != RunState::Shutdown {
             control.ends(ShutdownCause::HostError);
         }
         if ended.is_ok() && halts {
             self.halt().await;
         }
+        let left = control.state() == RunState::Postmigrate;
+        // They hold images, which are closed with the slots.
+        tokio::task::block_in_place(|| {
+            control.jobs().end();
+            control.exports().end();
+        });
         self.end().await;
+        if left && ended.is_ok() {
+            // Who moved the guest asks for the figures once more.
+            tokio::time::sleep(PARTING).await;
+        }
         ended
     }
 
@@ -396,7 +383,13 @@ impl<F: SocFunction> Vm<F> {
         for cpu in std::mem::take(&mut self.added) {
             self.add_processor(cpu, control).await?;
         }
+        if let Some(mover) = self.mover.take() {
+            control.has_mover(mover);
+        }
         control.is_built();
+        if control.state() == RunState::Inmigrate {
+            return control.opens_door().map_err(|e| Failure::of(ExitStatus::Usage, "--incoming", &e));
+        }
         if control.autostart() {
             // The guest may have run before the host said so.
             self.run().await.map_err(|e| LifeError::Call(e).of_a_vm())?;
@@ -417,6 +410,10 @@ impl<F: SocFunction> Vm<F> {
                     return Ok(status);
                 },
                 Some(notice) = notices.recv() => Self::note(notice)?,
+                Some(order) = self.moves.recv() => if let Some(status) = self.do_move(order, control).await? {
+                    return Ok(status);
+                },
+                stand = self.throttle.turn() => self.throttled(stand, control).await.map_err(|e| e.of_a_vm())?,
                 work = self.cpus.next() => self.change_cpus(work, control).await.map_err(|e| e.of_a_vm())?,
             }
         }
@@ -432,8 +429,14 @@ impl<F: SocFunction> Vm<F> {
                 }
                 Err(e) => Err(e.into()),
             },
-            Action::Pause => self.host.pause().await.map_err(LifeError::from),
-            Action::Resume => self.run().await.map_err(LifeError::from),
+            Action::Pause => {
+                self.stays_paused();
+                self.host.pause().await.map_err(LifeError::from)
+            }
+            Action::Resume => match self.unhold().await {
+                Ok(()) => self.run().await.map_err(LifeError::from),
+                Err(e) => Err(LifeError::Moved(e)),
+            },
             Action::Reset if control.actions().reboot == RebootAction::Shutdown => {
                 control.finish_otherwise(order);
                 return self.powered_off(ShutdownCause::HostQmpSystemReset, ExitStatus::Done, control).await;
@@ -592,8 +595,4 @@ impl<F: SocFunction> Vm<F> {
         });
         tracing::debug!(?counters, "the VM has ended");
     }
-}
-
-fn lost(why: &str) -> Failure {
-    Failure::new(ExitStatus::Failed, format!("the VM is lost: {why}")).by_loss(true)
 }

@@ -80,6 +80,8 @@ pub(super) struct Parts<'a> {
     pub(super) media: Media,
     /// Where the guest reads flash.
     pub(super) flash: Arc<dyn FlashMemory>,
+    /// What flash holds comes with the guest.
+    pub(super) incoming: bool,
     /// Makes those who hear of CD-ROM drives' trays.
     pub(super) trays: Trays,
     /// Hears of devices that were taken out.
@@ -138,6 +140,7 @@ impl Machine {
             balloon,
             media,
             flash,
+            incoming,
             trays,
             listener,
             device_listeners,
@@ -189,7 +192,7 @@ impl Machine {
             memory: memory.clone(),
             notify,
             acpi: acpi_pm,
-            wake,
+            wake: wake.clone(),
             cpus: shape.topology.cpus() as usize,
             ports: shape.ports.clone(),
             named: media.named,
@@ -229,8 +232,10 @@ impl Machine {
             }
         }
         if let Some(banks) = media.flash {
-            let chips = Flash::new(banks, flash);
-            chips.load();
+            let chips = Flash::new(banks, flash, wake.clone());
+            if !incoming {
+                chips.fill();
+            }
             builder.buses.memory.insert(&chips.claims(), Box::new(chips))?;
         }
         let [ports, rest] = FabricSide::both(&fabric);
@@ -359,3 +364,6 @@ impl Builder {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use nix::fcntl::OFlag;
 
@@ -117,7 +118,8 @@ fn reserved(config: &RunConfig, plan: &BootPlan) -> Reserved {
         };
         paths.extend(file.into_iter().chain(logs).map(|path| written(path.clone(), "chardev's output")));
     }
-    Reserved { images, paths }
+    let elsewhere = Arc::new(AtomicBool::new(config.incoming.is_some()));
+    Reserved { images, paths, elsewhere }
 }
 
 /// Opens all that `config` names.
@@ -128,7 +130,11 @@ pub(super) fn open(config: &RunConfig, layout: &MemoryLayout, vm: &VmHandle) -> 
     let wrong = |option: &str, e: &dyn std::error::Error| Failure::of(ExitStatus::Usage, option, e);
     let (plan, flash) = match &config.boot {
         BootSource::Firmware { code, nvram: Some(nvram) } => {
-            let (store, variables) = VariableStore::open(nvram).map_err(|e| wrong("--nvram", &e))?;
+            let opened = match config.incoming {
+                None => VariableStore::open(nvram),
+                Some(_) => VariableStore::open_for_arrival(nvram),
+            };
+            let (store, variables) = opened.map_err(|e| wrong("--nvram", &e))?;
             let plan = BootPlan::in_flash(code, variables.len() as u64).map_err(|e| wrong("", &e))?;
             let code = plan.first_image().map_err(|e| wrong("", &e))?;
             let [top, below] = [0, 1].map(|bank: usize| plan.roms()[bank].start);

@@ -65,7 +65,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn memory(size: u64, hugepages: Option<HugePages>, node: Option<u16>) -> Memory {
-        Memory { size, hugepages, node }
+        Memory { size, hugepages, node, prealloc: false }
     }
 
     fn plan(memory: &Memory, nodes: &[(u64, Option<u16>)]) -> MemoryPlan {

@@ -3,11 +3,12 @@
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use api_channel::call::{DirtyRun, Discard, Extent, Memslot, SlotFlags};
+use api_channel::call::{DirtyRun, Discard, Extent, LateRun, Memslot, SlotFlags};
 use pcie_function::{BusError, FunctionError, SocFunction};
 use tokio::sync::watch;
 
 use super::dirty::WriteLog;
+use super::late::Late;
 use crate::memory::{Borrower, GuestLog, GuestMemory, Lender, MemoryError, RamFile, RamFiles};
 use crate::virtio::balloon::{PageRun, PagesError};
 
@@ -35,6 +36,8 @@ struct Map {
     revoked: Vec<PageRun>,
     /// Where it is noted what is written, while somebody wants to know.
     log: Option<WriteLog>,
+    /// Pages that are still on their way here, as long as there are any.
+    late: Option<Arc<Late>>,
 }
 
 /// The guest's memory as devices and the loader reach it.
@@ -95,6 +98,37 @@ impl<F: SocFunction> GuestRam<F> {
             }
         }
         Ok(())
+    }
+
+    /// Copies the bytes from `offset` of an allocation, which DMA reaches by `extents`, to `data`, whether or not the guest sees them.
+    ///
+    /// # Errors
+    /// The function is lost.
+    pub(super) fn fetch(&self, extents: &[Extent], offset: u64, data: &mut [u8]) -> Result<(), BusError> {
+        let end = offset + data.len() as u64;
+        for extent in extents {
+            let (first, last) = (extent.offset.max(offset), (extent.offset + extent.len).min(end));
+            if first < last {
+                let bytes = &mut data[(first - offset) as usize..(last - offset) as usize];
+                self.function.read(extent.iova + (first - extent.offset), bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// From now on whoever reaches for one of these pages waits until it has come; none: all have. On return no transfer is under way that did not ask.
+    pub(super) fn set_late(&self, late: Option<Arc<Late>>) {
+        self.map.write().unwrap_or_else(PoisonError::into_inner).late = late;
+    }
+
+    /// The pages that are still on their way here.
+    pub(super) fn late(&self) -> Option<Arc<Late>> {
+        self.map.read().unwrap_or_else(PoisonError::into_inner).late.clone()
+    }
+
+    /// No page comes any more: whoever waits for one fails.
+    pub(super) fn give_up(&self) {
+        self.late().iter().for_each(|late| late.give_up());
     }
 
     /// From now on notes which pages of these allocations are written by here: on return every write before has landed. Asks the same of those
@@ -210,7 +244,7 @@ impl<F: SocFunction> GuestRam<F> {
         let not_ram = MemoryError::NotRam { addr, len };
         let end = addr.checked_add(len).ok_or(not_ram)?;
         // Held while bytes move: who takes memory from the guest waits until nothing reaches it any more.
-        let Map { pieces, revoked, log } = &*self.map.read().unwrap_or_else(PoisonError::into_inner);
+        let Map { pieces, revoked, log, late } = &*self.map.read().unwrap_or_else(PoisonError::into_inner);
         if revoked.iter().any(|run| run.addr < end && addr < run.addr + run.len) {
             return Err(not_ram);
         }
@@ -223,7 +257,13 @@ impl<F: SocFunction> GuestRam<F> {
         // Twice: nothing moves before all of it is known to be there.
         let mut at = addr;
         while at < end {
-            at += part(at).ok_or(not_ram)?.2;
+            let (piece, within, count) = part(at).ok_or(not_ram)?;
+            if let Some(late) = late
+                && let Some(LateRun { ram, first, .. }) = late.missing(piece.ram, piece.offset + within, count)
+            {
+                return Err(MemoryError::Late { ram, page: first });
+            }
+            at += count;
         }
         let mut at = addr;
         while let Some((piece, within, count)) = (at < end).then(|| part(at)).flatten() {
@@ -238,6 +278,16 @@ impl<F: SocFunction> GuestRam<F> {
         Ok(())
     }
 
+    /// Has `transfer` done, by one that may have to wait: without any lock meanwhile.
+    fn waiting(&self, mut transfer: impl FnMut() -> Result<(), MemoryError>) -> Result<(), MemoryError> {
+        loop {
+            match transfer() {
+                Err(late @ MemoryError::Late { .. }) => self.wait_for(late)?,
+                done => return done,
+            }
+        }
+    }
+
     fn write_checked(&self, addr: u64, data: &[u8], rom: bool) -> Result<(), MemoryError> {
         self.each(addr, data.len() as u64, Some(rom), |iova, at, len| self.function.write(iova, &data[at..at + len]))
     }
@@ -245,12 +295,27 @@ impl<F: SocFunction> GuestRam<F> {
 
 impl<F: SocFunction> GuestMemory for GuestRam<F> {
     fn read(&self, addr: u64, data: &mut [u8]) -> Result<(), MemoryError> {
+        self.waiting(|| self.read_now(addr, data))
+    }
+
+    fn write(&self, addr: u64, data: &[u8]) -> Result<(), MemoryError> {
+        self.waiting(|| self.write_now(addr, data))
+    }
+
+    fn read_now(&self, addr: u64, data: &mut [u8]) -> Result<(), MemoryError> {
         let len = data.len() as u64;
         self.each(addr, len, None, |iova, at, len| self.function.read(iova, &mut data[at..at + len]))
     }
 
-    fn write(&self, addr: u64, data: &[u8]) -> Result<(), MemoryError> {
+    fn write_now(&self, addr: u64, data: &[u8]) -> Result<(), MemoryError> {
         self.write_checked(addr, data, false)
+    }
+
+    fn wait_for(&self, late: MemoryError) -> Result<(), MemoryError> {
+        let MemoryError::Late { ram, page } = late else { return Err(late) };
+        // None: all have come meanwhile.
+        let Some(waits) = self.late() else { return Ok(()) };
+        waits.wait(LateRun { ram, reserved: 0, first: page, pages: 1 }).map_err(|_| late)
     }
 
     fn is_near(&self) -> bool {
@@ -258,6 +323,10 @@ impl<F: SocFunction> GuestMemory for GuestRam<F> {
     }
 
     fn files(&self, borrower: &Arc<Borrower>) -> Option<RamFiles> {
+        // Who maps them doesn't ask for a page before it is touched.
+        if self.late().is_some() {
+            return None;
+        }
         let file = |Piece { base, len, iova, .. }: Piece| {
             let file = self.function.file(iova).filter(|file| file.len >= len)?;
             Some(RamFile { base, len, file })
@@ -277,7 +346,7 @@ impl<F: SocFunction> GuestMemory for Loader<'_, F> {
     }
 
     fn write(&self, addr: u64, data: &[u8]) -> Result<(), MemoryError> {
-        self.0.write_checked(addr, data, true)
+        self.0.waiting(|| self.0.write_checked(addr, data, true))
     }
 }
 
@@ -290,6 +359,7 @@ mod tests {
     use pcie_function::local::{LocalHost, LocalSoc, sealed_memfd};
 
     use super::*;
+    use crate::virtio::{Lease, QueueError};
 
     type Made = (GuestRam<LocalSoc>, Vec<(u32, Vec<Extent>)>, LocalHost);
 
@@ -325,6 +395,9 @@ mod tests {
         assert!(ram.write(0x10_f000, &[1]).is_err(), "a device writes no ROM");
         ram.loader().write(0x10_f000, &[1]).unwrap();
         ram.fill(RAM, &extents[0].1, 0x8000, &[7; 8]).unwrap();
+        let mut back = [0; 10];
+        ram.fetch(&extents[0].1, 0x7fff, &mut back).unwrap();
+        assert_eq!(back, [0, 7, 7, 7, 7, 7, 7, 7, 7, 0]);
         let run = |first, pages| DirtyRun { first, pages };
         assert_eq!(ram.take_written(RAM), [run(2, 2), run(8, 1), run(15, 1)]);
         ram.write(0x10_2000, &[1]).unwrap();
@@ -418,5 +491,40 @@ mod tests {
         ram.give_back();
         whole.await;
         ram.write(0x10_1000, &[1]).unwrap();
+    }
+
+    #[test]
+    fn who_reaches_for_a_page_that_has_not_come_waits_without_a_lock() {
+        let (ram, extents, _host) = ram();
+        let late = Arc::new(Late::default());
+        let page = LateRun { ram: RAM, reserved: 0, first: 3, pages: 1 };
+        late.lacks(page, 16, 1);
+        ram.set_late(Some(late.clone()));
+        let ram = Arc::new(ram);
+        // Around it nobody waits; who may not wait hears of it.
+        ram.write(0x10_2fff, &[1]).unwrap();
+        assert_eq!(ram.read_now(0x10_2fff, &mut [0; 2]), Err(MemoryError::Late { ram: RAM, page: 3 }));
+        let lease = Lease::new(ram.clone());
+        std::thread::scope(|scope| {
+            let reads = scope.spawn(|| {
+                let mut bytes = [0; 2];
+                ram.read(0x10_2fff, &mut bytes).map(|()| bytes)
+            });
+            let leased = scope.spawn(|| lease.write(0x10_3000, &[9]));
+            while late.wanted(Duration::from_secs(60)) != [page] {}
+            // Neither is in the way of who changes what there is, or takes memory back from a device.
+            ram.set(&[Memslot { base: 0x10_0000, len: LEN, offset: 0, ram: RAM, flags: 0 }], &extents);
+            lease.revoke();
+            ram.fill(RAM, &extents[0].1, 3 << 12, &[7; 4096]).unwrap();
+            late.came(page);
+            assert_eq!(reads.join().unwrap(), Ok([1, 7]));
+            assert_eq!(leased.join().unwrap(), Err(QueueError::Revoked));
+        });
+        // What never comes is an error, for whoever waits.
+        late.lacks(page, 16, 1);
+        ram.give_up();
+        assert_eq!(ram.write(0x10_3000, &[1]), Err(MemoryError::Late { ram: RAM, page: 3 }));
+        ram.set_late(None);
+        ram.write(0x10_3000, &[1]).unwrap();
     }
 }

@@ -20,6 +20,8 @@ use crate::devices::{input_pipe, output_pipe};
 use crate::function::{self, Use};
 use crate::layout::MemoryLayout;
 use crate::link::Link;
+use crate::migrate::{Secure, Way, WayError};
+use crate::qemu::ObjectKind;
 use crate::qmp;
 use crate::runtime::runtime;
 use crate::say::{self, say};
@@ -52,6 +54,20 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
     control.set_autostart(!config.paused);
     if config.process.emulator {
         control.emulate();
+    }
+    if let Some(uri) = &config.incoming {
+        let failed = |e: WayError| Failure::of(ExitStatus::Usage, "--incoming", &e);
+        let mut way = Way::of(uri, false, handle.fds()).map_err(failed)?;
+        if let Some(dir) = &config.tls_dir {
+            let tls = Secure::destination(dir).map_err(|e| Failure::of(ExitStatus::Usage, "--tls-dir", &e))?;
+            way = way.map(|way| way.with(tls)).transpose().map_err(failed)?;
+        }
+        control.waits_for_guest(way);
+    }
+    for object in config.hardware.iter().flat_map(|hardware| &hardware.objects) {
+        if let ObjectKind::Tls(spec) = &object.kind {
+            spec.load().map_err(|e| Failure::of(ExitStatus::Usage, &format!("-object {}", object.id), &e))?;
+        }
     }
     // Files first: a wrong one is refused before anything is touched.
     let layout = MemoryLayout::new(config.memory.size).map_err(|e| Failure::of(ExitStatus::Usage, "--memory", &e))?;
@@ -134,6 +150,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
             streams,
             waker,
             state_dir,
+            incoming: config.incoming.is_some(),
         };
         let setup = Setup { blueprint, control, consoles: &consoles };
         let ended = {

@@ -22,6 +22,8 @@ pub(super) fn start(pristine: &[u8], entry: &Entry) -> Result<Vec<u8>, Malformed
             Type::REGS => list.put(Type::REGS, &regs(entry)),
             Type::MSRS => list.list(Type::MSRS, &msrs(&record)?),
             Type::MP_STATE => list.put(Type::MP_STATE, &mp_state(entry)),
+            // The MSR says where the TSC begins anew.
+            Type::TSC => list,
             _ => list.bytes(record.kind, record.payload),
         };
     }

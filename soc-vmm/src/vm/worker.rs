@@ -13,6 +13,7 @@ use ioreq_ring::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pcie_function::{Doorbell, SocFunction, Window};
+use tokio::sync::oneshot;
 
 use super::counters::Counters;
 use super::guest::Relay;
@@ -21,6 +22,7 @@ use super::string::StringAccess;
 use crate::bus::{Access, Answer, Bus, Deferred, LateAnswer, RequestId, Wake};
 use crate::devices::IoApic;
 use crate::hyperv::Hyperv;
+use crate::persist::{Moves, StateError, States};
 
 /// Polling goes on for at most this long without work, where work used to come soon.
 const SPIN_MOST: Duration = Duration::from_micros(200);
@@ -42,14 +44,54 @@ pub struct Buses {
     pub memory: Bus,
 }
 
+impl Buses {
+    fn halt(&mut self) {
+        self.ports.halt();
+        self.memory.halt();
+    }
+
+    fn is_halted(&mut self) -> bool {
+        self.ports.is_halted() && self.memory.is_halted()
+    }
+
+    fn blocker(&self) -> Option<String> {
+        self.ports.blocker().or_else(|| self.memory.blocker())
+    }
+
+    fn go_on(&mut self) {
+        self.ports.go_on();
+        self.memory.go_on();
+    }
+
+    fn save_into(&self, states: &mut States) {
+        self.ports.save_into(states);
+        self.memory.save_into(states);
+    }
+
+    fn load(&mut self, states: &mut States) -> Result<(), StateError> {
+        self.ports.load(states)?;
+        self.memory.load(states)
+    }
+}
+
 /// A lane of a function of type `F`.
 pub(super) type Lane<F> = SocLane<<F as SocFunction>::Card, <F as SocFunction>::Remote, Window>;
 
-/// What other threads ask the worker for.
+/// What other threads ask the worker for. Who asked may have gone.
 #[derive(Debug)]
 pub(super) enum Command {
-    /// Reset every device; answered by dropping the sender.
-    Reset(tokio::sync::oneshot::Sender<()>),
+    /// Reset every device.
+    Reset(oneshot::Sender<()>),
+    /// Halt every device; answered once nothing is under way. No vCPU is in the guest.
+    Halt(oneshot::Sender<()>),
+    /// Have the devices go on, which were halted or loaded.
+    GoOn(oneshot::Sender<()>),
+    /// Take the devices' states, which are halted, or put names and versions alone into what is given.
+    Save(States, oneshot::Sender<States>),
+    /// Tell why a device can't be moved, if one can't.
+    Blocker(oneshot::Sender<Option<String>>),
+    /// Give the devices these states.
+    Load(States, oneshot::Sender<Result<(), StateError>>),
 }
 
 /// A worker on its thread; told to end when this is dropped.
@@ -131,6 +173,8 @@ pub(super) struct Worker<F: SocFunction> {
     pub(super) counters: Arc<Counters>,
     pub(super) waker: Arc<Waker>,
     pub(super) commands: Receiver<Command>,
+    /// Who wait until every device is halted.
+    pub(super) halting: Vec<oneshot::Sender<()>>,
 }
 
 /// Why the worker ended.
@@ -374,13 +418,52 @@ impl<F: SocFunction> Worker<F> {
                     self.buses.ports.reset();
                     self.buses.memory.reset();
                     self.hyperv.iter().for_each(|hyperv| hyperv.reset());
-                    // Who asked may have gone.
                     let _ = done.send(());
                 }
-                Err(TryRecvError::Empty) => return Ok(false),
+                Ok(Command::Halt(done)) => {
+                    // The vCPUs that made them are out.
+                    self.drain(late)?;
+                    self.buses.halt();
+                    self.hyperv.iter_mut().for_each(Moves::halt);
+                    self.halting.push(done);
+                }
+                Ok(Command::GoOn(done)) => {
+                    self.halting.clear();
+                    self.buses.go_on();
+                    self.hyperv.iter_mut().for_each(Moves::go_on);
+                    let _ = done.send(());
+                }
+                Ok(Command::Save(states, done)) => {
+                    let _ = done.send(self.save(states));
+                }
+                Ok(Command::Blocker(done)) => {
+                    let _ = done.send(self.buses.blocker());
+                }
+                Ok(Command::Load(states, done)) => {
+                    let _ = done.send(self.load(states));
+                }
+                Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => return Ok(true),
             }
         }
+        if !self.halting.is_empty() && self.buses.is_halted() {
+            for done in self.halting.drain(..) {
+                let _ = done.send(());
+            }
+        }
+        Ok(false)
+    }
+
+    fn save(&self, mut states: States) -> States {
+        self.buses.save_into(&mut states);
+        self.hyperv.iter().for_each(|hyperv| hyperv.save_into("", &mut states));
+        states
+    }
+
+    fn load(&mut self, mut states: States) -> Result<(), StateError> {
+        self.buses.load(&mut states)?;
+        self.hyperv.iter_mut().try_for_each(|hyperv| hyperv.load("", &mut states))?;
+        states.end()
     }
 
     fn deadline(&self) -> Option<Instant> {

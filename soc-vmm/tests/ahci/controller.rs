@@ -267,7 +267,7 @@ fn without_bus_mastering_nothing_is_begun() {
 }
 
 /// A disc that can't be read before it is let.
-struct Slow {
+pub(crate) struct Slow {
     began: Mutex<Sender<()>>,
     goes: Mutex<Receiver<()>>,
 }
@@ -306,7 +306,7 @@ impl BlockBackend for Slow {
 }
 
 /// A controller in the middle of a read; its disc gives the data when told to go.
-fn reading() -> (Rig, Sender<()>, Weak<Slow>) {
+pub(crate) fn reading() -> (Rig, Sender<()>, Weak<Slow>) {
     let ((began, begins), (go, goes)) = (channel(), channel());
     let slow = Arc::new(Slow { began: Mutex::new(began), goes: Mutex::new(goes) });
     let medium = Arc::downgrade(&slow);

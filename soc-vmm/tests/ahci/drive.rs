@@ -26,7 +26,8 @@ struct Bench {
 fn bench() -> Bench {
     let dir = tempfile::tempdir().unwrap();
     let moves = Arc::new(Moves::default());
-    let mut rig = Rig::new(CdDrive { medium: Some(disc(dir.path(), 64)), listener: Some(moves.clone()) });
+    let mut rig =
+        Rig::new(CdDrive { medium: Some(disc(dir.path(), 64)), listener: Some(moves.clone()), ..CdDrive::default() });
     rig.start();
     Bench { dir, rig, moves }
 }

@@ -2,5 +2,6 @@
 
 mod controller;
 mod drive;
+mod moving;
 mod properties;
 mod rig;

@@ -14,8 +14,8 @@ use soc_vmm::devices::{
 use soc_vmm::interrupt::{InterruptLine, LineSink};
 use soc_vmm::power::{PowerEvent, PowerSink};
 
-/// The emulated host's TSC, in kHz.
-pub(crate) const TSC_KHZ: u64 = 2_100_000;
+/// The emulated host's TSC, in kHz: whole ticks in a ns, so that what is reckoned from an earlier one is exact.
+pub(crate) const TSC_KHZ: u64 = 2_000_000;
 /// 2024-02-28T23:59:50Z, a Wednesday.
 pub(crate) const START: Duration = Duration::from_secs(1_709_164_790);
 /// Room in the queues of serial port and debug console.

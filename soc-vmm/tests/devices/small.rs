@@ -134,3 +134,17 @@ fn a_shared_line_is_high_while_anyone_holds_it() {
     assert!(!lines.high(4));
     assert_eq!(lines.said(), 3, "up, again as one says it again, down");
 }
+
+#[test]
+fn what_comes_while_all_stand_still_waits() {
+    let mut rig = Rig::new();
+    rig.outb(0x3f9, 0x01);
+    rig.ports.halt();
+    assert!(rig.ports.is_halted());
+    rig.serial_in.try_write(b"x").unwrap();
+    rig.settle();
+    assert!(rig.lines.all_high().is_empty());
+    assert_eq!(rig.ports.deadline(), None);
+    rig.ports.go_on();
+    assert_eq!((rig.lines.all_high(), rig.inb(0x3f8)), (vec![4], b'x'));
+}

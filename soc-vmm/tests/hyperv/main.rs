@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use rig::{RAM, ROUTES, Rig, VCPUS};
 use soc_vmm::devices::{HypervTestdevState, Persist};
 use soc_vmm::hyperv::Sint;
+use soc_vmm::persist::{Moves, Saved, States};
 
 /// Where vCPU 1 has its pages, and where a hypercall finds its parameters.
 const MESSAGES: u64 = 0x5000;
@@ -206,22 +207,65 @@ fn a_reset_leaves_nothing_open() {
     assert_eq!((post(&rig, 3), raised(&rig)), (DONE, 1));
 }
 
+/// All of a guest that stands still.
+fn states(rig: &mut Rig) -> States {
+    let mut states = States::default();
+    rig.bus.save_into(&mut states);
+    rig.hyperv.save_into("", &mut states);
+    states
+}
+
 #[test]
-fn what_was_saved_goes_on_elsewhere() {
+fn a_guest_goes_on_elsewhere_and_what_waited_is_sent_there() {
     let mut rig = ready();
     rig.command(MAKE_ROUTE, 0, 5, 0);
     post(&rig, 1);
     post(&rig, 2);
-    let state = rig.device().save();
-    let state = serde_json::from_str(&serde_json::to_string(&state).unwrap()).unwrap();
+    rig.bus.halt();
+    rig.hyperv.halt();
+    assert!(rig.bus.is_halted() && rig.hyperv.is_halted());
+    // The guest has emptied its slot; what it told the host of that comes too late.
+    assert!(rig.ram.guest(empty));
+    eom(&rig);
+    let saved = states(&mut rig);
 
-    let there = Rig::new();
-    there.device().restore(&state).unwrap();
-    assert_eq!(there.device().save(), state);
-    there.hyperv.changed(1, [1, EVENTS | 1, MESSAGES | 1]);
+    let mut there = Rig::new();
+    rig.ram.guest(|from| there.ram.guest(|to| to.copy_from_slice(from)));
+    let mut left = saved.clone();
+    there.bus.load(&mut left).unwrap();
+    there.hyperv.load("", &mut left).unwrap();
+    left.end().unwrap();
+    assert_eq!((states(&mut there), raised(&there)), (saved, 0));
+    there.bus.go_on();
+    there.hyperv.go_on();
     assert_eq!((there.ram.guest(|ram| slot(ram)), raised(&there)), ((0x77, 8, 0, MESSAGE, 2), 1));
     assert_eq!((signal(&there), raised(&there)), (DONE, 1));
     assert_eq!(there.sints().routes.keys().map(|sint| sint.number).collect::<Vec<_>>(), [5, SINT.number]);
+    // Or here, if nothing came of it.
+    let _ = raised(&rig);
+    rig.hyperv.go_on();
+    assert_eq!((rig.ram.guest(|ram| slot(ram)), raised(&rig)), ((0x77, 8, 0, MESSAGE, 2), 1));
+}
+
+#[test]
+fn pages_that_can_t_be_are_refused() {
+    let mut rig = ready();
+    for (pages, sound) in [
+        ("[[null,null],[20480,24576]]", true),
+        ("[[null,null]]", false),
+        ("[[null,null],[20481,null]]", false),
+        ("[[null,18446744073709551615],[null,null]]", false),
+        ("[[null,18446744073709547520],[null,null]]", true),
+        ("[[null],[null]]", false),
+    ] {
+        let mut states = States::default();
+        let state = format!(r#"{{"pages":{pages}}}"#).into_bytes();
+        states.add("hyperv", Saved { version: 1, state }).unwrap();
+        assert_eq!(rig.hyperv.load("", &mut states).is_ok(), sound, "{pages}");
+        rig.hyperv.go_on();
+        post(&rig, 1);
+        signal(&rig);
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ use soc_vmm::virtio::balloon::{
     self, BalloonConfig, BalloonError, BalloonEvents, BalloonHandle, PAGE, PageRun, Pages, PagesError,
 };
 
+use super::moves::{Way, stay};
 use super::rig::{Board, Driver, EVENT_INDEX, Guest, INDIRECT, NEEDS_RESET, VERSION_1, eventually};
 
 const STATS: u64 = 1 << 1;
@@ -348,4 +349,38 @@ fn what_is_no_page_is_an_error() {
     queue.add(&[(LIST, u32::MAX - 3, false)]);
     let error = soc_vmm::virtio::Engine::serve(&mut engine, &mut session).unwrap_err();
     assert!(matches!(error, QueueError::Memory(_)), "{error}");
+}
+
+#[test]
+fn a_balloon_is_as_large_elsewhere_and_its_statistics_come_there() {
+    for way in Way::BOTH {
+        let mut desk = Desk::new(STATS);
+        desk.handle.set_target((PAGES - 300) * PAGE).unwrap();
+        eventually(|| (desk.guest.get(0x2000, 4) == 300).then_some(()));
+        desk.list(0, &(100..300).collect::<Vec<_>>());
+        desk.guest.put(0x2004, 4, 200);
+        eventually(|| (desk.handle.memory() == (PAGES - 200) * PAGE).then_some(()));
+        desk.guest.board.ram.set(LIST, &[4, 0, 7, 0, 0, 0, 0, 0, 0, 0]);
+        desk.queues[2].add(&[(LIST, 10, false)]);
+        desk.guest.kick(2);
+        eventually(|| desk.handle.stats().updated.map(drop));
+        let generation = desk.guest.get(0x15, 1);
+        if way == Way::Stay {
+            stay(&mut desk.guest);
+        } else {
+            let (config, handle, sizes) = config(&desk.memory, None, true);
+            (desk.handle, desk.sizes) = (handle, sizes);
+            way.take(&mut desk.guest, |plumbing| Ok(balloon::new(config, plumbing).unwrap()));
+        }
+        assert_eq!((desk.guest.get(0x2000, 8), desk.guest.get(0x15, 1)), (200 << 32 | 300, generation));
+        eventually(|| (desk.handle.memory() == (PAGES - 200) * PAGE).then_some(()));
+        // The buffer that the device held comes back, once.
+        assert_eq!(desk.queues[2].take_used(), None);
+        desk.handle.set_interval(Some(Duration::from_millis(1)));
+        assert_eq!(desk.queues[2].wait_used().1, 0);
+        desk.list(0, &[400]);
+        assert_eq!(desk.queues[2].take_used(), None);
+        desk.handle.set_target(PAGES * PAGE).unwrap();
+        eventually(|| (desk.guest.get(0x2000, 4) == 0).then_some(()));
+    }
 }

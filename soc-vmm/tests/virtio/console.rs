@@ -9,6 +9,7 @@ use soc_vmm::virtio::console::{
     self, ConsoleConfig, ConsoleHandle, HostEnd, PortConfig, PortError, PortEvents, queues_of,
 };
 
+use super::moves::{Way, stay};
 use super::rig::{Driver, EVENT_INDEX, Guest, NEEDS_RESET, VERSION_1, eventually};
 
 const MULTIPORT: u64 = 2;
@@ -123,6 +124,23 @@ impl Desk {
     fn received(&mut self) -> Vec<u8> {
         let (_, len) = self.receive.wait_used();
         self.guest.board.ram.get(BYTES + 0x1_0000, len as usize)
+    }
+}
+
+impl Desk {
+    /// Goes on here, or in another machine, in which port 1 has that end.
+    fn go(&mut self, way: Way, end: impl FnOnce(&Path) -> HostEnd) {
+        if way == Way::Stay {
+            return stay(&mut self.guest);
+        }
+        (self.handle, self.heard) = (Arc::new(ConsoleHandle::new().unwrap()), Arc::default());
+        let config = ConsoleConfig {
+            name: "console".into(),
+            ports: vec![PortConfig { id: "channel0".into(), name: AGENT.into(), end: end(self.dir.path()) }],
+            handle: self.handle.clone(),
+            events: self.heard.clone(),
+        };
+        way.take(&mut self.guest, |plumbing| console::new(config, plumbing));
     }
 }
 
@@ -375,4 +393,79 @@ fn what_is_no_message_and_no_buffer_is_an_error() {
         desk.say(port, event, 1);
     }
     desk.open();
+}
+
+#[test]
+fn a_driver_goes_on_with_its_ports_in_the_middle_of_meeting_them() {
+    for way in Way::BOTH {
+        let mut desk = Desk::new(0);
+        let mut machine = 0;
+        let mut go = |desk: &mut Desk| {
+            machine += 1;
+            desk.go(way, |dir| HostEnd::listen(&dir.join(format!("agent{machine}"))).unwrap());
+        };
+        desk.say(0, 0, 1);
+        go(&mut desk);
+        assert_eq!(desk.hear(), (1, 1, 1, String::new()));
+        go(&mut desk);
+        desk.say(1, 3, 1);
+        go(&mut desk);
+        assert_eq!(desk.hear(), (1, 7, 1, AGENT.into()));
+        desk.say(1, 6, 1);
+        go(&mut desk);
+        // Who listens there knows what is open, once.
+        eventually(|| desk.handle.ports()[0].guest_open.then_some(()));
+        assert_eq!(*desk.heard.0.lock().unwrap(), [("channel0".to_string(), true)]);
+        let mut peer = UnixStream::connect(&desk.handle.ports()[0].path).unwrap();
+        assert_eq!(desk.hear(), (1, 6, 1, String::new()));
+        desk.send(b"hello");
+        assert_eq!(read(&mut peer, 5), b"hello");
+        desk.offer(100);
+        go(&mut desk);
+        if way == Way::Travel {
+            // The peer is another one now, and a buffer that was offered there is good here.
+            assert_eq!(desk.hear(), (1, 6, 0, String::new()));
+            peer = UnixStream::connect(&desk.handle.ports()[0].path).unwrap();
+            assert_eq!(desk.hear(), (1, 6, 1, String::new()));
+        }
+        peer.write_all(b"answer").unwrap();
+        assert_eq!(desk.received(), b"answer");
+    }
+}
+
+#[test]
+fn bytes_that_the_peer_has_not_taken_go_to_the_one_that_is_there_next() {
+    for way in Way::BOTH {
+        let mut listener = None;
+        let mut desk = Desk::with(EVENT_INDEX, |dir| {
+            listener = Some(UnixListener::bind(dir.join("agent")).unwrap());
+            HostEnd::connect(&dir.join("agent")).unwrap()
+        });
+        let (mut peer, _) = listener.unwrap().accept().unwrap();
+        desk.say(0, 0, 1);
+        desk.hear();
+        desk.say(1, 3, 1);
+        assert_eq!((desk.hear().1, desk.hear().1), (7, 6));
+        desk.say(1, 6, 1);
+        // One chain that no socket has room for.
+        let bytes: Vec<u8> = (0..0x5_0000u32).map(|n| (n ^ n >> 8 ^ n >> 16) as u8).collect();
+        desk.send(&bytes);
+        let mut got = read(&mut peer, 0x1_0000);
+        let mut next = None;
+        desk.go(way, |dir| {
+            let listener = UnixListener::bind(dir.join("next")).unwrap();
+            let end = HostEnd::connect(&dir.join("next")).unwrap();
+            next = Some(listener.accept().unwrap().0);
+            end
+        });
+        if let Some(next) = next {
+            peer.read_to_end(&mut got).unwrap();
+            peer = next;
+        }
+        got.extend(read(&mut peer, bytes.len() - got.len()));
+        assert!(got == bytes);
+        assert_eq!(desk.transmit.wait_used().1, 0);
+        desk.send(b"more");
+        assert_eq!(read(&mut peer, 4), b"more");
+    }
 }

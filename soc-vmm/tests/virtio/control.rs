@@ -13,6 +13,7 @@ use soc_vmm::virtio::net::{self, NetConfig, NetCounters, NetEngine, NetLink};
 use soc_vmm::virtio::{Engine, QueueError};
 use soc_vmm::virtio::{Rate, RateLimits};
 
+use super::moves::{Way, stay, travel};
 use super::rig::{Board, Driver, Guest, HeapNet, NEEDS_RESET, VERSION_1, eventually};
 
 const GUEST_CSUM: u64 = 1 << 1;
@@ -377,4 +378,112 @@ proptest! {
         session.control.end();
         prop_assert_eq!(engine.serve(&mut session), Err(QueueError::Revoked));
     }
+}
+
+/// Frames that an interface sent in its guest's place: how many, all from that address.
+fn announced(frames: &Mutex<Vec<Vec<u8>>>, mac: [u8; 6]) -> usize {
+    let frames = frames.lock().unwrap();
+    let is_one = |frame: &&Vec<u8>| frame[..6] == [0xff; 6] && frame[6..12] == mac && frame[12..14] == [0x80, 0x35];
+    frames.iter().filter(is_one).count()
+}
+
+#[test]
+fn a_driver_that_begins_anew_elsewhere_has_the_address_that_it_knows() {
+    let there = [2, 0, 0, 0, 0, 9];
+    let mut wire = Wire::new(Box::new(HeapNet::new([], 9)), ALL);
+    let network = HeapNet::new([frame(there), frame(MAC)], 99);
+    let config = NetConfig::new("net0".into(), vec![Box::new(network)], there).unwrap();
+    wire.counters = config.counters.clone();
+    travel(&mut wire.guest, |plumbing| net::new(config, plumbing));
+    wire.guest.function.reset();
+    eventually(|| (wire.guest.status() == 0).then_some(()));
+    wire.guest.negotiate(VERSION_1 | ALL);
+    wire.queues = [0, 1, 2].map(|index| wire.guest.queue(index, 64));
+    wire.guest.go();
+    assert_eq!([0, 1, 2, 3, 4, 5].map(|at| wire.guest.get(0x2000 + at, 1) as u8), MAC);
+    assert_eq!(wire.command(0, 0, &[0]), 0);
+    for buffer in 0..2 {
+        wire.queues[0].add(&[(BUFFERS + 2048 * buffer, 2000, true)]);
+    }
+    wire.guest.kick(0);
+    eventually(|| (wire.counters.received() + wire.counters.unwanted() == 2).then_some(()));
+    assert_eq!((wire.counters.received(), wire.counters.unwanted()), (1, 1));
+}
+
+#[test]
+fn what_a_driver_has_said_holds_elsewhere_and_its_network_hears_of_it() {
+    let (other, group) = ([2, 0, 0, 0, 0, 2], [3, 0, 0, 0, 0, 3]);
+    for (way, features) in [(Way::Stay, ALL), (Way::Travel, ALL), (Way::Travel, ALL & !ANNOUNCE)] {
+        let mut wire = Wire::new(Box::new(HeapNet::new([], 9)), features);
+        let tables = [&[0; 4][..], &[1, 0, 0, 0], &group].concat();
+        for (class, command, data) in [(0, 0, &[0][..]), (1, 0, &tables), (1, 1, &other), (2, 0, &[5, 0])] {
+            assert_eq!(wire.command(class, command, data), 0);
+        }
+        if way == Way::Stay {
+            stay(&mut wire.guest);
+            assert_eq!((wire.status(), wire.command(3, 0, &[])), (1, 0));
+            continue;
+        }
+        let tagged = |to: [u8; 6], id: u8| [&to[..], &[2, 9, 9, 9, 9, 9, 0x81, 0, 0, id, 8, 0], &[7; 46]].concat();
+        let network = HeapNet::new([frame(MAC), frame(other), frame(group), tagged(other, 5), tagged(other, 6)], 99);
+        let sent = network.from_guest.clone();
+        let config = NetConfig::new("net0".into(), vec![Box::new(network)], MAC).unwrap();
+        (wire.counters, wire.link) = (config.counters.clone(), config.link.clone());
+        for buffer in 0..8 {
+            wire.queues[0].add(&[(BUFFERS + 2048 * buffer, 2000, true)]);
+        }
+        travel(&mut wire.guest, |plumbing| net::new(config, plumbing));
+        // Frames for it, its group and its VLAN, and no others.
+        eventually(|| (wire.counters.received() == 3).then_some(()));
+        assert_eq!(wire.counters.unwanted(), 2);
+        eventually(|| (announced(&sent, other) == 5).then_some(()));
+        if features & ANNOUNCE != 0 {
+            assert_eq!((wire.status(), wire.command(3, 0, &[])), (3, 0));
+        }
+        eventually(|| (wire.status() == 1).then_some(()));
+        assert_eq!((announced(&sent, other), sent.lock().unwrap().len()), (5, 5));
+    }
+}
+
+#[test]
+fn pairs_in_use_and_a_pulled_cable_are_so_elsewhere() {
+    const MQ: u64 = 1 << 22;
+    let plug = |sent: &mut Vec<Arc<Mutex<Vec<Vec<u8>>>>>| {
+        let networks: Vec<HeapNet> = (0..3).map(|_| HeapNet::new([], 99)).collect();
+        *sent = networks.iter().map(|network| network.from_guest.clone()).collect();
+        let backends = networks.into_iter().map(|network| Box::new(network) as Box<dyn NetBackend>).collect();
+        NetConfig::new("net0".into(), backends, MAC).unwrap()
+    };
+    let mut sent = Vec::new();
+    let config = plug(&mut sent);
+    let link = config.link.clone();
+    let mut guest = Guest::new(|plumbing| net::new(config, plumbing));
+    guest.negotiate(VERSION_1 | STATUS | CONTROL | MQ);
+    let mut queues: Vec<Driver> = (0..5).map(|index| guest.queue(index, 64)).collect();
+    let mut control = guest.queue(6, 64);
+    guest.go();
+    let command = BUFFERS + 0x1000;
+    guest.board.ram.set(command, &[4, 0, 2, 0, 0xee]);
+    control.add(&[(command, 4, false), (command + 4, 1, true)]);
+    guest.kick(6);
+    control.wait_used();
+    assert_eq!(guest.board.ram.get(command + 4, 1), [0]);
+    link.set_up(false);
+    eventually(|| (guest.get(0x2006, 2) == 0).then_some(()));
+    let config = plug(&mut sent);
+    let link = config.link.clone();
+    travel(&mut guest, |plumbing| net::new(config, plumbing));
+    assert!(!link.is_up());
+    // Without a network nobody hears of it.
+    guest.board.ram.set(BUFFERS, &[0; 100]);
+    queues[3].add(&[(BUFFERS, 72, false)]);
+    guest.kick(3);
+    queues[3].wait_used();
+    assert!((guest.get(0x2006, 2), sent[1].lock().unwrap().len()) == (0, 0));
+    link.set_up(true);
+    eventually(|| (guest.get(0x2006, 2) == 1).then_some(()));
+    queues[3].add(&[(BUFFERS, 72, false)]);
+    guest.kick(3);
+    queues[3].wait_used();
+    assert_eq!(sent[1].lock().unwrap().len(), 1);
 }

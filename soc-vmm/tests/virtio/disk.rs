@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use proptest::collection::vec;
 use proptest::prelude::*;
-use soc_vmm::block::{self, Aio, BlockBackend, BlockError, ImageProblem, ImageSpec};
+use soc_vmm::block::{self, Aio, BlockBackend, BlockError, ImageProblem, ImageSpec, Watched, Watcher};
 use soc_vmm::virtio::block::{
     BlockConfig, BlockEngine, DiskError, DiskErrorListener, DiskLimits, ErrorAction, ErrorPolicy, OnError, Sort,
 };
@@ -466,4 +466,68 @@ proptest! {
             }
         }
     }
+}
+
+/// Whoever hears of changes.
+#[derive(Default)]
+struct Recorder {
+    told: Mutex<Vec<(u64, u64)>>,
+    settled: AtomicBool,
+}
+
+impl Watcher for Recorder {
+    fn changed(&self, offset: u64, len: u64) -> Option<u64> {
+        let mut told = self.told.lock().unwrap();
+        told.push((offset, len));
+        Some(told.len() as u64)
+    }
+
+    fn is_settled(&self, _: u64) -> bool {
+        self.settled.load(SeqCst)
+    }
+}
+
+#[test]
+fn who_hears_of_changes_hears_before_the_guest_and_may_have_it_wait() {
+    let mut bench = Bench::new(Arc::new(HeapDisk::new(64)), |_| {});
+    let handle = bench.engine.handle();
+    bench.ask(0, 1, 1);
+    assert_eq!(bench.answer(), (0, 0), "nobody listens yet");
+    let recorder = Arc::new(Recorder::default());
+    assert!(handle.watch(recorder.clone()) && !handle.watch(recorder.clone()));
+    assert!(matches!(handle.resize(1 << 20), Err(BlockError::Copied)));
+    bench.ask(1, 0, 1);
+    assert_eq!(bench.answer(), (1, 0), "a read changes nothing");
+    bench.ask(2, 1, 5);
+    let told = |bench: &mut Bench, count| {
+        bench.serve();
+        while recorder.told.lock().unwrap().len() < count {
+            bench.wait();
+            bench.serve();
+        }
+    };
+    told(&mut bench, 1);
+    assert_eq!(*recorder.told.lock().unwrap(), [(5 * 512, 512)]);
+    assert_eq!(bench.driver.take_used(), None, "it waits");
+    // A disk that is to stand still does once nothing waits.
+    assert!(bench.engine.halt(&mut bench.session).unwrap().is_some());
+    recorder.settled.store(true, SeqCst);
+    handle.wake();
+    bench.wait();
+    assert!(bench.engine.halt(&mut bench.session).unwrap().is_none());
+    assert_eq!(bench.driver.take_used().map(|(slot, _)| slot), Some(2));
+
+    recorder.settled.store(false, SeqCst);
+    bench.ask(3, 1, 6);
+    told(&mut bench, 2);
+    // A driver that is gone waits for nothing, and the next one isn't told of it.
+    bench.reset();
+    bench.ask(0, 0, 6);
+    assert_eq!(bench.answer(), (0, 0));
+    assert_eq!(recorder.told.lock().unwrap().len(), 2);
+    recorder.settled.store(true, SeqCst);
+    handle.unwatch();
+    bench.ask(1, 1, 7);
+    assert_eq!(bench.answer(), (1, 0));
+    assert_eq!(recorder.told.lock().unwrap().len(), 2, "nobody listens any more");
 }

@@ -9,6 +9,8 @@ mod direct;
 mod disk;
 mod dpdk;
 mod entropy;
+mod hurt;
+mod moves;
 mod net;
 mod notify;
 mod pci;

@@ -293,6 +293,7 @@ impl Board {
             messages: &self.messages,
             line: InterruptLine::new(0, self.pin.clone()),
             notify: self.notify.clone(),
+            wake: Arc::new(NoWake),
         }
     }
 

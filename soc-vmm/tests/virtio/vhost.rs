@@ -200,7 +200,7 @@ pub(crate) struct Slot {
 
 /// A guest that reads and writes, and believes nothing.
 pub(crate) struct Load {
-    guest: Guest,
+    pub(crate) guest: Guest,
     queues: Vec<Driver>,
     slots: Vec<Slot>,
     rng: TestRng,

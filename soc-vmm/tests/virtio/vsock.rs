@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use soc_vmm::virtio::vsock::{self, BUFFER, MAX_CONNECTIONS, VsockConfig};
 
+use super::moves::{stay, travel};
 use super::rig::{Driver, EVENT_INDEX, Guest, NEEDS_RESET, VERSION_1, eventually};
 
 const CID: u64 = 7;
@@ -39,6 +40,7 @@ struct Desk {
     dir: tempfile::TempDir,
     receive: Driver,
     transmit: Driver,
+    events: Driver,
     /// The window that the driver tells.
     room: u32,
     forwarded: u32,
@@ -50,9 +52,9 @@ impl Desk {
         let config = VsockConfig::listen("vsock".into(), CID as u32, &dir.path().join("v")).unwrap();
         let mut guest = Guest::new(|plumbing| vsock::new(config, plumbing));
         guest.negotiate(VERSION_1 | features);
-        let (receive, transmit) = (guest.queue(0, 16), guest.queue(1, 16));
+        let (receive, transmit, events) = (guest.queue(0, 16), guest.queue(1, 16), guest.queue(2, 16));
         guest.go();
-        Self { guest, dir, receive, transmit, room: 0x1_0000, forwarded: 0 }
+        Self { guest, dir, receive, transmit, events, room: 0x1_0000, forwarded: 0 }
     }
 
     fn path(&self) -> PathBuf {
@@ -483,4 +485,47 @@ fn what_is_no_packet_and_no_buffer_is_an_error() {
         peer.write_all(b"x").unwrap();
         eventually(|| (desk.guest.status() & NEEDS_RESET != 0).then_some(()));
     }
+}
+
+#[test]
+fn connections_go_on_here_and_end_elsewhere_of_which_the_driver_is_told() {
+    for features in [0, EVENT_INDEX] {
+        let mut desk = Desk::new(features);
+        let listener = desk.listener(1024);
+        let mut peer = desk.connect(&listener, 50, 1024);
+        desk.events.add(&[(IN + 0x1_0000, 8, true)]);
+        desk.guest.kick(2);
+        for round in 0..5u8 {
+            desk.send(50, 1024, RW, 0, &[round; 100]);
+            peer.write_all(&[round ^ 0xff; 70]).unwrap();
+            stay(&mut desk.guest);
+            assert_eq!(read(&mut peer, 100), [round; 100]);
+            let (packet, data) = desk.receive();
+            assert_eq!((packet.op, data), (RW, vec![round ^ 0xff; 70]));
+        }
+        assert_eq!(desk.events.take_used(), None);
+        let other = tempfile::tempdir().unwrap();
+        let config = VsockConfig::listen("vsock".into(), CID as u32, &other.path().join("v")).unwrap();
+        travel(&mut desk.guest, |plumbing| vsock::new(config, plumbing));
+        desk.dir = other;
+        assert_eq!(desk.events.wait_used(), (0, 4));
+        assert_eq!(desk.guest.board.ram.get(IN + 0x1_0000, 4), [0; 4]);
+        // What it still sends of the old ones is answered as what is of none.
+        desk.send(50, 1024, RW, 0, &[1]);
+        desk.expect(50, 1024, RST, 0);
+        assert_eq!(peer.read(&mut [0]).unwrap(), 0);
+        let listener = desk.listener(1024);
+        let mut peer = desk.connect(&listener, 51, 1024);
+        desk.send(51, 1024, RW, 0, b"again");
+        assert_eq!(read(&mut peer, 5), b"again");
+        assert_eq!(desk.events.take_used(), None);
+    }
+    // Another CID is another guest.
+    let mut desk = Desk::new(0);
+    let other = tempfile::tempdir().unwrap();
+    let config = VsockConfig::listen("vsock".into(), 9, &other.path().join("v")).unwrap();
+    let mut there = Guest::on(super::moves::elsewhere(&desk.guest.board), |plumbing| vsock::new(config, plumbing));
+    super::moves::halt(&mut desk.guest);
+    let refused = super::moves::load(&mut there, super::moves::save(&desk.guest)).unwrap_err().to_string();
+    assert!(refused.contains("another CID"), "{refused}");
 }

@@ -15,7 +15,7 @@ use crate::host::{self, Clock, Host, KvmKind};
 use crate::kicks::{KICKS, kicks};
 use crate::record::{Record, today};
 use crate::turns::Extent;
-use crate::{disk, fio, idle, lane_round, net, server};
+use crate::{disk, fio, idle, lane_round, migrate, net, server};
 
 const USAGE: &str = "usage: bench [NAME…] [--json FILE] [--record] [--runs N] [--requests N] [--soc-vmm FILE] [--qemu DIR] \
                      [--guest DIR]";
@@ -130,6 +130,11 @@ impl Command {
         if self.wanted(lane_round::NAME) {
             figures.push(lane_round::measure(runs).map_err(|error| with_sources(&error))?);
         }
+        if migrate::FIGURES.iter().any(|(name, _)| self.wanted(name)) {
+            let wanted = |name: &str| self.wanted(name);
+            let measured = migrate::measure(&self.soc_vmm, self.qemu.as_deref(), clock, runs, &wanted, show);
+            figures.extend(measured.map_err(|error| with_sources(&error))?);
+        }
         for name in idle::NAMES.into_iter().filter(|name| self.wanted(name)) {
             figures.push(idle::measure(name, &self.soc_vmm, runs).unwrap_or_else(|error| Figure {
                 skipped: Some(with_sources(&error)),
@@ -195,7 +200,8 @@ pub fn figures() -> Vec<String> {
 /// Those that this machine's KVM gives.
 fn figures_here() -> Vec<String> {
     let exits = [Privilege::Cpl0, Privilege::Cpl3].map(exit_read_polling::name);
-    let rest = [lane_round::NAME].into_iter().chain(idle::NAMES);
+    let migrations = migrate::FIGURES.map(|(name, _)| name);
+    let rest = [lane_round::NAME].into_iter().chain(migrations).chain(idle::NAMES);
     exits.into_iter().map(str::to_owned).chain(device_figures()).chain(rest.map(str::to_owned)).collect()
 }
 
@@ -220,6 +226,9 @@ fn unit(figure: &str) -> &'static str {
         Some((_, [_, kicks])) if figure.ends_with(KICKS) => kicks,
         Some((_, [rate, _])) => rate,
         None if figure.starts_with("fio.") => fio::UNIT,
+        None if figure.starts_with("migrate.") => {
+            migrate::FIGURES.iter().find(|(name, _)| *name == figure).map_or("ms", |(_, unit)| unit)
+        }
         None if idle::NAMES.contains(&figure) => idle::unit(figure),
         None => "ns",
     }
@@ -275,7 +284,7 @@ mod tests {
     #[test]
     fn a_machine_without_kvm_lists_every_figure() {
         let figures = skipped(figures_here(), "no /dev/kvm");
-        assert_eq!(figures.len(), 22);
+        assert_eq!(figures.len(), 38);
         assert!(figures.iter().all(|figure| figure.skipped.as_deref() == Some("no /dev/kvm")));
     }
 

@@ -252,7 +252,8 @@ impl Qemu {
 }
 
 impl Qemu {
-    fn command(&self, vcpus: u8, memory_mib: u64) -> Command {
+    /// The program with a q35 of so much.
+    pub(crate) fn command(&self, vcpus: u8, memory_mib: u64) -> Command {
         let mut command = self.root.command("qemu-system-x86_64");
         command.args(["-no-user-config", "-nodefaults", "-display", "none", "-M", "q35,accel=kvm"]);
         command.args(["-m", &memory_mib.to_string(), "-smp", &vcpus.to_string()]);
@@ -361,7 +362,7 @@ fn passed(console: String) -> Result<String, Error> {
     Err(Error::Guest(last_line(&console).to_owned()))
 }
 
-fn last_line(text: &str) -> &str {
+pub(crate) fn last_line(text: &str) -> &str {
     text.trim_end().lines().last().unwrap_or_default()
 }
 

@@ -11,6 +11,7 @@ pub mod host;
 pub mod idle;
 pub mod kicks;
 pub mod lane_round;
+pub mod migrate;
 pub mod net;
 pub mod record;
 pub mod server;

@@ -1,6 +1,7 @@
 //! What fuzz targets share.
 
 pub mod channel;
+pub mod damage;
 
 use arbitrary::Arbitrary;
 use ioreq_ring::BusMemory;

@@ -5,6 +5,7 @@ pub mod hostile;
 pub mod libvirt;
 pub mod machines;
 pub mod monitor;
+pub mod moving;
 mod programs;
 pub mod qapi_schema;
 pub mod soc;

@@ -3,6 +3,7 @@
 mod domain;
 mod messages;
 mod operated;
+mod pair;
 
 use std::fs::File;
 use std::process::Stdio;
@@ -17,6 +18,7 @@ use crate::{program, test_name};
 pub use domain::{Boot, Domain, cdrom, disk, tap, user};
 pub use messages::{Message, check_messages, messages};
 pub use operated::Operated;
+pub use pair::{Pair, image};
 
 /// How long a domain may take to come to a state.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -38,13 +40,22 @@ impl Host {
     /// # Panics
     /// They should start here and don't.
     pub fn start(stock: bool, shared: &[(&std::path::Path, &str)]) -> Option<Self> {
+        Self::start_beside(None, stock, shared)
+    }
+
+    /// The same, in the network of another one.
+    ///
+    /// # Panics
+    /// They should start here and don't.
+    pub fn start_beside(other: Option<&Self>, stock: bool, shared: &[(&std::path::Path, &str)]) -> Option<Self> {
         if let Some(why) = Libvirt::lacks().expect("libvirt's packages") {
             testbed::skip(&test_name(), &why);
             return None;
         }
         let shared = shared.iter().map(|(path, name)| (path.to_path_buf(), (*name).to_owned())).collect();
+        let beside = other.map(|host| host.libvirt.network());
         let (emulator, shim) = (Some(program("soc-vmm")), Some(program("host-kvm-shim")));
-        let libvirt = Libvirt::start(&Config { stock, emulator, shim, shared }).expect("libvirt starts");
+        let libvirt = Libvirt::start(&Config { stock, emulator, shim, beside, shared }).expect("libvirt starts");
         let events = Self::listen(&libvirt).expect("events are listened to");
         Some(Self { libvirt, _events: events })
     }

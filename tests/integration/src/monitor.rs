@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -29,7 +29,16 @@ impl Monitor {
     /// # Panics
     /// Nobody answers there, or not as a monitor.
     pub fn connect(socket: &Path) -> Self {
-        let stream = UnixStream::connect(socket).expect("the monitor listens");
+        // Its socket may be there a moment before somebody listens.
+        let end = Instant::now() + PATIENCE;
+        let stream = loop {
+            match UnixStream::connect(socket) {
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                connected => break connected.expect("the monitor listens"),
+            }
+        };
         stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
         let mut monitor = Self { stream: BufReader::new(stream), events: Vec::new(), schema: None, asked: 0 };
         let greeting = monitor.receive();
@@ -108,7 +117,7 @@ impl Monitor {
     fn execute(&mut self, command: &str, arguments: &Value) -> (Value, Value) {
         self.asked += 1;
         let sent = json!({ "execute": command, "arguments": arguments, "id": format!("asked-{}", self.asked) });
-        writeln!(self.stream.get_mut(), "{sent}").expect(command);
+        self.stream.get_mut().write_all(format!("{sent}\n").as_bytes()).expect(command);
         loop {
             let message = self.receive();
             if message.get("event").is_some() {

@@ -52,6 +52,7 @@ fn build(packages: &[&str], optimized: bool) {
     if optimized {
         cargo.arg("--release");
     }
+    testbed::build::without_package(&mut cargo);
     let status = cargo.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).status();
     assert!(status.expect("cargo runs").success(), "{packages:?} don't build");
 }

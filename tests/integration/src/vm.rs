@@ -86,6 +86,19 @@ impl Vm {
         self.child.id()
     }
 
+    /// The process id of the shim that it has started: of all its threads one has.
+    ///
+    /// # Panics
+    /// It has none.
+    pub fn shim(&self) -> u32 {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("its threads");
+        let children = |thread: std::io::Result<std::fs::DirEntry>| {
+            let list = std::fs::read_to_string(thread.ok()?.path().join("children")).ok()?;
+            list.split_whitespace().next()?.parse().ok()
+        };
+        threads.filter_map(children).next().expect("it has a shim of its own")
+    }
+
     /// Waits until the debug console holds `text`.
     ///
     /// # Panics

@@ -9,7 +9,7 @@ use integration::{Vm, kvm, test_name};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use payloads::cpu_hotplug::come_and_go;
-use payloads::{EXIT_PASS, Payload};
+use payloads::{PASSED, Payload};
 use serde_json::{Value, json};
 
 /// A VM with a name, for the commands that want one.
@@ -42,7 +42,7 @@ impl Named {
     fn passes(self) -> String {
         let ended = self.vm.wait();
         let said = format!("{}{}", ended.debugcon, ended.stderr);
-        assert_eq!(ended.status.code(), Some(i32::from(EXIT_PASS) << 1 | 1), "{said}");
+        assert_eq!(ended.status.code(), Some(PASSED), "{said}");
         ended.debugcon
     }
 }

@@ -9,7 +9,7 @@ use integration::{kvm, test_name};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use payloads::counter::{Each, counter};
-use payloads::{EXIT_PASS, Payload, Privilege};
+use payloads::{PASSED, Payload, Privilege};
 
 /// Longer than anything here may take on a busy machine, but what is meant to take long.
 const MOST: Duration = Duration::from_secs(60);
@@ -27,8 +27,6 @@ fn endless() -> Payload {
 fn short() -> Payload {
     payloads::pio::pio(Privilege::Cpl0).expect("the payload assembles")
 }
-
-const PASSED: i32 = (EXIT_PASS as i32) << 1 | 1;
 
 /// A trial with a shim that listens on `function`, and the option that names it.
 fn listening(lease: &str) -> (Trial, Running, String) {

@@ -470,6 +470,16 @@ fn is_measured(host: &Host) {
     let first = time();
     host.waits("its CPU time grows", || time() != first);
 
+    for mode in ["page-sampling", "dirty-bitmap"] {
+        host.virsh(&["domdirtyrate-calc", NAME, "--seconds", "1", "--mode", mode]);
+        let of = |name: &str| host.field(&["domstats", NAME, "--dirtyrate"], &format!("dirtyrate.{name}"));
+        host.waits("its dirty rate is measured", || of("calc_status") == "2");
+        assert_eq!((of("calc_mode"), of("calc_period")), (mode.to_owned(), "1".to_owned()));
+        of("megabytes_per_second").parse::<u64>().unwrap();
+    }
+    let refused = host.virsh_fails(&["domdirtyrate-calc", NAME, "--seconds", "1", "--mode", "dirty-ring"]);
+    assert!(refused.contains("dirty-ring"), "{refused}");
+
     let stats = host.virsh(&["domstats", NAME]);
     for line in
         ["state.state=1", "vcpu.current=1", "vcpu.maximum=3", "block.count=2", "net.count=2", "block.0.name=vda"]

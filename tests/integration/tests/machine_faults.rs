@@ -10,11 +10,9 @@ use integration::soc::{Shape, resampled};
 use integration::{program, test_name};
 use nix::sys::signal::Signal;
 use payloads::interrupts::{self, LEVEL_ENTRIES, LEVEL_LINE, LEVEL_ROUNDS};
-use payloads::{EXIT_PASS, Payload, Privilege, watch};
+use payloads::{EXIT_PASS, PASSED, Payload, Privilege, watch};
 use testbed::protocol::Status;
 
-/// soc-vmm's exit status after a payload that passed.
-const PASSED: i32 = (EXIT_PASS as i32) << 1 | 1;
 /// The shim's, when its function is lost.
 const UNUSABLE: Status = Status::Code(4);
 

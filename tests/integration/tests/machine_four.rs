@@ -9,7 +9,7 @@ use integration::machines::{MOST, Server, Watched, but_for_the_emulator, shim_is
 use integration::soc::{Board, Shape, Soc};
 use integration::test_name;
 use nix::sys::signal::Signal;
-use payloads::{Payload, smp, watch};
+use payloads::{PASSED, Payload, smp, watch};
 use pcie_function::header::HostHeader;
 use pcie_function::regions::{self, Spaces};
 use pcie_function::{BusError, BusMemory, SocFunction};
@@ -79,8 +79,6 @@ fn four_vms() {
 
 /// soc-vmm's exit status after a payload that saw something wrong.
 const FAILED: i32 = (payloads::EXIT_FAIL as i32) << 1 | 1;
-/// soc-vmm's exit status after a payload that passed.
-const PASSED: i32 = (payloads::EXIT_PASS as i32) << 1 | 1;
 
 fn others_go_on(server: &Server) {
     for function in QUIET {

@@ -1,7 +1,7 @@
 //! Payloads through the whole path on this machine: guest, KVM, shim, lanes, soc-vmm's devices, and back.
 
 use integration::{Vm, kvm};
-use payloads::{EXIT_PASS, Payload, Privilege};
+use payloads::{PASSED, Payload, Privilege};
 
 /// Runs a payload to its end, which must be its own `pass`.
 fn passes(payload: &Payload) {
@@ -14,8 +14,7 @@ fn passes_with(payload: &Payload, options: &[&str]) {
         return;
     }
     let ended = Vm::payload(payload, options).wait();
-    let want = i32::from(EXIT_PASS) << 1 | 1;
-    assert_eq!(ended.status.code(), Some(want), "{}: {}\n{}", payload.name, ended.debugcon, ended.stderr);
+    assert_eq!(ended.status.code(), Some(PASSED), "{}: {}\n{}", payload.name, ended.debugcon, ended.stderr);
     assert!(ended.debugcon.ends_with("pass\n"), "{}: {}", payload.name, ended.debugcon);
     assert_eq!(ended.stderr, "", "{} made soc-vmm speak", payload.name);
 }

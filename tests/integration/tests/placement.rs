@@ -1,13 +1,13 @@
 //! Where a VM's CPUs and memory are, through soc-vmm as a user runs it: what the host gives, and what it is said to lack.
 
 use integration::{Ended, Vm, kvm, test_name};
-use payloads::{EXIT_PASS, Privilege, pio, smp};
+use payloads::{PASSED, Privilege, pio, smp};
 
 /// Exit status of a VM that the host can't give.
 const UNAVAILABLE: i32 = 4;
 
 fn passes(ended: &Ended) {
-    assert_eq!(ended.status.code(), Some(i32::from(EXIT_PASS) << 1 | 1), "{}{}", ended.debugcon, ended.stderr);
+    assert_eq!(ended.status.code(), Some(PASSED), "{}{}", ended.debugcon, ended.stderr);
 }
 
 /// Runs a payload of one vCPU that the host must refuse; what was said, one line.

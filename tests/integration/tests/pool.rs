@@ -11,12 +11,11 @@ use integration::hostile::{Running, Trial, one_line, wait_until};
 use integration::{kvm, program, test_name};
 use nix::sys::signal::Signal;
 use payloads::counter::{Each, counter};
-use payloads::{EXIT_PASS, Payload, Privilege};
+use payloads::{PASSED, Payload, Privilege};
 use serde_json::Value;
 
 /// Longer than anything here may take on a busy machine.
 const MOST: Duration = Duration::from_secs(60);
-const PASSED: i32 = (EXIT_PASS as i32) << 1 | 1;
 /// User and group nobody.
 const NOBODY: u32 = 65_534;
 

@@ -4,9 +4,7 @@ use std::path::Path;
 
 use integration::{Vm, kvm, test_name};
 use payloads::virtio_blk::{Load, WRITTEN, virtio_blk};
-use payloads::{EXIT_PASS, smp};
-
-const PASSED: i32 = (EXIT_PASS as i32) << 1 | 1;
+use payloads::{PASSED, smp};
 
 /// A field of a thread's status, for each thread of a process.
 fn of_threads(pid: u32, field: &str) -> Vec<String> {

@@ -4,12 +4,12 @@ use api_channel::call::Irqchip;
 use integration::soc::{Answer, Shape, Soc};
 use integration::{Vm, kvm, test_name};
 use ioreq_ring::{Completion, Kind};
-use payloads::{EXIT_PASS, Payload, Privilege, pio, smp};
+use payloads::{PASSED, Payload, Privilege, pio, smp};
 
 /// Runs a payload in which each vCPU says its APIC id; they must be `ids`.
 fn brings_up(payload: &Payload, more: &[&str], ids: impl IntoIterator<Item = u32>) {
     let ended = Vm::payload(payload, more).wait();
-    assert_eq!(ended.status.code(), Some(i32::from(EXIT_PASS) << 1 | 1), "{}{}", ended.debugcon, ended.stderr);
+    assert_eq!(ended.status.code(), Some(PASSED), "{}{}", ended.debugcon, ended.stderr);
     let mut lines: Vec<_> = ended.debugcon.lines().collect();
     assert_eq!(lines.pop(), Some("pass"));
     lines.sort_unstable();
@@ -47,7 +47,7 @@ fn a_thousand_and_twenty_four_vcpus_fit() {
         return;
     }
     let ended = Vm::payload(&pio::pio(Privilege::Cpl0).unwrap(), &["--cpus", "1024"]).wait();
-    assert_eq!(ended.status.code(), Some(i32::from(EXIT_PASS) << 1 | 1), "{}{}", ended.debugcon, ended.stderr);
+    assert_eq!(ended.status.code(), Some(PASSED), "{}{}", ended.debugcon, ended.stderr);
 }
 
 /// Ports of [`CODE`].

@@ -18,8 +18,10 @@ pub use image::{Firmware, Kernel};
 pub use kit::layout::{FREE, MAX_VCPUS};
 pub use payload::*;
 
-/// What a payload writes to port 0xf4 when all it saw was right. A VMM's exit status is then 33.
+/// What a payload writes to port 0xf4 when all it saw was right. A VMM's exit status is then [`PASSED`].
 pub const EXIT_PASS: u8 = 0x10;
+/// The exit status of a VMM whose guest has passed.
+pub const PASSED: i32 = (EXIT_PASS as i32) << 1 | 1;
 /// What a payload writes to port 0xf4 otherwise. A VMM's exit status is then 35.
 pub const EXIT_FAIL: u8 = 0x11;
 

@@ -31,24 +31,41 @@ pub fn programs(arch: Arch, packages: &[&str]) -> Result<Vec<PathBuf>, Error> {
     let of = |package: &str| (arch, package.to_owned());
     let missing: Vec<&str> = packages.iter().copied().filter(|package| !built.contains(&of(package))).collect();
     if !missing.is_empty() {
-        let together: &[&str] = match arch {
-            Arch::Amd64 => &["testbed-init", "card", "function-probe", "host-kvm-shim", "soc-vmm"],
-            Arch::Arm64 => &["testbed-init", "function-probe", "soc-vmm"],
-        };
         // Built alone, a program would have its dependencies compiled again with the few features that it needs itself.
-        let all = missing.iter().all(|package| together.contains(package));
-        let packages = if all { together.to_vec() } else { missing };
-        let mut cargo = cargo(arch)?;
-        cargo.args(["build", "--release", "--bins"]);
-        for package in &packages {
-            cargo.args(["--package", package]);
-        }
+        let all = missing.iter().all(|package| together(arch).contains(package));
+        let packages = if all { together(arch).to_vec() } else { missing };
+        let mut cargo = build(arch, &packages)?;
         // What it compiles, and what is wrong with that, is for a person to see.
         run(cargo.stderr(Stdio::inherit()))?;
         built.extend(packages.into_iter().map(of));
     }
     let out = target_dir().join(triple(arch)).join("release");
     Ok(packages.iter().map(|package| out.join(package)).collect())
+}
+
+/// The cargo that builds what emulated machines are made of: [`programs`] then finds it there, and no test waits for it.
+///
+/// # Errors
+/// The cross toolchain can't be fetched.
+pub fn beforehand(arch: Arch) -> Result<Command, fetch::Error> {
+    build(arch, together(arch))
+}
+
+/// What is built together.
+fn together(arch: Arch) -> &'static [&'static str] {
+    match arch {
+        Arch::Amd64 => &["testbed-init", "card", "function-probe", "host-kvm-shim", "soc-vmm"],
+        Arch::Arm64 => &["testbed-init", "function-probe", "soc-vmm"],
+    }
+}
+
+fn build(arch: Arch, packages: &[&str]) -> Result<Command, fetch::Error> {
+    let mut cargo = cargo(arch)?;
+    cargo.args(["build", "--release", "--bins"]);
+    for package in packages {
+        cargo.args(["--package", package]);
+    }
+    Ok(cargo)
 }
 
 /// A cargo that builds static programs for `arch` and, where `arch` isn't this machine's, runs them under emulation. The
@@ -68,6 +85,7 @@ pub fn cargo(arch: Arch) -> Result<Command, fetch::Error> {
         // What the outer cargo was told is not meant for this one.
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    without_package(&mut cargo);
     let flags = |name: &str| format!("CARGO_TARGET_{name}_UNKNOWN_LINUX_GNU_RUSTFLAGS");
     match arch {
         Arch::Amd64 => {
@@ -86,6 +104,17 @@ pub fn cargo(arch: Arch) -> Result<Command, fetch::Error> {
         }
     }
     Ok(cargo)
+}
+
+/// What a test's own cargo says of its package is not meant for a cargo that it starts: build scripts that look at it (ring's does) would run
+/// anew, and what needs them, soc-vmm, would be compiled again.
+pub fn without_package(cargo: &mut Command) {
+    let of_package =
+        |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") || name == "OUT_DIR";
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    names.filter(|name| of_package(name)).for_each(|name| {
+        cargo.env_remove(name);
+    });
 }
 
 fn target_dir() -> PathBuf {

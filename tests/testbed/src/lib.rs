@@ -6,6 +6,8 @@ pub mod bed;
 pub mod build;
 mod busy;
 pub mod card;
+pub mod certificates;
+pub mod clock;
 pub mod console;
 pub mod control;
 pub mod debian;
@@ -22,6 +24,7 @@ pub mod qmp_client;
 pub mod scratch;
 pub mod server;
 pub mod soc;
+pub mod switch;
 pub mod vmm;
 
 pub use testbed_init as protocol;

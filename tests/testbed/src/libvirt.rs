@@ -101,6 +101,8 @@ pub struct Config {
     pub emulator: Option<PathBuf>,
     /// The shim: it is [`Libvirt::SHIM`].
     pub shim: Option<PathBuf>,
+    /// Another one's first process ([`Libvirt::network`]): both have one network.
+    pub beside: Option<i32>,
     /// Directories of this machine, and the names below [`Libvirt::SHARED`] that they have inside.
     pub shared: Vec<(PathBuf, String)>,
 }
@@ -165,13 +167,28 @@ impl Libvirt {
         let cgroups = Cgroups::make(&dir.path().file_name().unwrap_or_default().to_string_lossy());
         let namespace = Namespace::make(&tree, dir.path(), config, cgroups.as_ref().ok())?;
         let libvirt = Self { namespace, cgroups, dir };
-        libvirt.write("/etc/libvirt/libvirtd.conf", LIBVIRTD_CONF)?;
+        libvirt.write("/etc/libvirt/libvirtd.conf", format!("{LIBVIRTD_CONF}host_uuid = \"{}\"\n", libvirt.host()))?;
         if !config.stock {
             libvirt.write("/etc/libvirt/qemu.conf", OPEN_QEMU_CONF)?;
         }
         libvirt.run("virtlogd", &["--daemon"])?;
         libvirt.start_libvirtd()?;
         Ok(libvirt)
+    }
+
+    /// Its first process: who has that for [`Config::beside`] has its network.
+    #[must_use]
+    pub fn network(&self) -> i32 {
+        self.namespace.init()
+    }
+
+    /// A host's UUID, so that two of them are two hosts.
+    fn host(&self) -> String {
+        let name = self.dir.path().as_os_str().as_encoded_bytes();
+        let hash = name
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
+        format!("{:08x}-{:04x}-4000-8000-{:012x}", hash >> 32, hash >> 16 & 0xffff, hash & 0xffff_ffff_ffff)
     }
 
     /// Why domains have no cgroups here, if they don't.

@@ -349,6 +349,17 @@ impl Machine {
         }
     }
 
+    /// What a process has open, as [`testbed_init::descriptors`] has it.
+    ///
+    /// # Errors
+    /// [`Error::Call`].
+    pub fn descriptors(&self, pid: i32) -> Result<Vec<String>, Error> {
+        match self.call(Request::Descriptors { pid }, CALL_LIMIT)? {
+            Answer::Descriptors(open) => Ok(open),
+            other => Err(self.unexpected("descriptors", other)),
+        }
+    }
+
     /// A file's text.
     ///
     /// # Errors
@@ -437,7 +448,7 @@ impl Machine {
         self.qemu.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn done(&self, request: Request) -> Result<(), Error> {
+    pub(crate) fn done(&self, request: Request) -> Result<(), Error> {
         let asked = format!("{request:?}");
         match self.call(request, CALL_LIMIT)? {
             Answer::Done => Ok(()),
@@ -445,7 +456,7 @@ impl Machine {
         }
     }
 
-    fn unexpected(&self, request: &str, answer: Answer) -> Error {
+    pub(crate) fn unexpected(&self, request: &str, answer: Answer) -> Error {
         self.failed(request.to_owned(), CallError::Unexpected(Box::new(answer)))
     }
 

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
@@ -213,6 +213,19 @@ impl<'a> Vmm<'a> {
         lines.collect::<Vec<_>>().join("\n")
     }
 
+    /// What soc-vmm has open, as [`crate::protocol::descriptors`] has it.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn descriptors(&self) -> Result<Vec<String>, Error> {
+        match &self.place {
+            Place::Native { process, .. } => {
+                crate::protocol::descriptors(process.id()).map_err(Error::file(&self.name))
+            }
+            Place::Machine { machine, pid, .. } => machine.descriptors(*pid),
+        }
+    }
+
     /// Runs another soc-vmm command for this VM, where soc-vmm runs: `soc-vmm VERB… NAME`.
     ///
     /// # Errors
@@ -230,6 +243,36 @@ impl<'a> Vmm<'a> {
                     stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
                 })
             }
+        }
+    }
+
+    /// Has the guest move to a VM of `config` on `bed`, which is asked for here, by a socket in `dir`, with more words of `soc-vmm migrate`;
+    /// that VM, and what the command printed.
+    ///
+    /// # Errors
+    /// The VM doesn't start, or the guest doesn't move: it is where it was.
+    pub fn move_to<'b>(
+        &mut self,
+        bed: &'b Bed,
+        config: &VmConfig,
+        dir: &Path,
+        words: &[&str],
+    ) -> Result<(Vmm<'b>, String), Error> {
+        let door = dir.join(&config.name);
+        let uri = format!("unix:{}", door.display());
+        let mut config = config.clone();
+        config.args.extend(["--incoming".to_owned(), uri.clone()]);
+        let mut there = Vmm::run(bed, &config)?;
+        let end = Instant::now() + COMMAND_LIMIT;
+        while !door.exists() {
+            if there.ended(Duration::from_millis(20))?.is_some() || Instant::now() >= end {
+                return Err(there.dead("waits for no guest"));
+            }
+        }
+        let ended = self.command(&[&["migrate", &uri], words].concat())?;
+        match ended.status {
+            Status::Code(0) => Ok((there, ended.stdout)),
+            _ => Err(self.dead(&format!("didn't let its guest go: {}", ended.stderr.trim()))),
         }
     }
 

@@ -58,6 +58,8 @@ enum MediaEvent {
 
 /// A drive.
 pub(super) struct Drive {
+    /// What messages call it.
+    pub(super) name: String,
     pub(super) state: DriveState,
     /// In the tray, be it open or closed.
     medium: Option<Medium>,
@@ -69,8 +71,13 @@ pub(super) struct Drive {
 }
 
 impl Drive {
-    pub(super) fn new(medium: Option<Medium>, serial: String, listener: Option<Arc<dyn TrayListener>>) -> Self {
-        Self { state: DriveState::default(), medium, serial, listener, moved: None }
+    pub(super) fn new(
+        name: String,
+        medium: Option<Medium>,
+        serial: String,
+        listener: Option<Arc<dyn TrayListener>>,
+    ) -> Self {
+        Self { name, state: DriveState::default(), medium, serial, listener, moved: None }
     }
 
     /// Reset of the device, by whatever way: the medium stays where it is, and nothing holds it.
@@ -85,6 +92,11 @@ impl Drive {
 
     pub(super) fn has_medium(&self) -> bool {
         self.medium.is_some()
+    }
+
+    /// Bytes of the medium.
+    pub(super) fn medium_len(&self) -> Option<u64> {
+        self.medium.as_ref().map(|medium| medium.size())
     }
 
     /// Opens or closes the tray.

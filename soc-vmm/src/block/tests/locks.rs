@@ -19,7 +19,13 @@ fn who_writes_an_image_has_it_for_himself() {
         let link = path.with_extension("link.qcow2");
         std::os::unix::fs::symlink(path, &link).unwrap();
         let format = Some(if path == &raw { ImageFormat::Raw } else { ImageFormat::Qcow2 });
-        let with = |path: &Path, read_only| ImageSpec { path: path.into(), format, read_only, direct: false };
+        let with = |path: &Path, read_only| ImageSpec {
+            path: path.into(),
+            format,
+            read_only,
+            direct: false,
+            unclaimed: false,
+        };
         let image = opened(path);
         for read_only in [false, true] {
             for other in [path, &link] {

@@ -1,6 +1,6 @@
 //! The ACPI PM timer as a function of the host's TSC.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Hz (ACPI 6.5 §4.8.2.1).
 const FREQUENCY: u64 = 3_579_545;
@@ -17,6 +17,22 @@ pub enum PmTimerWidth {
 /// PM timer ticks in `host_tsc` TSC ticks at `tsc_khz` kHz, modulo 2⁶⁴.
 pub(super) fn ticks(host_tsc: u64, tsc_khz: u64) -> u64 {
     (u128::from(host_tsc) * u128::from(FREQUENCY) / (u128::from(tsc_khz.max(1)) * 1000)) as u64
+}
+
+/// What a host's TSC was.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reading {
+    pub(super) tsc: u64,
+    pub(super) when: Instant,
+}
+
+impl Reading {
+    /// What it is `now`, at `tsc_khz` kHz.
+    pub(super) fn at(&self, now: Instant, tsc_khz: u64) -> u64 {
+        let passed = now.saturating_duration_since(self.when).as_nanos() as u64;
+        // Modulo 2⁶⁴; the product of two such numbers fits.
+        self.tsc.wrapping_add((u128::from(passed) * u128::from(tsc_khz) / 1_000_000) as u64)
+    }
 }
 
 /// The count is kept with 64 bits; the guest sees the low ones. Whenever the top bit that it sees toggles, a carry is due.
@@ -72,10 +88,9 @@ impl PmTimer {
         duration(2 * self.half)
     }
 
-    /// Makes the count `count` at `host_tsc`.
+    /// Makes the count `count` at `host_tsc`. The next carry stays where it is.
     pub(super) fn set(&mut self, count: u64, host_tsc: u64) {
         self.offset = count.wrapping_sub(ticks(host_tsc, self.tsc_khz));
-        self.next_carry = Some(self.after(count));
     }
 
     pub(super) fn restore(&mut self, offset: u64, next_carry: Option<u64>) {

@@ -179,7 +179,7 @@ fn a_state_that_cannot_be_is_refused() {
     let with = |change: &dyn Fn(&mut CpuHotplugState)| {
         let mut state = good.clone();
         change(&mut state);
-        rig(1).device.restore(&state).is_ok()
+        rig(3).device.restore(&state).is_ok()
     };
     assert!(with(&|state| state.selector = u32::MAX));
     assert!(with(&|state| state.cpus[5].standing = Standing::Ejected));
@@ -189,6 +189,32 @@ fn a_state_that_cannot_be_is_refused() {
     assert!(!with(&|state| state.cpus[0].asked_out = true));
     assert!(!with(&|state| state.cpus[5].inserting = true));
     assert!(!with(&|state| state.cpus[1].reports = u8::MAX));
+}
+
+#[test]
+fn processors_are_those_of_the_source() {
+    let mut source = rig(1);
+    assert!(source.handle.insert(4) && source.handle.insert(2));
+    source.select(2);
+    source.set_flags(flag::EJECT);
+    let state = source.device.save();
+    let says = |rig: &mut Rig, words: &str| {
+        let error = rig.device.restore(&state).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    };
+    says(&mut rig(1), "processor 4 is there at the source, and not here");
+    let mut same = rig(1);
+    assert!(same.handle.insert(4) && same.handle.insert(5));
+    says(&mut same, "processor 5 is here, and not at the source");
+    // What is just leaving may be here or not.
+    for (and, ejected) in [(None, vec![]), (Some(2), vec![2])] {
+        let mut other = rig(1);
+        assert!(other.handle.insert(4) && and.is_none_or(|cpu| other.handle.insert(cpu)));
+        other.device.restore(&state).unwrap();
+        assert_eq!((other.handle.present(), other.handle.ejected()), (vec![0, 4], ejected));
+        other.select(4);
+        assert_eq!(other.flags(), 0b011);
+    }
 }
 
 /// What is done to the machine.

@@ -167,7 +167,7 @@ proptest! {
         other.edu.restore(&saved).unwrap();
         prop_assert_eq!(&other.edu.save(), &saved);
         prop_assert_eq!(other.is_high(), rig.is_high());
-        other.edu.restore(&EduState { buffer: vec![], ..saved.clone() }).unwrap_err();
+        other.edu.restore(&EduState { buffer: Hex(vec![0; BUFFER_LEN + 1]), ..saved.clone() }).unwrap_err();
         other.edu.restore(&EduState { registers: Registers { status: 1, ..saved.registers.clone() }, ..saved }).unwrap_err();
         rig.edu.reset();
         prop_assert!(!rig.is_high() && rig.read(REASONS) == 0);

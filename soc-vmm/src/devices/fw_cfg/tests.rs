@@ -142,10 +142,10 @@ fn a_state_that_no_device_has_is_refused() {
     let mut guest = Guest::new(|builder| builder.file("a", [1]).writable("w", [2]));
     let (a, w) = (guest.file("a").0, guest.file("w").0);
     let state = |contents| FwCfgState { contents, ..FwCfgState::default() };
-    assert!(guest.device.restore(&state(vec![(a, vec![1])])).is_err());
-    assert!(guest.device.restore(&state(vec![(w, vec![1, 2])])).is_err());
-    assert!(guest.device.restore(&state(vec![(0x3fff, vec![])])).is_err());
-    assert!(guest.device.restore(&state(vec![(w, vec![9])])).is_ok());
+    assert!(guest.device.restore(&state(vec![(a, Hex(vec![1]))])).is_err());
+    assert!(guest.device.restore(&state(vec![(w, Hex(vec![1, 2]))])).is_err());
+    assert!(guest.device.restore(&state(vec![(0x3fff, Hex(vec![]))])).is_err());
+    assert!(guest.device.restore(&state(vec![(w, Hex(vec![9]))])).is_ok());
     assert_eq!(guest.device.item(w).unwrap(), [9]);
 }
 

@@ -222,6 +222,22 @@ fn a_state_that_cannot_be_is_refused() {
     assert_eq!(rig.chip.save(), good);
 }
 
+#[test]
+fn a_pin_that_is_masked_amid_its_interrupt_is_known_to_the_host_after_a_move() {
+    let mut rig = Rig::new();
+    rig.set_entry(16, LEVEL | 0x41);
+    rig.chip.set_level(16, true);
+    rig.set_entry(16, LEVEL | MASKED | 0x41);
+    rig.set_entry(17, LEVEL | MASKED | 0x42);
+    let mut other = Rig::new();
+    other.chip.restore(&rig.chip.save()).unwrap();
+    assert_eq!(other.sink.routed(), rig.sink.routed());
+    assert_eq!((other.sink.routed().len(), other.sent()), (1, vec![]));
+    other.chip.end(0x41);
+    other.set_entry(16, LEVEL | 0x41);
+    assert_eq!(other.sent().len(), 1, "it is still high");
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Write(u8, u32),

@@ -1,5 +1,7 @@
 //! Slots: what is put in and taken out, before the guest looks and while it runs, whatever it writes meanwhile.
 
+mod moving;
+
 use proptest::prelude::*;
 
 use super::*;

@@ -12,11 +12,12 @@ use super::{
     ACTUAL, BalloonConfig, BalloonEvents, BalloonHandle, DEFLATE, F_PAGE_POISON, F_PAGE_REPORTING, F_STATS_VQ,
     GuestStats, INFLATE, NUM_PAGES, PAGE, POISON, PageRun, Pages, PagesError, STATISTICS, Words,
 };
+use crate::persist::{StateError, States};
 use crate::virtio::complaint::Complaints;
 use crate::virtio::session::Control;
 use crate::virtio::watch::Watch;
 use crate::virtio::word::DriverWord;
-use crate::virtio::{Chain, Engine, Lease, Queue, QueueError, Session, Wait};
+use crate::virtio::{Chain, Config, Engine, Lease, Queue, QueueError, Session, Wait};
 
 /// Chains of a queue before the next one has its turn.
 const TURN: usize = 64;
@@ -31,16 +32,16 @@ const STATISTICS_MAX: usize = 64 * STATISTIC;
 pub struct BalloonEngine {
     name: String,
     pages: Box<dyn Pages>,
-    handle: Arc<BalloonHandle>,
+    pub(super) handle: Arc<BalloonHandle>,
     events: Arc<dyn BalloonEvents>,
     words: Words,
     watch: Watch,
     /// The session that was served last.
-    control: Option<Arc<Control>>,
+    pub(super) control: Option<Arc<Control>>,
     /// What the configuration says that the guest shall give.
-    told: u32,
+    pub(super) told: u32,
     /// The buffer by which the driver is asked for statistics, and since when it is here.
-    statistics: Option<(u16, Instant)>,
+    pub(super) statistics: Option<(u16, Instant)>,
     chain: Chain,
     bytes: Vec<u8>,
     numbers: Vec<u64>,
@@ -79,6 +80,13 @@ impl BalloonEngine {
             runs: Vec::new(),
             complaints: Complaints::default(),
         })
+    }
+
+    fn meet(&mut self, session: &Session) {
+        if self.control.as_ref().is_none_or(|control| !Arc::ptr_eq(control, &session.control)) {
+            self.control = Some(session.control.clone());
+            self.statistics = None;
+        }
     }
 
     /// Tells the guest what it shall give, and the others what it gave.
@@ -199,10 +207,7 @@ impl BalloonEngine {
 
 impl Engine for BalloonEngine {
     fn serve(&mut self, session: &mut Session) -> Result<Wait, QueueError> {
-        if self.control.as_ref().is_none_or(|control| !Arc::ptr_eq(control, &session.control)) {
-            self.control = Some(session.control.clone());
-            self.statistics = None;
-        }
+        self.meet(session);
         // Whatever it is, all is looked at.
         let mut more = !self.watch.changes(|_| {});
         self.compare(session);
@@ -226,6 +231,26 @@ impl Engine for BalloonEngine {
         let since = self.statistics.as_ref().map(|(_, since)| *since);
         let timeout = interval.zip(since).map(|(interval, since)| interval.saturating_sub(since.elapsed()));
         Ok(Wait { source: EpollFlags::EPOLLIN, timeout })
+    }
+
+    /// What was taken is given back before anything else is done, but for the buffer of statistics.
+    fn halt(&mut self, session: &mut Session) -> Result<Option<Wait>, QueueError> {
+        self.meet(session);
+        Ok(None)
+    }
+
+    fn save_into(&self, at: &str, states: &mut States, session: Option<&Session>) {
+        self.save(at, states, session.is_some());
+    }
+
+    fn load(
+        &mut self,
+        at: &str,
+        states: &mut States,
+        config: &Config,
+        session: Option<&mut Session>,
+    ) -> Result<(), StateError> {
+        self.restore(at, states, config, session.as_deref())
     }
 
     fn source(&self) -> Option<BorrowedFd<'_>> {

@@ -101,6 +101,11 @@ impl BalloonHandle {
         Ok(())
     }
 
+    /// Pages of all of the guest's memory.
+    pub(super) fn pages(&self) -> u64 {
+        self.ram / PAGE
+    }
+
     /// Bytes of memory that the guest has: QMP's `query-balloon`.
     pub fn memory(&self) -> u64 {
         self.ram.saturating_sub(u64::from(self.state().actual) * PAGE)

@@ -9,6 +9,7 @@
 mod engine;
 mod handle;
 mod pages;
+mod state;
 
 use std::io;
 use std::sync::Arc;
@@ -108,6 +109,7 @@ pub fn new(balloon: BalloonConfig, plumbing: Plumbing<'_>) -> Result<Box<dyn Pci
         features: features.iter().fold(0, |features, bit| features | 1 << bit),
         queues: vec![QUEUE_SIZE; QUEUES],
         config: vec![0; CONFIG_SIZE],
+        state: (state::NAME, state::VERSION),
     };
     let engine = BalloonEngine::with_words(balloon, words.clone())?;
     let function = VirtioPci::new(model, Box::new(engine), plumbing)?;

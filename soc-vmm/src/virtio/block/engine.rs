@@ -17,9 +17,10 @@ use super::limits::{DiskLimits, Gate};
 use super::policy::{DiskError, ErrorAction};
 use super::request::{Disk, Refusal, Request, Step};
 use super::{BlockConfig, SECTOR, Trouble};
-use crate::block::{BlockError, BlockQueue, Buffer, Done, Job, Operation, open_queue};
+use crate::block::{BlockError, BlockQueue, Buffer, Done, Job, Operation, Watcher, open_queue};
+use crate::persist::{StateError, States};
 use crate::virtio::complaint::Complaints;
-use crate::virtio::{Control, Engine, Queue, QueueError, Session, Wait};
+use crate::virtio::{Config, Control, Engine, Queue, QueueError, Session, Wait};
 
 /// Requests under way at once. More wait in their queues.
 pub(super) const DEPTH: usize = 128;
@@ -33,20 +34,24 @@ pub struct BlockEngine {
     operations: Box<dyn BlockQueue>,
     /// Of what is done, and of the handle's bell.
     epoll: Epoll,
-    shared: Arc<Shared>,
-    gate: Gate,
+    pub(super) shared: Arc<Shared>,
+    pub(super) gate: Gate,
     complaints: Complaints,
-    /// Bytes of the disk as the guest was told.
-    told_size: u64,
+    /// Bytes of the disk as the guest was told; none: others than there are.
+    pub(super) told_size: Option<u64>,
     /// The session that all below is of.
     session: Weak<Control>,
-    requests: Vec<Request>,
+    pub(super) requests: Vec<Request>,
     /// Those that are none.
-    free: Vec<usize>,
+    pub(super) free: Vec<usize>,
     /// How many the back end has.
-    under_way: usize,
+    pub(super) under_way: usize,
+    /// Those that are done, and wait for who hears of changes.
+    parked: Vec<Parked>,
     /// Those that wait for the VM to go on.
-    stopped: Vec<usize>,
+    pub(super) stopped: Vec<usize>,
+    /// Queue and head of those that were taken elsewhere, and are to be begun here.
+    pub(super) taken: Vec<(u16, u16)>,
     /// Of each queue, the chains that were given back and not yet shown; all of them, and until when they may wait.
     unshown: Vec<u32>,
     all_unshown: usize,
@@ -54,6 +59,13 @@ pub struct BlockEngine {
     /// The queue that is looked at first.
     turn: usize,
     done: Vec<Done>,
+}
+
+/// A request that is done, and whose guest must not know that yet.
+struct Parked {
+    index: usize,
+    ticket: u64,
+    watcher: Arc<dyn Watcher>,
 }
 
 impl BlockEngine {
@@ -80,12 +92,14 @@ impl BlockEngine {
             shared,
             gate: Gate::new(limits, now),
             complaints: Complaints::default(),
-            told_size: config.backend.size(),
+            told_size: Some(config.backend.size()),
             session: Weak::new(),
             requests: (0..DEPTH).map(|_| Request::default()).collect(),
             free: Vec::with_capacity(DEPTH),
             under_way: 0,
+            parked: Vec::new(),
             stopped: Vec::with_capacity(DEPTH),
+            taken: Vec::new(),
             unshown: Vec::new(),
             all_unshown: 0,
             show_by: now,
@@ -93,6 +107,11 @@ impl BlockEngine {
             done: Vec::with_capacity(DEPTH),
             config,
         })
+    }
+
+    /// Bytes of the disk.
+    pub(super) fn size(&self) -> u64 {
+        self.config.backend.size()
     }
 
     /// What the VM reaches the disk by.
@@ -105,6 +124,13 @@ impl BlockEngine {
         if std::ptr::eq(self.session.as_ptr(), &*session.control) {
             return Ok(());
         }
+        self.drain()?;
+        self.adopt(session);
+        Ok(())
+    }
+
+    /// Waits for what the back end has, which is nobody's any more.
+    fn drain(&mut self) -> Result<(), QueueError> {
         while self.under_way > 0 {
             let handed_over = self.commit()?;
             if !self.take() && !handed_over {
@@ -113,8 +139,16 @@ impl BlockEngine {
                     Err(errno) => return Err(QueueError::NoRoom(errno)),
                 }
             }
-            self.done.clear();
+            // Nobody waits for them, but they have changed what they have.
+            for done in std::mem::take(&mut self.done) {
+                drop(self.tell_change(done.token));
+            }
         }
+        Ok(())
+    }
+
+    /// Begins with a session of which nothing is under way.
+    pub(super) fn adopt(&mut self, session: &Session) {
         self.session = Arc::downgrade(&session.control);
         self.free.clear();
         self.free.extend(0..DEPTH);
@@ -122,19 +156,20 @@ impl BlockEngine {
         self.requests.iter_mut().for_each(|request| request.buffer = Buffer::default());
         self.gate.clear();
         self.all_unshown = 0;
+        self.parked.clear();
         self.stopped.clear();
+        self.taken.clear();
         self.shared.set_trouble(None);
         self.unshown.clear();
         self.unshown.resize(session.queues.len(), 0);
-        Ok(())
     }
 
     /// Does what the handle asks for.
     fn obey(&mut self, session: &Session) {
         self.shared.answer();
-        let size = self.config.backend.size();
-        if size != self.told_size {
-            self.told_size = size;
+        let size = self.size();
+        if self.told_size != Some(size) {
+            self.told_size = Some(size);
             session.config.change(0, &(size / SECTOR).to_le_bytes());
         }
         if let Some(limits) = self.shared.new_limits() {
@@ -164,12 +199,19 @@ impl BlockEngine {
 
     /// Goes on with the requests whose calls are done.
     fn collect(&mut self, session: &mut Session) -> Result<(), QueueError> {
+        if !self.parked.is_empty() {
+            let settled = self.parked.extract_if(.., |parked| parked.watcher.is_settled(parked.ticket));
+            for index in settled.map(|parked| parked.index).collect::<Vec<_>>() {
+                self.succeeded(index, session)?;
+            }
+        }
         if !self.take() {
             return Ok(());
         }
         let mut all = std::mem::take(&mut self.done);
         for Done { token, buffer, result } in all.drain(..) {
             self.requests[token].buffer = buffer;
+            let parked = self.tell_change(token);
             match result.map_err(|error| self.failed(token, &error)) {
                 Ok(()) | Err(ErrorAction::Ignore) => {}
                 Err(ErrorAction::Report) => {
@@ -181,12 +223,31 @@ impl BlockEngine {
                     continue;
                 }
             }
-            let Some(queue) = queue_of(session, self.requests[token].queue) else { continue };
-            self.requests[token].succeeded(queue.lease())?;
-            self.go_on(token, session)?;
+            match parked {
+                Some(parked) => self.parked.push(parked),
+                None => self.succeeded(token, session)?,
+            }
         }
         self.done = all;
         Ok(())
+    }
+
+    /// A request's call has done what it should.
+    fn succeeded(&mut self, index: usize, session: &mut Session) -> Result<(), QueueError> {
+        let Some(queue) = queue_of(session, self.requests[index].queue) else { return Ok(()) };
+        self.requests[index].succeeded(queue.lease())?;
+        self.go_on(index, session)
+    }
+
+    /// Tells who hears of changes that a call is over, failed or not: what it has to wait for, if it has to.
+    fn tell_change(&self, index: usize) -> Option<Parked> {
+        let super::request::Call { operation, offset, len } = self.requests[index].call;
+        if matches!(operation, Operation::Read | Operation::Flush) {
+            return None;
+        }
+        let watcher = self.shared.watch.get()?;
+        let ticket = watcher.changed(offset, len)?;
+        Some(Parked { index, ticket, watcher })
     }
 
     /// Tells of an error; what is to be done about it.
@@ -250,19 +311,26 @@ impl BlockEngine {
             empty = 0;
             self.free.pop();
             request.queue = number;
-            request.since = Some((self.config.clock)());
-            let disk = Disk {
-                size: self.config.backend.size(),
-                read_only: self.config.backend.is_read_only(),
-                serial: self.serial,
-            };
-            match request.begin(queue.lease(), &disk) {
-                Ok(()) => self.pay(index, session)?,
-                Err(Refusal::Status(status)) => self.finish(index, status, session)?,
-                Err(Refusal::Queue(error)) => return Err(error),
-            }
+            self.begin(index, session)?;
         }
         Ok(())
+    }
+
+    /// Begins with the request of a chain that was taken.
+    pub(super) fn begin(&mut self, index: usize, session: &mut Session) -> Result<(), QueueError> {
+        let request = &mut self.requests[index];
+        let Some(queue) = queue_of(session, request.queue) else { return Ok(()) };
+        request.since = Some((self.config.clock)());
+        let disk = Disk {
+            size: self.config.backend.size(),
+            read_only: self.config.backend.is_read_only(),
+            serial: self.serial,
+        };
+        match request.begin(queue.lease(), &disk) {
+            Ok(()) => self.pay(index, session),
+            Err(Refusal::Status(status)) => self.finish(index, status, session),
+            Err(Refusal::Queue(error)) => Err(error),
+        }
     }
 
     /// Whether another chain may be taken.
@@ -356,6 +424,7 @@ impl BlockEngine {
 impl Engine for BlockEngine {
     fn serve(&mut self, session: &mut Session) -> Result<Wait, QueueError> {
         self.enter(session)?;
+        self.take_up(session)?;
         self.obey(session);
         for queue in session.queues.iter_mut().flatten() {
             queue.hold_kicks()?;
@@ -381,6 +450,43 @@ impl Engine for BlockEngine {
         Ok(Wait { source: EpollFlags::EPOLLIN, timeout: self.patience() })
     }
 
+    fn halt(&mut self, session: &mut Session) -> Result<Option<Wait>, QueueError> {
+        self.enter(session)?;
+        // What it asks for comes when this goes on.
+        self.shared.answer();
+        loop {
+            self.collect(session)?;
+            if !self.commit()? {
+                break;
+            }
+        }
+        if self.under_way > 0 || !self.parked.is_empty() {
+            return Ok(Some(Wait { source: EpollFlags::EPOLLIN, timeout: None }));
+        }
+        self.show_by = (self.config.clock)();
+        self.show(session)?;
+        Ok(None)
+    }
+
+    fn save_into(&self, at: &str, states: &mut States, session: Option<&Session>) {
+        self.save(at, states, session.is_some());
+    }
+
+    fn load(
+        &mut self,
+        at: &str,
+        states: &mut States,
+        config: &Config,
+        session: Option<&mut Session>,
+    ) -> Result<(), StateError> {
+        self.restore(at, states, config, session)
+    }
+
+    fn settle(&mut self) {
+        // A back end that takes nothing any more has nothing under way.
+        let _ = self.drain();
+    }
+
     fn is_ready(&mut self) -> Option<bool> {
         Some(self.operations.has_done() || self.shared.is_asked())
     }
@@ -390,6 +496,6 @@ impl Engine for BlockEngine {
     }
 }
 
-fn queue_of(session: &mut Session, index: usize) -> Option<&mut Queue> {
+pub(super) fn queue_of(session: &mut Session, index: usize) -> Option<&mut Queue> {
     session.queues.get_mut(index)?.as_mut()
 }

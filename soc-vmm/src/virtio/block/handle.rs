@@ -4,9 +4,10 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde::{Deserialize, Serialize};
 
 use super::DiskLimits;
-use crate::block::{BlockBackend, BlockError};
+use crate::block::{BlockBackend, BlockError, WatchSlot, Watched, Watcher};
 
 /// What a disk has done since it was made.
 #[derive(Debug, Default)]
@@ -64,7 +65,7 @@ pub struct SortCounters {
 }
 
 /// Why requests wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Trouble {
     /// There is no room where the image is.
     NoSpace = 1,
@@ -90,6 +91,8 @@ pub(super) struct Shared {
     limits: Mutex<DiskLimits>,
     /// Those are new.
     limited: AtomicBool,
+    /// Who hears what the guest writes.
+    pub(super) watch: WatchSlot,
     /// The bell has been signalled.
     woken: AtomicBool,
     pub(super) counters: BlockCounters,
@@ -104,6 +107,7 @@ impl Shared {
             trouble: AtomicU8::new(0),
             limits: Mutex::new(limits),
             limited: AtomicBool::new(false),
+            watch: WatchSlot::default(),
             woken: AtomicBool::new(false),
             counters: BlockCounters::default(),
         })
@@ -116,6 +120,12 @@ impl Shared {
     /// Requests wait for something to be mended, or no longer.
     pub(super) fn set_trouble(&self, trouble: Option<Trouble>) {
         self.trouble.store(trouble.map_or(0, |trouble| trouble as u8), Ordering::Relaxed);
+    }
+
+    /// Why requests wait, if some do.
+    pub(super) fn trouble(&self) -> Option<Trouble> {
+        let trouble = self.trouble.load(Ordering::Relaxed);
+        [Trouble::NoSpace, Trouble::Failed].into_iter().find(|it| *it as u8 == trouble)
     }
 
     /// What the disk is held to from now on, if that is new.
@@ -144,6 +154,27 @@ impl Shared {
 }
 
 impl DiskHandle {
+    /// See [`BlockBackend::release`]; the device is halted.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn release(&self) -> Result<(), BlockError> {
+        self.backend.release()
+    }
+
+    /// See [`BlockBackend::claim`]; the device is halted.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn claim(&self) -> Result<(), BlockError> {
+        self.backend.claim()
+    }
+
+    /// Whether the guest can't write to it.
+    pub fn is_read_only(&self) -> bool {
+        self.backend.is_read_only()
+    }
+
     /// Bytes of the disk.
     pub fn size(&self) -> u64 {
         self.backend.size()
@@ -152,8 +183,11 @@ impl DiskHandle {
     /// Makes the image `size` bytes large and tells the guest, which sees it soon after. It calls the file system.
     ///
     /// # Errors
-    /// It would shrink, is read-only, or the image can't grow. The guest's disk has the size it had.
+    /// It would shrink, is read-only, or being copied, or the image can't grow. The guest's disk has the size it had.
     pub fn resize(&self, size: u64) -> Result<(), BlockError> {
+        if self.shared.watch.get().is_some() {
+            return Err(BlockError::Copied);
+        }
         self.backend.grow(size)?;
         self.shared.wake();
         Ok(())
@@ -167,8 +201,7 @@ impl DiskHandle {
 
     /// Why requests wait until the VM goes on, if some do.
     pub fn trouble(&self) -> Option<Trouble> {
-        let trouble = self.shared.trouble.load(Ordering::Relaxed);
-        [Trouble::NoSpace, Trouble::Failed].into_iter().find(|it| *it as u8 == trouble)
+        self.shared.trouble()
     }
 
     /// What it is held to.
@@ -186,6 +219,25 @@ impl DiskHandle {
     /// What it has done.
     pub fn counters(&self) -> &BlockCounters {
         &self.shared.counters
+    }
+}
+
+impl Watched for DiskHandle {
+    fn image(&self) -> Arc<dyn BlockBackend> {
+        self.backend.clone()
+    }
+
+    fn watch(&self, watcher: Arc<dyn Watcher>) -> bool {
+        self.shared.watch.fill(watcher)
+    }
+
+    fn unwatch(&self) {
+        self.shared.watch.clear();
+        self.shared.wake();
+    }
+
+    fn wake(&self) {
+        self.shared.wake();
     }
 }
 

@@ -70,6 +70,11 @@ impl Gate {
         *self = Self { held, ..Self::new(limits, now) };
     }
 
+    /// What it holds.
+    pub(super) fn held(&self) -> impl Iterator<Item = usize> {
+        self.held.iter().flatten().copied()
+    }
+
     /// Forgets what it holds.
     pub(super) fn clear(&mut self) {
         self.held.iter_mut().for_each(VecDeque::clear);

@@ -11,6 +11,7 @@ mod handle;
 mod limits;
 mod policy;
 mod request;
+mod state;
 
 use std::io;
 use std::sync::Arc;
@@ -127,6 +128,7 @@ pub fn new_with_handle(
         features: features.iter().fold(0, |features, bit| features | 1 << bit),
         queues: vec![QUEUE_SIZE; disk.queues.into()],
         config: config(disk.backend.size() / SECTOR, disk.queues),
+        state: (state::NAME, state::VERSION),
     };
     let engine = BlockEngine::new(disk)?;
     let handle = engine.handle();

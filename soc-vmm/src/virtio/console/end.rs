@@ -81,6 +81,11 @@ impl HostEnd {
         Ok(Self { way: Way::Connect(path.to_owned()), peer: Some(Peer::new(socket)), knocked: false, pause: None })
     }
 
+    /// None, for a port that is to go.
+    pub(super) fn nobody() -> Self {
+        Self { way: Way::Shut(PathBuf::new()), peer: None, knocked: false, pause: None }
+    }
+
     /// Where it listens or connects to.
     pub fn path(&self) -> &Path {
         match &self.way {

@@ -12,10 +12,11 @@ use super::port::{PART, Port};
 use super::{
     CONTROL_RECEIVE, CONTROL_TRANSMIT, ConsoleConfig, ConsoleHandle, F_MULTIPORT, MAX_PORTS, PortEvents, queues_of,
 };
+use crate::persist::{StateError, States};
 use crate::virtio::complaint::Complaints;
 use crate::virtio::session::Control;
 use crate::virtio::watch::Watch;
-use crate::virtio::{Chain, Engine, Queue, QueueError, Session, Wait};
+use crate::virtio::{Chain, Config, Engine, Queue, QueueError, Session, Wait};
 
 /// Control messages of the driver's before ports have their turn.
 const TURN: usize = 64;
@@ -27,12 +28,14 @@ pub struct ConsoleEngine {
     name: String,
     handle: Arc<ConsoleHandle>,
     events: Arc<dyn PortEvents>,
-    ports: [Option<Box<Port>>; MAX_PORTS],
+    pub(super) ports: [Option<Box<Port>>; MAX_PORTS],
     watch: Watch,
     /// The session that was served last.
     control: Option<Arc<Control>>,
     /// Its driver wants to know of ports.
-    asked: bool,
+    pub(super) asked: bool,
+    /// It has opened ports in another process, of which nobody here has heard.
+    pub(super) moved: bool,
     chain: Chain,
     buffer: Vec<u8>,
     complaints: Complaints,
@@ -57,6 +60,7 @@ impl ConsoleEngine {
             watch,
             control: None,
             asked: false,
+            moved: false,
             chain: Chain::default(),
             buffer: vec![0; PART],
             complaints: Complaints::default(),
@@ -64,7 +68,7 @@ impl ConsoleEngine {
     }
 
     /// Forgets what a driver of an earlier session knew.
-    fn meet(&mut self, session: &Session) {
+    pub(super) fn meet(&mut self, session: &Session) {
         if self.control.as_ref().is_some_and(|control| Arc::ptr_eq(control, &session.control)) {
             return;
         }
@@ -78,8 +82,16 @@ impl ConsoleEngine {
         }
     }
 
+    /// Says which ports a driver that came from another process has open.
+    fn arrive(&mut self) {
+        if std::mem::take(&mut self.moved) {
+            let open = self.ports.iter().flatten().filter(|port| port.driver.open && !port.leaving);
+            open.for_each(|port| self.events.guest_open(&port.id, true));
+        }
+    }
+
     /// Adds and removes the ports that it is told to.
-    fn obey(&mut self) {
+    pub(super) fn obey(&mut self) {
         while let Some(order) = self.handle.take_order() {
             match order {
                 Order::Add(number, port) => {
@@ -215,6 +227,7 @@ impl ConsoleEngine {
 impl Engine for ConsoleEngine {
     fn serve(&mut self, session: &mut Session) -> Result<Wait, QueueError> {
         self.meet(session);
+        self.arrive();
         let ports = &mut self.ports;
         let mut more = !self.watch.changes(|change| {
             let number = (change.token / 2) as usize;
@@ -248,6 +261,27 @@ impl Engine for ConsoleEngine {
         let pauses = self.ports.iter().flatten().filter(|port| port.may_open()).filter_map(|port| port.end.pause());
         let timeout = pauses.min();
         Ok(Wait { source: EpollFlags::EPOLLIN, timeout })
+    }
+
+    /// What was taken is given back before anything else is done, but for bytes that a peer didn't take yet.
+    fn halt(&mut self, session: &mut Session) -> Result<Option<Wait>, QueueError> {
+        self.meet(session);
+        self.obey();
+        Ok(None)
+    }
+
+    fn save_into(&self, at: &str, states: &mut States, session: Option<&Session>) {
+        self.save(at, states, session.is_some());
+    }
+
+    fn load(
+        &mut self,
+        at: &str,
+        states: &mut States,
+        _: &Config,
+        session: Option<&mut Session>,
+    ) -> Result<(), StateError> {
+        self.restore(at, states, session.as_deref())
     }
 
     fn source(&self) -> Option<BorrowedFd<'_>> {

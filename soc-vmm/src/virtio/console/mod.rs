@@ -14,6 +14,7 @@ mod end;
 mod engine;
 mod handle;
 mod port;
+mod state;
 
 use std::io;
 use std::sync::Arc;
@@ -80,6 +81,7 @@ pub fn new(console: ConsoleConfig, plumbing: Plumbing<'_>) -> io::Result<Box<dyn
         features: 1 << F_MULTIPORT,
         queues: vec![QUEUE_SIZE; 2 * MAX_PORTS + 2],
         config: config(),
+        state: (state::NAME, state::VERSION),
     };
     let engine = ConsoleEngine::new(console)?;
     Ok(Box::new(VirtioPci::new(model, Box::new(engine), plumbing)?))

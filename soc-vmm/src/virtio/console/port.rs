@@ -1,5 +1,7 @@
 //! A port: what the driver knows of it, and how its bytes move.
 
+use serde::{Deserialize, Serialize};
+
 use super::control::{DEVICE_ADD, DEVICE_REMOVE, Message, PORT_NAME, PORT_OPEN};
 use super::end::Moved;
 use super::{HostEnd, PortConfig};
@@ -14,28 +16,39 @@ const TURN: usize = 16;
 #[derive(Debug)]
 pub(super) struct Port {
     pub(super) id: String,
-    name: String,
+    pub(super) name: String,
     pub(super) end: HostEnd,
     /// It is to go: the driver is told, then it is forgotten.
     pub(super) leaving: bool,
     pub(super) driver: Driver,
-    /// A chain of the guest's that is being sent, and how much of what was read of it.
+    /// A chain of the guest's that is being sent, all its bytes, and how much of what was read of it.
     chain: Chain,
     busy: bool,
+    len: u64,
     unsent: Vec<u8>,
     sent: usize,
+    /// One that another process was sending, to be gone on with.
+    taken: Option<Sending>,
     /// A buffer of the guest's that is being filled.
     incoming: Chain,
 }
 
+/// A chain that is being sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Sending {
+    pub(super) head: u16,
+    /// Bytes of it that the peer has.
+    sent: u64,
+}
+
 /// What a driver knows of a port. Messages are not queued: they are the difference between this and the port, so that there is no
 /// end to what may happen and no list of it.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Driver {
     /// It asked for ports.
     pub(super) asked: bool,
     /// It was told of this one.
-    added: bool,
+    pub(super) added: bool,
     /// It has set it up, and been told its name.
     pub(super) ready: bool,
     named: bool,
@@ -64,8 +77,10 @@ impl Port {
             driver: Driver::default(),
             chain: Chain::default(),
             busy: false,
+            len: 0,
             unsent: Vec::new(),
             sent: 0,
+            taken: None,
             incoming: Chain::default(),
         }
     }
@@ -74,7 +89,32 @@ impl Port {
     pub(super) fn restart(&mut self) {
         self.driver = Driver::default();
         self.busy = false;
+        self.taken = None;
         self.unsent.clear();
+        self.sent = 0;
+    }
+
+    /// What is being sent.
+    pub(super) fn sending(&self) -> Option<Sending> {
+        let unsent = self.chain.readable() + (self.unsent.len() - self.sent) as u64;
+        let busy = self.busy.then(|| Sending { head: self.chain.head(), sent: self.len - unsent });
+        self.taken.or(busy)
+    }
+
+    /// Another process's driver, with what was being sent there.
+    pub(super) fn move_in(&mut self, driver: Driver, sending: Option<Sending>) {
+        self.restart();
+        (self.driver, self.taken) = (driver, sending);
+    }
+
+    /// Goes on with a chain that another process was sending.
+    fn take_up(&mut self, Sending { head, sent }: Sending, queue: &mut Queue) -> Result<(), QueueError> {
+        queue.retake(head, &mut self.chain)?;
+        if self.chain.writable() > 0 || sent > self.chain.readable() {
+            return Err(QueueError::Broken("a buffer to write where bytes are sent, or a shorter one than it was"));
+        }
+        (self.busy, self.len) = (true, self.chain.readable());
+        self.chain.skip(sent)
     }
 
     /// It is to go: its socket at once, it itself when the driver knows.
@@ -133,6 +173,9 @@ impl Port {
     /// Hands the peer what the guest wrote; whether there is more to do at once.
     pub(super) fn transmit(&mut self, queue: &mut Queue) -> Result<bool, QueueError> {
         queue.hold_kicks()?;
+        if let Some(taken) = self.taken.take() {
+            self.take_up(taken, queue)?;
+        }
         for _ in 0..TURN {
             if self.sent < self.unsent.len() {
                 match self.end.write(&self.unsent[self.sent..]) {
@@ -153,7 +196,7 @@ impl Port {
                 if self.chain.writable() > 0 {
                     return Err(QueueError::Broken("a buffer to write where bytes are sent"));
                 }
-                self.busy = true;
+                (self.busy, self.len) = (true, self.chain.readable());
             }
             // Nobody will ever read it.
             let part = if self.end.is_open() { self.chain.readable().min(PART as u64) as usize } else { 0 };

@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::{EntropyConfig, RateLimit};
+use crate::persist::{StateError, States};
 use crate::virtio::complaint::Complaints;
-use crate::virtio::{Chain, Engine, Queue, QueueError, Session, Wait};
+use crate::virtio::{Chain, Config, Engine, Queue, QueueError, Session, Wait};
 
 /// Bytes of a buffer that are filled, at most. The driver is told how many there are.
 const MOST: usize = 64 << 10;
@@ -12,6 +15,9 @@ const MOST: usize = 64 << 10;
 const TURN: usize = 16;
 /// Pause after the kernel gave nothing.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Its state's name and version.
+pub(super) const NAME: &str = "virtio-rng";
+pub(super) const VERSION: u32 = 1;
 
 /// A source's engine.
 pub struct EntropyEngine {
@@ -83,7 +89,25 @@ impl Engine for EntropyEngine {
         queue.hold_kicks()?;
         self.fill(queue)
     }
+
+    /// A buffer that was taken is filled before anything else is done.
+    fn halt(&mut self, _: &mut Session) -> Result<Option<Wait>, QueueError> {
+        Ok(None)
+    }
+
+    fn save_into(&self, at: &str, states: &mut States, _: Option<&Session>) {
+        states.put(NAME, at, VERSION, &EntropyState {});
+    }
+
+    fn load(&mut self, at: &str, states: &mut States, _: &Config, _: Option<&mut Session>) -> Result<(), StateError> {
+        let EntropyState {} = states.take(NAME, at, VERSION)?;
+        Ok(())
+    }
 }
+
+/// Saved state of an [`EntropyEngine`]: it has none of its own, and a limit's period begins anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct EntropyState {}
 
 /// What may be handed out now, or how long that takes.
 struct Budgeted {

@@ -46,6 +46,7 @@ pub fn new(source: EntropyConfig, plumbing: Plumbing<'_>) -> io::Result<Box<dyn 
         features: 0,
         queues: vec![QUEUE_SIZE],
         config: Vec::new(),
+        state: (engine::NAME, engine::VERSION),
     };
     Ok(Box::new(VirtioPci::new(model, Box::new(EntropyEngine::new(source)), plumbing)?))
 }

@@ -27,7 +27,7 @@ const MAX_DATA: usize = 16 << 10;
 pub(super) struct Said {
     pub(super) features: Features,
     /// Pairs of queues that there are, and that it uses.
-    pairs: usize,
+    pub(super) pairs: usize,
     pub(super) active: usize,
     /// What it finishes of frames.
     pub(super) guest: Offloads,

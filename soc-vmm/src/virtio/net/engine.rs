@@ -9,32 +9,38 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
 
+use super::announce::Announcer;
 use super::control::Said;
 use super::features::Features;
 use super::pair::{Pair, Round, Scratch};
 use super::poller::Poller;
 use super::{NetConfig, NetCounters, NetLink, STATUS};
+use crate::persist::{StateError, States};
 use crate::virtio::complaint::Rarely;
 use crate::virtio::limit::Clock;
 use crate::virtio::session::Control;
-use crate::virtio::{Engine, QueueError, Session, Wait};
+use crate::virtio::{Config, Engine, QueueError, Session, Wait};
 
 /// An interface's engine.
 pub struct NetEngine {
     name: String,
-    mac: [u8; 6],
+    pub(super) mac: [u8; 6],
     counters: Arc<NetCounters>,
-    link: Arc<NetLink>,
+    pub(super) link: Arc<NetLink>,
     clock: Clock,
-    pairs: Vec<Pair>,
+    pub(super) pairs: Vec<Pair>,
     /// What waits for the link and for the networks of all pairs.
     poller: Poller,
     scratch: Scratch,
     /// What the driver of this session has said.
-    said: Said,
-    session: Weak<Control>,
+    pub(super) said: Said,
+    pub(super) session: Weak<Control>,
+    /// It has said so in another process: this network knows nothing of it yet.
+    pub(super) moved: bool,
+    /// Tells the network that the guest is here now.
+    announcer: Option<Announcer>,
     /// The status that the guest finds in the configuration.
-    shown: u16,
+    pub(super) shown: u16,
     /// Of a peer that comes and goes.
     losses: Rarely,
 }
@@ -67,6 +73,8 @@ impl NetEngine {
             pairs,
             scratch: Scratch::new(),
             session: Weak::new(),
+            moved: false,
+            announcer: None,
             shown: VIRTIO_NET_S_LINK_UP as u16,
             losses: Rarely::default(),
         })
@@ -77,7 +85,27 @@ impl NetEngine {
         self.session = Arc::downgrade(&session.control);
         self.said = Said::new(Features(session.features), self.pairs.len(), self.mac);
         self.pairs.iter_mut().for_each(Pair::restart);
+        (self.moved, self.announcer) = (false, None);
         self.configure(now);
+    }
+
+    /// A driver has come here from another process.
+    fn arrive(&mut self, now: Instant) {
+        self.pairs.iter_mut().for_each(Pair::restart);
+        self.configure(now);
+        self.announcer = Some(Announcer::new(now));
+    }
+
+    /// Tells the network where the guest is, as often as that is due.
+    fn announce(&mut self, now: Instant) {
+        self.announcer.take_if(|announcer| announcer.is_done());
+        let Some(announcer) = &mut self.announcer else { return };
+        if announcer.is_due(now)
+            && self.link.is_up()
+            && let Some(pair) = self.pairs.first_mut()
+        {
+            pair.announce(self.said.filter.own, now);
+        }
     }
 
     /// Makes the network what the driver has said.
@@ -153,6 +181,8 @@ impl NetEngine {
             self.poller.watch(index, pair.backend.fd(), flags).map_err(QueueError::NoRoom)?;
             timeout = timeout.into_iter().chain(time).min();
         }
+        let announcer = self.announcer.as_ref().map(|announcer| announcer.wait((self.clock)()));
+        let timeout = timeout.into_iter().chain(announcer).min();
         Ok(Wait { source: EpollFlags::EPOLLIN, timeout })
     }
 }
@@ -163,6 +193,9 @@ impl Engine for NetEngine {
         let was_connected = self.is_connected();
         if self.session.as_ptr() != Arc::as_ptr(&session.control) {
             self.begin(session, now);
+        }
+        if std::mem::take(&mut self.moved) {
+            self.arrive(now);
         }
         self.link.silence();
         if self.link.take_announcement() && self.said.features.controls(VIRTIO_NET_F_GUEST_ANNOUNCE) {
@@ -191,9 +224,32 @@ impl Engine for NetEngine {
                 more |= pair.receive(queue, &mut round)?;
             }
         }
+        self.announce(now);
         self.tell(was_connected, now);
         self.show(session);
         if more { Ok(Wait::NOTHING) } else { self.wait() }
+    }
+
+    /// What was taken is given back before anything else is done: what there is no buffer for waits in the network, or is lost there.
+    fn halt(&mut self, session: &mut Session) -> Result<Option<Wait>, QueueError> {
+        if self.session.as_ptr() != Arc::as_ptr(&session.control) {
+            self.begin(session, (self.clock)());
+        }
+        Ok(None)
+    }
+
+    fn save_into(&self, at: &str, states: &mut States, session: Option<&Session>) {
+        self.save(at, states, session.is_some());
+    }
+
+    fn load(
+        &mut self,
+        at: &str,
+        states: &mut States,
+        config: &Config,
+        session: Option<&mut Session>,
+    ) -> Result<(), StateError> {
+        self.restore(at, states, config, session.as_deref())
     }
 
     fn source(&self) -> Option<BorrowedFd<'_>> {

@@ -80,6 +80,18 @@ impl Features {
         .consistent()
     }
 
+    /// The bits of such a command.
+    pub(super) fn of_guest(offloads: Offloads) -> Self {
+        let Offloads { checksum, tso4, tso6, ecn } = offloads;
+        let bits = [
+            (VIRTIO_NET_F_GUEST_CSUM, checksum),
+            (VIRTIO_NET_F_GUEST_TSO4, tso4),
+            (VIRTIO_NET_F_GUEST_TSO6, tso6),
+            (VIRTIO_NET_F_GUEST_ECN, ecn),
+        ];
+        Self(bits.into_iter().fold(0, |all, (bit, on)| all | u64::from(on) << bit))
+    }
+
     /// Which of its bits can be in such a command.
     pub(super) fn guest_bits(self) -> u64 {
         let bits = [VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_ECN];

@@ -1,5 +1,7 @@
 //! Which frames the guest's driver wants (virtio 1.2 §5.1.6.5.1 – §5.1.6.5.3).
 
+use serde::{Deserialize, Serialize};
+
 /// Bytes of an address.
 pub(super) const ADDRESS: usize = 6;
 /// Addresses of each kind that are kept; more are taken for all of that kind.
@@ -30,6 +32,22 @@ pub(super) struct Filter {
 /// Addresses; none: all of them.
 type Table = Option<Vec<[u8; ADDRESS]>>;
 
+/// A saved [`Filter`], field by field.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct FilterState {
+    promiscuous: bool,
+    all_groups: bool,
+    all_stations: bool,
+    no_groups: bool,
+    no_stations: bool,
+    no_broadcast: bool,
+    own: [u8; ADDRESS],
+    stations: Table,
+    groups: Table,
+    /// The VLANs that are in, by ascending numbers.
+    vlans: Option<Vec<u16>>,
+}
+
 impl Filter {
     /// The filter after a reset.
     pub(super) fn new(own: [u8; ADDRESS], by_vlan: bool) -> Self {
@@ -45,6 +63,38 @@ impl Filter {
             groups: Some(Vec::new()),
             vlans: by_vlan.then(|| Box::new([0; VLANS as usize / 64])),
         }
+    }
+
+    /// What it is.
+    pub(super) fn save(&self) -> FilterState {
+        let has = |vlans: &[u64; VLANS as usize / 64], id: u16| vlans[usize::from(id / 64)] >> (id % 64) & 1 != 0;
+        FilterState {
+            promiscuous: self.promiscuous,
+            all_groups: self.all_groups,
+            all_stations: self.all_stations,
+            no_groups: self.no_groups,
+            no_stations: self.no_stations,
+            no_broadcast: self.no_broadcast,
+            own: self.own,
+            stations: self.stations.clone(),
+            groups: self.groups.clone(),
+            vlans: self.vlans.as_ref().map(|vlans| (0..VLANS).filter(|id| has(vlans, *id)).collect()),
+        }
+    }
+
+    /// The one that was saved, if a driver can have made it.
+    pub(super) fn restored(state: FilterState, by_vlan: bool) -> Option<Self> {
+        let fits = |table: &Table| table.as_ref().is_none_or(|table| table.len() <= TABLE);
+        let FilterState { promiscuous, all_groups, all_stations, no_groups, no_stations, no_broadcast, .. } = state;
+        let FilterState { own, stations, groups, vlans, .. } = state;
+        if !fits(&stations) || !fits(&groups) || vlans.is_some() != by_vlan {
+            return None;
+        }
+        let mut filter = Self { stations, groups, ..Self::new(own, by_vlan) };
+        (filter.promiscuous, filter.all_groups, filter.all_stations) = (promiscuous, all_groups, all_stations);
+        (filter.no_groups, filter.no_stations, filter.no_broadcast) = (no_groups, no_stations, no_broadcast);
+        let all = vlans.into_iter().flatten().all(|id| filter.set_vlan(id, true));
+        all.then_some(filter)
     }
 
     /// Whether the driver wants that frame.

@@ -3,6 +3,7 @@
 //! All pairs are served by the interface's one thread. Several are for the guest, whose CPUs each have a pair and an interrupt of their own;
 //! a thread a pair would be another kind of session.
 
+mod announce;
 mod control;
 mod counters;
 mod engine;
@@ -12,6 +13,7 @@ mod header;
 mod link;
 mod pair;
 mod poller;
+mod state;
 
 use std::io;
 use std::sync::Arc;
@@ -87,6 +89,7 @@ pub fn new(interface: NetConfig, plumbing: Plumbing<'_>) -> io::Result<Box<dyn P
         features: Features::offered(interface.offloads(), interface.mtu.is_some(), pairs).0,
         queues,
         config: config(interface.mac, pairs as u16, interface.mtu),
+        state: (state::NAME, state::VERSION),
     };
     let engine = NetEngine::new(interface)?;
     Ok(Box::new(VirtioPci::new(model, Box::new(engine), plumbing)?))

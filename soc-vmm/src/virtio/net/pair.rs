@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::EpollFlags;
 
 use super::NetCounters;
-use super::filter::Filter;
+use super::announce::announcement;
+use super::filter::{ADDRESS, Filter};
 use super::header::Header;
 use crate::net::{HEADER, MAX_FRAME, NetBackend, NetError, Offloads};
 use crate::virtio::limit::{Limiter, RateLimits};
@@ -200,6 +201,17 @@ impl Pair {
             self.backend.send(frame)
         };
         self.check(sent, round.now).unwrap_or(false)
+    }
+
+    /// Tells the network where `mac` is. A frame that isn't taken is one of several.
+    pub(super) fn announce(&mut self, mac: [u8; ADDRESS], now: Instant) {
+        if !self.is_connected() {
+            return;
+        }
+        let packet = [vec![0; HEADER], announcement(mac)].concat();
+        let header = if self.backend.offloads().is_some() { 0 } else { HEADER };
+        let sent = self.backend.send(&packet[header..]);
+        self.check(sent, now);
     }
 
     /// Hands the guest what came; whether there is more.

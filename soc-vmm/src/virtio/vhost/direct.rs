@@ -20,7 +20,7 @@ use crate::virtio::{Lease, QueueError, RingLayout, Session};
 /// From a guest-physical address to that by which the back end is told of rings: not 0, which some take for none.
 const USER: u64 = 1 << 44;
 /// Offset of the index in a used ring, and bytes with it.
-const INDEX: u64 = 2;
+pub(super) const INDEX: u64 = 2;
 const USED_HEAD: usize = 4;
 
 /// Whose rings a back end works on.

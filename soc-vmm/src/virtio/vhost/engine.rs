@@ -16,10 +16,11 @@ use super::running::{Memory, Running};
 use super::shadow::{Filled, Shadow, Trouble};
 use super::terms::Terms;
 use crate::memory::Borrower;
+use crate::persist::{StateError, States};
 use crate::vhost_user::{Frontend, Record, VhostUserError};
 use crate::virtio::net::NetLink;
 use crate::virtio::session::Control;
-use crate::virtio::{Chain, Engine, QueueError, Session, Wait};
+use crate::virtio::{Chain, Config, Engine, QueueError, Session, Wait};
 
 /// How long a conversation with the back end may take.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
@@ -27,15 +28,15 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(3);
 /// Offset of the link's status in a network interface's configuration (virtio 1.2 §5.1.4).
-const STATUS: usize = 6;
+pub(super) const STATUS: usize = 6;
 
 /// A device's engine.
 pub(super) struct VhostEngine {
     /// For the log: the device, and the socket.
     name: String,
     socket: PathBuf,
-    kind: VhostKind,
-    terms: Terms,
+    pub(super) kind: VhostKind,
+    pub(super) terms: Terms,
     /// In whose name guest memory is lent to the back end.
     borrower: Arc<Borrower>,
     peer: Peer,
@@ -43,33 +44,29 @@ pub(super) struct VhostEngine {
     pause: Duration,
     /// What the log said last of a back end that is gone.
     said: Option<String>,
-    running: Option<Running>,
+    pub(super) running: Option<Running>,
     /// None where it works on the guest's own queues.
-    shadows: Vec<Shadow>,
+    pub(super) shadows: Vec<Shadow>,
     /// What a disk's back end knows that the next one is to know.
     record: Option<Record>,
     /// How often shadow queues were started.
     starts: usize,
     /// No back end has had this session's queues.
-    fresh: bool,
+    pub(super) fresh: bool,
+    /// One that worked on the guest's queues may have chains that it took and didn't use, of which its record alone knows.
+    pub(super) indebted: bool,
+    /// The session came from another process: its configuration is to be compared, and its network told of its address.
+    pub(super) moved: Option<[u8; 6]>,
     /// The file system's session went with its back end.
     fuse_lost: bool,
     /// Pairs that the driver uses.
-    pairs: usize,
+    pub(super) pairs: usize,
     events: Events,
-    session: Weak<Control>,
+    pub(super) session: Weak<Control>,
     /// A network interface's cable, and its link as the guest knows it.
-    link: Option<Arc<NetLink>>,
-    shown_up: bool,
-    /// What the back end said of the configuration last.
-    config: Vec<u8>,
+    pub(super) link: Option<Arc<NetLink>>,
+    pub(super) shown_up: bool,
     chain: Chain,
-}
-
-/// The first back end, and what it said of the configuration.
-pub(super) struct Backend {
-    pub(super) frontend: Frontend,
-    pub(super) said: Vec<u8>,
 }
 
 /// The back end.
@@ -90,10 +87,9 @@ impl VhostEngine {
         socket: PathBuf,
         kind: VhostKind,
         terms: Terms,
-        backend: Backend,
+        frontend: Frontend,
         link: Option<Arc<NetLink>>,
     ) -> nix::Result<Self> {
-        let Backend { frontend, said: config } = backend;
         let events = Events::new()?;
         watch(&events, &frontend)?;
         borrower.set_logs(terms.logs(&frontend));
@@ -110,6 +106,8 @@ impl VhostEngine {
             record: None,
             starts: 0,
             fresh: true,
+            indebted: false,
+            moved: None,
             name,
             socket,
             kind,
@@ -125,35 +123,41 @@ impl VhostEngine {
             session: Weak::new(),
             link,
             shown_up: true,
-            config,
             chain: Chain::default(),
         })
     }
 
     /// A driver is there that has made nothing available yet.
-    fn begin(&mut self, session: &Session) {
+    pub(super) fn begin(&mut self, session: &Session) {
         self.session = Arc::downgrade(&session.control);
-        self.halt();
+        self.stop();
         self.shadows.iter_mut().for_each(Shadow::reset);
         (self.fuse_lost, self.pairs) = (false, 1);
         (self.record, self.fresh) = (None, true);
+        (self.indebted, self.moved) = (false, None);
     }
 
     /// Stops the back end. What it still does on shadow queues goes to memory that is nobody's; of the guest's queues it has let go then, or
-    /// it is cut off.
-    fn halt(&mut self) {
-        let Some(running) = self.running.take() else { return };
+    /// it is cut off. For each queue that it let go of, the entry of the available ring that it would have taken next.
+    pub(super) fn stop(&mut self) -> Vec<(usize, u16)> {
+        let Some(running) = self.running.take() else { return Vec::new() };
         running.forget(&self.events);
+        self.owe();
+        let Peer::There(frontend) = &mut self.peer else { return Vec::new() };
         // The connection is only as good as its word.
-        if let Peer::There(frontend) = &mut self.peer
-            && let Err(error) = frontend.stop(running.queues())
-        {
+        frontend.stop(running.queues()).unwrap_or_else(|error| {
             self.go_away(&error);
-        }
+            Vec::new()
+        })
     }
 
-    /// The back end as it should be: there, and its queues started.
-    fn tend(&mut self, session: &mut Session) -> Result<(), QueueError> {
+    /// Somebody may have to finish what a back end had of the guest's queues.
+    fn owe(&mut self) {
+        self.indebted = self.terms.way == Way::Direct && self.kind.needs_record();
+    }
+
+    /// What the back end has to say.
+    pub(super) fn hear(&mut self, session: &mut Session) -> Result<(), QueueError> {
         let Heard { word, calls } = self.events.take().map_err(QueueError::NoRoom)?;
         if self.terms.way == Way::Direct {
             self.pass_on(calls, session);
@@ -167,6 +171,12 @@ impl VhostEngine {
                 Err(error) => self.lose(&error, session)?,
             }
         }
+        Ok(())
+    }
+
+    /// The back end as it should be: there, and its queues started.
+    fn tend(&mut self, session: &mut Session) -> Result<(), QueueError> {
+        self.hear(session)?;
         if matches!(self.peer, Peer::Away(time) if time <= Instant::now()) {
             match self.find() {
                 Ok(()) => self.refresh(session)?,
@@ -174,7 +184,7 @@ impl VhostEngine {
             }
         }
         if self.running.as_ref().is_some_and(Running::is_stale) {
-            self.halt();
+            self.stop();
         }
         let used = self.kind.used(session.features, self.terms.queues);
         let turned_on = self.turned_on(used);
@@ -205,14 +215,28 @@ impl VhostEngine {
                         }
                     }
                     self.running = Some(running);
+                    self.indebted = false;
                     if self.said.take().is_some() {
                         tracing::info!("{}: {}: the back end is there again", self.name, self.socket.display());
                     }
                 }
                 Err(error) => self.lose(&error, session)?,
             }
+            self.arrive(session)?;
         }
         Ok(())
+    }
+
+    /// The first back end of a session that came from another process: shows the guest its configuration, and its network the guest.
+    fn arrive(&mut self, session: &mut Session) -> Result<(), QueueError> {
+        let (Peer::There(frontend), Some(_)) = (&mut self.peer, &self.running) else { return Ok(()) };
+        let Some(mac) = self.moved.take() else { return Ok(()) };
+        if self.link.is_some()
+            && let Err(error) = frontend.announce(mac)
+        {
+            return self.lose(&error, session);
+        }
+        self.refresh(session)
     }
 
     /// Connects to a back end that went.
@@ -233,11 +257,14 @@ impl VhostEngine {
             return Ok(());
         }
         match frontend.config(asked) {
-            Ok(part) if part == self.config => {}
             Ok(part) => {
-                self.config.clone_from(&part);
                 // Only disks have a part in it.
-                session.config.change(0, &self.kind.config(part, [0; 6], self.terms.queues, self.terms.way));
+                let config = self.kind.config(part, [0; 6], self.terms.queues, self.terms.way);
+                let mut shown = vec![0; config.len()];
+                session.config.read(0, &mut shown);
+                if shown != config {
+                    session.config.change(0, &config);
+                }
             }
             Err(error) => self.lose(&error, session)?,
         }
@@ -245,9 +272,10 @@ impl VhostEngine {
     }
 
     /// The back end is gone, or is to go.
-    fn lose(&mut self, error: &VhostUserError, session: &mut Session) -> Result<(), QueueError> {
+    pub(super) fn lose(&mut self, error: &VhostUserError, session: &mut Session) -> Result<(), QueueError> {
         self.go_away(error);
         if let Some(running) = self.running.take() {
+            self.owe();
             running.forget(&self.events);
             for index in running.queues() {
                 let Some(queue) = &mut session.queues[index] else { continue };
@@ -399,9 +427,34 @@ impl Engine for VhostEngine {
         Ok(Wait { source: EpollFlags::EPOLLIN, timeout })
     }
 
+    fn halt(&mut self, session: &mut Session) -> Result<Option<Wait>, QueueError> {
+        if self.session.as_ptr() != Arc::as_ptr(&session.control) {
+            self.begin(session);
+        }
+        self.come_to_rest(session)
+    }
+
+    fn settle(&mut self) {
+        self.stop();
+    }
+
+    fn save_into(&self, at: &str, states: &mut States, session: Option<&Session>) {
+        self.save(at, states, session.is_some());
+    }
+
+    fn load(
+        &mut self,
+        at: &str,
+        states: &mut States,
+        config: &Config,
+        session: Option<&mut Session>,
+    ) -> Result<(), StateError> {
+        self.restore(at, states, config, session.as_deref())
+    }
+
     fn end(&mut self, session: &mut Session) {
         if self.terms.way == Way::Direct {
-            self.halt();
+            self.stop();
             session.control.take_back();
         }
     }

@@ -158,6 +158,22 @@ impl VhostKind {
         *self == Self::Block
     }
 
+    /// Why the device `name` of that kind can't move to another process, if it can't.
+    pub(super) fn blocker(&self, name: &str) -> Option<String> {
+        let why =
+            "its back end keeps what the guest has open, and nobody carries that (VHOST_USER_PROTOCOL_F_DEVICE_STATE)";
+        matches!(self, Self::Fs { .. }).then(|| format!("{name} can't move: {why}; unplug it"))
+    }
+
+    /// What its own state is called.
+    pub(super) fn state_name(&self) -> &'static str {
+        match self {
+            Self::Block => "vhost-user-blk",
+            Self::Net => "vhost-user-net",
+            Self::Fs { .. } => "vhost-user-fs",
+        }
+    }
+
     /// Sizes of the queues that are the back end's.
     pub(super) fn sizes(&self, queues: u16) -> Vec<u16> {
         match self {

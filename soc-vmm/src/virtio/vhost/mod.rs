@@ -30,6 +30,7 @@ mod region;
 mod ring;
 mod running;
 mod shadow;
+mod state;
 mod terms;
 #[cfg(test)]
 mod tests;
@@ -44,7 +45,7 @@ pub use ring::Manners;
 pub use shadow::{Conduct, Filled, Loss, Shadow, Trouble};
 
 use self::direct::Way;
-use self::engine::{Backend, PATIENCE, VhostEngine};
+use self::engine::{PATIENCE, VhostEngine};
 use self::terms::Terms;
 use super::Plumbing;
 use super::net::NetLink;
@@ -131,11 +132,17 @@ impl VhostDevice {
             class,
             features: terms.features | kind.own(queues, way),
             queues: [&kind.sizes(queues), kind.own_queues(queues)].concat(),
-            config: kind.config(said.clone(), mac, queues, way),
+            config: kind.config(said, mac, queues, way),
+            state: (kind.state_name(), state::VERSION),
         };
-        let engine = VhostEngine::new(borrower, name, socket, kind, terms, Backend { frontend, said }, link)?;
+        let blocker = kind.blocker(&name).or_else(|| {
+            let why = "its back end works on the guest's memory and keeps no log of what it writes";
+            let remedy = "use one that knows VHOST_USER_PROTOCOL_F_LOG_SHMFD and VHOST_F_LOG_ALL, or unplug it";
+            (!terms.logs(&frontend)).then(|| format!("{name} can't move: {why}; {remedy}"))
+        });
+        let engine = VhostEngine::new(borrower, name, socket, kind, terms, frontend, link)?;
         let function = VirtioPci::new(model, Box::new(engine), plumbing)?.without(terms.withheld());
-        Ok(Box::new(function.with_bypass(past)?))
+        Ok(Box::new(function.with_bypass(past)?.kept_by(blocker)))
     }
 }
 

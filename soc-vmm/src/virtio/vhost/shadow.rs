@@ -6,6 +6,7 @@
 //!
 //! What the back end has is known here and nowhere else: when it goes, each chain is dealt with as its kind of device wants it ([`Loss`]).
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::fuse::FuseRequest;
@@ -90,6 +91,9 @@ pub struct Shadow {
     orders: u64,
     /// The next chain, for which there was no room, or no back end.
     waiting: Option<Chain>,
+    /// Heads of chains that were taken in another process, to be given to the back end before any other; and how many there were.
+    taken: VecDeque<u16>,
+    foreign: u64,
     spare: Vec<Chain>,
     scratch: Vec<u8>,
     /// None before the first back end.
@@ -112,6 +116,8 @@ impl Shadow {
             under_way: 0,
             orders: 0,
             waiting: None,
+            taken: VecDeque::new(),
+            foreign: 0,
             spare: Vec::new(),
             scratch: Vec::new(),
             ring: None,
@@ -131,9 +137,43 @@ impl Shadow {
     }
 
     /// Chains that the back end has, or the next one will have.
-    #[cfg(test)]
     pub fn under_way(&self) -> usize {
         self.under_way
+    }
+
+    /// The back end has stopped and may come back. What it has done before counts; what it has not done is the guest's again, as if it had never
+    /// been taken, where that is all that was taken last.
+    ///
+    /// # Errors
+    /// The guest's.
+    pub fn pause(&mut self, queue: &mut Queue) -> Result<(), QueueError> {
+        if let Err(Trouble::Guest(error)) = self.collect(queue) {
+            return Err(error);
+        }
+        self.attached = false;
+        // Those from elsewhere came first, and never by this side's queue.
+        let first = self.slots.iter().flatten().map(|slot| slot.order).min().unwrap_or(self.orders);
+        if first >= self.foreign && self.orders - first == self.under_way as u64 {
+            let waiting = usize::from(self.waiting.take().is_some());
+            queue.put_back((self.under_way + waiting) as u16);
+            self.reset();
+        }
+        Ok(())
+    }
+
+    /// Heads of the chains that were taken and not given back, in the order in which they came.
+    pub fn heads(&self) -> Vec<u16> {
+        let mut slots: Vec<&Slot> = self.slots.iter().flatten().collect();
+        slots.sort_by_key(|slot| slot.order);
+        let slots = slots.into_iter().map(|slot| slot.chain.head());
+        slots.chain(self.waiting.iter().map(Chain::head)).chain(self.taken.iter().copied()).collect()
+    }
+
+    /// Has chains to give to the back end that were taken in another process.
+    pub fn take_over(&mut self, heads: Vec<u16>) {
+        self.reset();
+        self.foreign = heads.len() as u64;
+        self.taken = heads.into();
     }
 
     /// There is a new back end, over new memory: it gets what the one before has not done.
@@ -199,7 +239,9 @@ impl Shadow {
                 Some(chain) => chain,
                 None => {
                     let mut chain = self.spare.pop().unwrap_or_default();
-                    if !queue.pop(&mut chain)? {
+                    if let Some(head) = self.taken.pop_front() {
+                        queue.retake(head, &mut chain)?;
+                    } else if !queue.pop(&mut chain)? {
                         self.spare.push(chain);
                         filled = Filled::Empty;
                         break;

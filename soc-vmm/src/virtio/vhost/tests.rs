@@ -60,17 +60,23 @@ struct Guest {
 impl Guest {
     fn new() -> Self {
         let ram = Arc::new(Ram::new((BUFFERS + u64::from(GUEST_SIZE) * BUFFER) as usize));
+        let queue = Self::queue(&ram, RingPosition::default());
+        let free = (0..GUEST_SIZE).collect();
+        Self { ram, queue, available: 0, used: 0, lent: BTreeMap::new(), free, descriptors: BTreeMap::new() }
+    }
+
+    /// The queue, as a process has it that begins at `position`.
+    fn queue(ram: &Arc<Ram>, position: RingPosition) -> Queue {
         let lease = Arc::new(Lease::new(ram.clone()));
         let at = RingLayout { size: GUEST_SIZE, descriptors: 0, available: 0x1000, used: 0x2000 };
-        let ring = Ring::new(at, RingFeatures::default(), RingPosition::default(), lease).unwrap();
+        let ring = Ring::new(at, RingFeatures::default(), position, lease).unwrap();
         let identity = Identity { vendor: 1, device: 2, revision: 0, class: 0, subsystem: (0, 0) };
         let layout = MsixLayout { vectors: 1, bar: 1, table: 0, pending: 0x800 };
         let msix = Msix::new(&mut ConfigSpace::endpoint(&identity), layout, &Nowhere);
         let interrupts = Arc::new(Interrupts::new(1, msix.vectors(), InterruptLine::new(0, Arc::new(Nowhere))));
         let mut queue = Queue::new(ring, 0, interrupts, Arc::new(EventFd::new().unwrap()));
         queue.start().unwrap();
-        let free = (0..GUEST_SIZE).collect();
-        Self { ram, queue, available: 0, used: 0, lent: BTreeMap::new(), free, descriptors: BTreeMap::new() }
+        queue
     }
 
     fn get(&self, at: u64, len: usize) -> Vec<u8> {
@@ -217,6 +223,8 @@ enum Step {
     Take,
     Work(usize, u32),
     Die,
+    /// It stops, and goes on; or another one does, of another process.
+    Move(bool),
     Garbage(usize, Vec<u8>),
 }
 
@@ -231,6 +239,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => Just(Step::Take),
         5 => (any::<usize>(), 0u32..=256).prop_map(|(which, part)| Step::Work(which, part)),
         1 => Just(Step::Die),
+        1 => any::<bool>().prop_map(Step::Move),
     ]
 }
 
@@ -276,6 +285,7 @@ impl World {
             Step::Work(which, part) if !self.hostile => self.model.work(which, part),
             Step::Work(which, _) => self.forge(which),
             Step::Die => self.die(),
+            Step::Move(elsewhere) => self.travel(elsewhere),
             Step::Garbage(at, bytes) => {
                 let Share { window, at: layout, .. } = &self.model.share;
                 // The ring's parts: what is behind them is data.
@@ -299,6 +309,20 @@ impl World {
     fn die(&mut self) {
         self.shadow.detach(&mut self.guest.queue, &mut false).unwrap();
         self.check();
+        let base = BASES.into_iter().find(|base| *base != self.model.share.base);
+        self.model = Model::attach(&mut self.shadow, self.manners, base.unwrap());
+    }
+
+    fn travel(&mut self, elsewhere: bool) {
+        self.shadow.pause(&mut self.guest.queue).unwrap();
+        self.check();
+        if elsewhere {
+            let heads = self.shadow.heads();
+            let conduct = Conduct { loss: self.loss, whole: false };
+            self.shadow = Shadow::new(0, SIZE, PAGES, conduct, self.manners.indirect);
+            self.shadow.take_over(heads);
+            self.guest.queue = Guest::queue(&self.guest.ram, self.guest.queue.position());
+        }
         let base = BASES.into_iter().find(|base| *base != self.model.share.base);
         self.model = Model::attach(&mut self.shadow, self.manners, base.unwrap());
     }

@@ -13,12 +13,13 @@ use nix::sys::epoll::EpollFlags;
 use super::connection::Connection;
 use super::handshake::wanted_port;
 use super::packet::{HEADER, Header, STREAM, op};
-use super::{BUFFER, HOST_CID, MAX_CONNECTIONS, RECEIVE, TRANSMIT, VsockConfig, path_of};
+use super::{BUFFER, EVENTS, HOST_CID, MAX_CONNECTIONS, RECEIVE, TRANSMIT, VsockConfig, path_of};
 use crate::dial::dial_now;
+use crate::persist::{StateError, States};
 use crate::virtio::complaint::Complaints;
 use crate::virtio::session::Control;
 use crate::virtio::watch::Watch;
-use crate::virtio::{Chain, Engine, Queue, QueueError, Session, Wait};
+use crate::virtio::{Chain, Config, Engine, Queue, QueueError, Session, Wait};
 
 /// Packets of each direction before the other one has its turn.
 const TURN: usize = 64;
@@ -30,15 +31,19 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(100);
 /// The first port of the host's side for connections that begin here.
 const FIRST_PORT: u32 = 1 << 30;
+/// The event VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 1.2 §5.10.6.7).
+const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 /// What the watch calls the listener; connections have the numbers behind it.
 const LISTENER: u64 = 0;
 
 /// A device's engine.
 pub struct VsockEngine {
-    vsock: VsockConfig,
+    pub(super) vsock: VsockConfig,
     watch: Watch,
     /// The session that was served last.
     control: Option<Arc<Control>>,
+    /// The driver is to be told that its connections are gone: they were another process's.
+    pub(super) moved: bool,
     /// There may be somebody to accept; not before then.
     knocked: bool,
     pause: Option<Instant>,
@@ -71,6 +76,7 @@ impl VsockEngine {
             vsock,
             watch,
             control: None,
+            moved: false,
             knocked: true,
             pause: None,
             greeting: HashMap::new(),
@@ -88,11 +94,12 @@ impl VsockEngine {
     }
 
     /// A driver that begins has no connections.
-    fn meet(&mut self, session: &Session) {
+    pub(super) fn meet(&mut self, session: &Session) {
         if self.control.as_ref().is_some_and(|control| Arc::ptr_eq(control, &session.control)) {
             return;
         }
         self.control = Some(session.control.clone());
+        self.moved = false;
         self.connections.clear();
         self.numbers.clear();
         self.active.clear();
@@ -294,6 +301,20 @@ impl VsockEngine {
         }
     }
 
+    /// Tells the driver that its connections are gone (§5.10.6.7), once it has a buffer for that.
+    fn tell_of_move(&mut self, queue: &mut Queue) -> Result<(), QueueError> {
+        if !self.moved || !(queue.pop(&mut self.chain)? || queue.allow_kicks()? && queue.pop(&mut self.chain)?) {
+            return Ok(());
+        }
+        if self.chain.readable() > 0 || self.chain.writable() < TRANSPORT_RESET.len() as u64 {
+            return Err(QueueError::Broken("a buffer for events that can't hold one"));
+        }
+        self.chain.write(queue.lease(), &TRANSPORT_RESET)?;
+        queue.push(self.chain.head(), TRANSPORT_RESET.len() as u32)?;
+        self.moved = false;
+        queue.publish()
+    }
+
     /// Sends the sockets what waits for them.
     fn flush(&mut self) {
         let mut done = Vec::new();
@@ -380,6 +401,9 @@ impl Engine for VsockEngine {
         let mut more = self.look();
         self.accept();
         self.expire();
+        if let Some(Some(queue)) = session.queues.get_mut(EVENTS) {
+            self.tell_of_move(queue)?;
+        }
         if let Some(Some(queue)) = session.queues.get_mut(TRANSMIT) {
             more |= self.listen(queue)?;
         }
@@ -399,6 +423,26 @@ impl Engine for VsockEngine {
             source: EpollFlags::EPOLLIN,
             timeout: next.map(|until| until.saturating_duration_since(Instant::now())),
         })
+    }
+
+    /// What was taken is given back before anything else is done. Connections stay as they are, for a session that goes on here.
+    fn halt(&mut self, session: &mut Session) -> Result<Option<Wait>, QueueError> {
+        self.meet(session);
+        Ok(None)
+    }
+
+    fn save_into(&self, at: &str, states: &mut States, _: Option<&Session>) {
+        self.save(at, states);
+    }
+
+    fn load(
+        &mut self,
+        at: &str,
+        states: &mut States,
+        config: &Config,
+        session: Option<&mut Session>,
+    ) -> Result<(), StateError> {
+        self.restore(at, states, config, session.as_deref())
     }
 
     fn source(&self) -> Option<BorrowedFd<'_>> {

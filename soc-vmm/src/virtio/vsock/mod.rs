@@ -12,6 +12,7 @@ mod connection;
 mod engine;
 mod handshake;
 mod packet;
+mod state;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,10 +28,12 @@ use crate::pci::PciFunction;
 
 /// Entries of each queue.
 pub const QUEUE_SIZE: u16 = 128;
-/// The queues: packets to the guest, packets from it, events (§5.10.2), of which there are none before a guest is moved.
+/// The queues: packets to the guest, packets from it, events (§5.10.2), of which there is one, when the guest was moved.
 pub const RECEIVE: usize = 0;
 /// See [`RECEIVE`].
 pub const TRANSMIT: usize = 1;
+/// See [`RECEIVE`].
+pub const EVENTS: usize = 2;
 /// The host's CID (§5.10.4).
 pub const HOST_CID: u64 = 2;
 /// Connections at once, those included that are not made yet.
@@ -75,6 +78,7 @@ pub fn new(vsock: VsockConfig, plumbing: Plumbing<'_>) -> io::Result<Box<dyn Pci
         features: 1 << F_STREAM,
         queues: vec![QUEUE_SIZE; 3],
         config: u64::from(vsock.cid).to_le_bytes().to_vec(),
+        state: (state::NAME, state::VERSION),
     };
     let engine = VsockEngine::new(vsock)?;
     Ok(Box::new(VirtioPci::new(model, Box::new(engine), plumbing)?))

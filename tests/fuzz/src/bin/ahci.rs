@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, OnceLock};
 
+use fuzz::damage::Damage;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use rig::{CI, DATA, Rig, port};
@@ -12,6 +13,7 @@ use soc_vmm::ahci::{CdDrive, PORTS};
 use soc_vmm::block::{self, BlockBackend, ImageSpec};
 use soc_vmm::memory::GuestMemory;
 use soc_vmm::pci::PciFunction;
+use soc_vmm::persist::{Moves, States};
 
 #[allow(dead_code, reason = "shared with the controller's own tests")]
 #[path = "../../../../soc-vmm/tests/ahci/rig.rs"]
@@ -64,6 +66,8 @@ enum Step<'a> {
     Change,
     Reset,
     Start,
+    /// It halts, and goes on from the state that it has, or from one that came to harm.
+    Load(Option<Damage>),
 }
 
 fn disc() -> Arc<dyn BlockBackend> {
@@ -131,5 +135,15 @@ fn take(rig: &mut Rig, step: Step<'_>) {
         Step::Change => drop(rig.drive().change(disc(), false)),
         Step::Reset => rig.ahci.reset(),
         Step::Start => rig.start(),
+        Step::Load(damage) => {
+            rig.ahci.halt();
+            rig.until(|rig| rig.ahci.is_halted());
+            let mut states = States::default();
+            rig.ahci.save_into("", &mut states);
+            let mut sent = damage.map_or_else(|| states.clone(), |damage| damage.to(states.clone()));
+            let loaded = rig.ahci.load("", &mut sent);
+            assert!(damage.is_some() || loaded.is_ok(), "{loaded:?}");
+            rig.ahci.go_on();
+        }
     }
 }

@@ -4,10 +4,10 @@
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
+use fuzz::damage::change;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use rig::{ROOM, Rig};
-use serde_json::Value;
 use soc_vmm::bus::{Access, Answer, Deferred, LateAnswer, RequestId, Wake};
 use soc_vmm::devices::Persist;
 
@@ -152,26 +152,5 @@ fn restore<D: Persist>(device: &Mutex<D>, leaf: u8, value: i64) {
     if let Ok(state) = serde_json::from_value(state) {
         // Refused, or as good as any other.
         let _ = device.restore(&state);
-    }
-}
-
-/// Changes the `left`-th number in `state`, and the length of the list it is in.
-fn change(state: &mut Value, left: &mut usize, value: i64) {
-    match state {
-        Value::Object(members) => members.values_mut().for_each(|member| change(member, left, value)),
-        Value::Array(items) if *left == items.len() => {
-            *left = usize::MAX;
-            items.push(value.into());
-        }
-        Value::Array(items) => items.iter_mut().for_each(|item| change(item, left, value)),
-        leaf => {
-            if *left == 0 {
-                *leaf = match leaf {
-                    Value::Bool(_) => (value & 1 != 0).into(),
-                    _ => value.into(),
-                };
-            }
-            *left = left.wrapping_sub(1);
-        }
     }
 }

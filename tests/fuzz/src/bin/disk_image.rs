@@ -74,6 +74,7 @@ fuzz_target!(|input: Input<'_>| {
         format: Some(if input.raw { ImageFormat::Raw } else { ImageFormat::Qcow2 }),
         read_only: input.read_only,
         direct: false,
+        unclaimed: false,
     };
     let image = match block::open(&spec) {
         Ok(image) => image,

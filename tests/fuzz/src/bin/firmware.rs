@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, Mutex, mpsc};
 
+use fuzz::damage::Damage;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use soc_vmm::acpi::{self, AcpiConfig, PciConfig};
@@ -16,6 +17,7 @@ use soc_vmm::devices::{
 use soc_vmm::flash::{Bank, Flash, FlashMemory, SECTOR};
 use soc_vmm::interrupt::{InterruptLine, LineSink};
 use soc_vmm::memory::{GuestMemory, MemoryError};
+use soc_vmm::persist::{Moves, States};
 use soc_vmm::power::{CrashEvent, CrashSink, PowerEvent, PowerSink};
 
 const RAM: usize = 1 << 16;
@@ -67,6 +69,7 @@ enum Step<'a> {
     /// What was ejected is parked.
     ParkCpus,
     SaveAndRestore,
+    Load(Damage),
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -131,6 +134,11 @@ impl FlashMemory for World {
         let at = offset as usize;
         self.arrays.lock().expect("no panic under the lock")[bank].0[at..at + bytes.len()].copy_from_slice(bytes);
     }
+
+    fn fetch(&self, bank: usize, bytes: &mut [u8]) -> Result<(), MemoryError> {
+        bytes.copy_from_slice(&self.arrays.lock().expect("no panic under the lock")[bank].0);
+        Ok(())
+    }
 }
 
 impl CrashSink for World {
@@ -174,8 +182,8 @@ fuzz_target!(|steps: Vec<Step<'_>>| {
         Bank { base: 0xffff_0000, bytes: vec![0xff; VARIABLES], read_only: false, store: None },
         Bank { base: 0xffff_f000, bytes: (0..CODE).map(|at| at as u8).collect(), read_only: true, store: None },
     ];
-    let mut flash = Flash::new(banks, world.clone());
-    flash.load();
+    let mut flash = Flash::new(banks, world.clone(), world.clone());
+    flash.fill();
     let line = InterruptLine::new(9, world.clone());
     let clock = Arc::new(SystemClock);
     let (_, acpi) = AcpiPm::new(1, PmTimerWidth::Bits32, clock, line, world.clone(), world.clone());
@@ -250,6 +258,18 @@ fuzz_target!(|steps: Vec<Step<'_>>| {
                 let mut device = processors.lock().expect("nobody panicked");
                 let state = device.save();
                 device.restore(&state).expect("a state of its own");
+            }
+            Step::Load(damage) => {
+                flash.halt();
+                let mut states = States::default();
+                ports.save_into(&mut states);
+                flash.save_into("", &mut states);
+                let mut states = damage.to(states);
+                // Refused, or as good as any other. What was reported may be forgotten.
+                let _ = ports.load(&mut states).and_then(|()| flash.load("", &mut states));
+                ports.go_on();
+                flash.go_on();
+                resets += 1;
             }
         }
         assert_eq!(cpus.present().first(), Some(&0), "the first processor stays");

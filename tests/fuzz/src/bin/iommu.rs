@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, Mutex, mpsc};
 
+use fuzz::damage::Damage;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use soc_vmm::bus::{Access, Answer, Deferred, Device, LateAnswer, RequestId, Wake};
@@ -12,6 +13,7 @@ use soc_vmm::interrupt::{LineSink, Message, MessageRoute, MessageSink, Settling}
 use soc_vmm::iommu::{Iommu, Sender, VtdRegisters};
 use soc_vmm::memory::{GuestMemory, MemoryError};
 use soc_vmm::pci::Requester;
+use soc_vmm::persist::{Moves, States};
 
 /// Registers that do something, so that chance need not find them.
 const REGISTERS: [u64; 20] = [
@@ -87,6 +89,7 @@ enum Step {
     Settle,
     Restore,
     Reset,
+    Load(Damage),
 }
 
 #[derive(Debug)]
@@ -281,6 +284,14 @@ impl Machine {
             Step::Reset => {
                 self.unit.reset();
                 self.io_apic.reset();
+            }
+            Step::Load(damage) => {
+                let mut states = States::default();
+                self.unit.save_into("", &mut states);
+                self.io_apic.save_into("", &mut states);
+                let mut states = damage.to(states);
+                // Refused, or as good as any other.
+                let _ = self.unit.load("", &mut states).and_then(|()| self.io_apic.load("", &mut states));
             }
         }
     }

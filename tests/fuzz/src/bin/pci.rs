@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, Mutex, mpsc};
 
+use fuzz::damage::Damage;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use soc_vmm::bus::{Access, Answer, Deferred, Device, LateAnswer, RequestId, Ticket, Wake};
@@ -13,6 +14,7 @@ use soc_vmm::pci::{
     Apertures, Bar, ConfigSpace, Fabric, FabricSide, Identity, LPC, LpcBridge, MemoryView, Msix, MsixLayout, NodeId,
     PciFunction, Pirqs, Platform, PlugError, Requester, RootPort, Signal, Space, Window,
 };
+use soc_vmm::persist::{Moves, RestoreError, StateError, States};
 use soc_vmm::power::{PowerEvent, PowerSink};
 
 /// Registers that do something, so that chance need not find them.
@@ -50,6 +52,8 @@ enum Step {
     Pull,
     Plug,
     Reset,
+    /// It goes on from the state that it has, or from one that came to harm.
+    Load(Option<Damage>),
 }
 
 #[derive(Debug)]
@@ -116,6 +120,21 @@ impl Endpoint {
         config.add_bar(4, Bar { space: Space::Memory64, size: 16384, prefetchable: true });
         let msix = Msix::new(&mut config, MsixLayout { vectors: 3, bar: 1, table: 0, pending: 0x800 }, &Quiet);
         Self { config, msix }
+    }
+}
+
+impl Moves for Endpoint {
+    fn save_into(&self, at: &str, states: &mut States) {
+        states.put("endpoint", at, 1, &(self.config.save(), self.msix.save()));
+    }
+
+    fn load(&mut self, at: &str, states: &mut States) -> Result<(), StateError> {
+        let (config, msix) = states.take("endpoint", at, 1)?;
+        if !self.config.restore(&config) || !self.msix.restore(&msix) {
+            return Err(RestoreError::new("endpoint", "it is another function").into());
+        }
+        self.msix.configure(&self.config);
+        Ok(())
     }
 }
 
@@ -241,6 +260,13 @@ impl Machine {
                 assert!(matches!(outcome, Ok(()) | Err(PlugError::Taken { .. })), "{outcome:?}");
             }
             Step::Reset => self.sides.iter_mut().for_each(Device::reset),
+            Step::Load(damage) => {
+                let mut states = States::default();
+                self.sides[1].save_into("", &mut states);
+                let mut sent = damage.map_or_else(|| states.clone(), |damage| damage.to(states.clone()));
+                let loaded = self.sides[1].load("", &mut sent);
+                assert!(damage.is_some() || loaded.is_ok(), "{loaded:?}");
+            }
         }
     }
 }

@@ -1,17 +1,25 @@
-//! A virtio function against a guest that makes any access to its registers and configuration space, with its thread behind it.
+//! A virtio function against a guest that makes any access to its registers and configuration space, with its thread behind it, and a peer
+//! that sends the states of the machine that it came from, damaged or not.
 #![no_main]
 
 use std::sync::Arc;
 
+use hurt::{Damage, hurt};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
-use rig::{Driver, Guest, HeapDisk, HeapNet, VERSION_1};
+use rig::{Board, Driver, Guest, HeapDisk, HeapNet, VERSION_1, eventually};
+use soc_vmm::pci::PciFunction;
+use soc_vmm::persist::States;
+use soc_vmm::virtio::Plumbing;
 use soc_vmm::virtio::block::{self, BlockConfig};
 use soc_vmm::virtio::net::{self, NetConfig};
 
 #[allow(dead_code, reason = "shared with the devices' own tests")]
 #[path = "../../../../soc-vmm/tests/virtio/rig.rs"]
 mod rig;
+
+#[path = "../../../../soc-vmm/tests/virtio/hurt.rs"]
+mod hurt;
 
 const REQUEST: u64 = 0x8_0000;
 
@@ -49,26 +57,61 @@ enum Step {
         data: u64,
     },
     Reset,
+    /// It halts and goes on.
+    Halt,
+    /// It goes to another machine, if that takes it.
+    Move(Vec<Damage>),
 }
 
 fuzz_target!(|input: (bool, Vec<Step>)| {
     let (is_disk, steps) = input;
-    let mut guest = if is_disk {
-        let disk = BlockConfig::new("", Arc::new(HeapDisk::new(16)), "");
-        Guest::new(|plumbing| block::new(disk, plumbing))
-    } else {
-        let backend = Box::new(HeapNet::new([vec![1; 60], vec![2; 1500]], 3));
-        let interface = NetConfig::new(String::new(), vec![backend], [2; 6]).expect("descriptors");
-        Guest::new(|plumbing| net::new(NetConfig { mtu: Some(1500), ..interface }, plumbing))
-    };
+    let mut guest = Guest::new(|plumbing| plug(is_disk, plumbing));
     let mut driver = Driver::new(&guest.board.ram, 0x1_0000, 16);
     for step in steps.into_iter().take(100) {
-        take(&mut guest, &mut driver, step);
+        match step {
+            Step::Halt => {
+                halt(&mut guest);
+                guest.function.go_on();
+            }
+            Step::Move(damages) => travel(&mut guest, is_disk, &damages),
+            step => take(&mut guest, &mut driver, step),
+        }
     }
+    halt(&mut guest);
+    guest.function.go_on();
     guest.function.reset();
     assert!(guest.status() == 0 && !guest.board.pin.is_high() && guest.function.posted().is_empty());
     assert_eq!(guest.function.read_config(4, 2), 0);
 });
+
+fn plug(is_disk: bool, plumbing: Plumbing<'_>) -> std::io::Result<Box<dyn PciFunction>> {
+    if is_disk {
+        return block::new(BlockConfig::new("", Arc::new(HeapDisk::new(16)), ""), plumbing);
+    }
+    let backend = Box::new(HeapNet::new([vec![1; 60], vec![2; 1500]], 3));
+    let interface = NetConfig::new(String::new(), vec![backend], [2; 6]).expect("descriptors");
+    net::new(NetConfig { mtu: Some(1500), ..interface }, plumbing)
+}
+
+fn halt(guest: &mut Guest) {
+    guest.function.halt();
+    eventually(|| guest.function.is_halted().then_some(()));
+}
+
+fn travel(guest: &mut Guest, is_disk: bool, damages: &[Damage]) {
+    halt(guest);
+    let mut states = States::default();
+    guest.function.save_into("", &mut states);
+    let mut states = hurt(states, damages);
+    let Board { ram, memory, .. } = &guest.board;
+    let board = Board { ram: ram.clone(), memory: memory.clone(), ..Board::default() };
+    let mut other = Guest::on(board, |plumbing| plug(is_disk, plumbing));
+    match other.function.load("", &mut states) {
+        Ok(()) => *guest = other,
+        Err(error) => assert!(!error.to_string().contains('\n')),
+    }
+    guest.function.go_on();
+}
 
 fn take(guest: &mut Guest, driver: &mut Driver, step: Step) {
     let width = |len: u8| len % 8 + 1;
@@ -106,5 +149,6 @@ fn take(guest: &mut Guest, driver: &mut Driver, step: Step) {
         Step::Kick(queue) => guest.kick(u16::from(queue)),
         Step::Poke { at, data } => guest.board.ram.set(0x1_0000 + u64::from(at % 0x8000), &data.to_le_bytes()),
         Step::Reset => guest.function.reset(),
+        Step::Halt | Step::Move(_) => {}
     }
 }

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 
 use api_channel::codec::Malformed;
 use api_channel::state::{
-    Clock, DebugRegs, Events, IoApic, Lapic, MpState, Msr, Pic, Pit, Record, Records, Regs, Sregs, Type, Xcr, records,
+    Clock, DebugRegs, Events, IoApic, Lapic, MpState, Msr, Pic, Pit, Record, Records, Regs, Sregs, Tsc, Type, Xcr,
+    records,
 };
 
 fn main() -> ExitCode {
@@ -42,6 +43,7 @@ fn one(list: Records, record: &Record<'_>) -> Result<Records, Malformed> {
         Type::DEBUG => list.put(kind, &record.get::<DebugRegs>()?),
         Type::LAPIC => list.put(kind, &record.get::<Lapic>()?),
         Type::MSRS => list.list(kind, &record.get_list::<Msr>()?),
+        Type::TSC => list.put(kind, &record.get::<Tsc>()?),
         Type::MP_STATE => list.put(kind, &record.get::<MpState>()?),
         Type::EVENTS => list.put(kind, &record.get::<Events>()?),
         Type::PIC => list.put(kind, &record.get::<Pic>()?),

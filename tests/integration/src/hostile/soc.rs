@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use api_channel::Status;
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, DirtyFetch, Discard, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name, NotifyPage,
+    Call, CpuidEntry, CreateVm, DirtyFetch, Discard, IoEvent, Irqchip, Irqfd, LateRun, Memslot, Msi, Name, NotifyPage,
     PostedRange, RamRequest, Route, StateRequest, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Reader;
@@ -327,7 +327,7 @@ fn real_mode() -> Vec<u8> {
 /// Opcodes of every call but the one that ends the shim.
 const OPCODES: &[u16] = &[
     0x001, 0x010, 0x011, 0x012, 0x100, 0x101, 0x102, 0x110, 0x111, 0x112, 0x200, 0x201, 0x210, 0x211, 0x300, 0x301,
-    0x302, 0x400, 0x401, 0x402, 0x403, 0x500, 0x501, 0x502, 0x600, 0x601, 0x700, 0x8001,
+    0x302, 0x400, 0x401, 0x402, 0x403, 0x500, 0x501, 0x502, 0x600, 0x601, 0x610, 0x611, 0x612, 0x613, 0x700, 0x8001,
 ];
 
 /// A call that nobody should make: an opcode and a payload, random or nearly right.
@@ -474,6 +474,18 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
             first: dice.nasty(),
             pages: dice.nasty(),
         }),
+        0x610 => Call::CanPostCopy,
+        0x611 | 0x613 => {
+            let run = |dice: &mut Dice| LateRun {
+                ram: *dice.one(&[0, 0, 1, 64]),
+                reserved: *dice.one(&[0, 0, 0, 1]),
+                first: *dice.one(&[0, 1, 17, 1 << 20, u64::MAX]),
+                pages: *dice.one(&[0, 1, 1, 64, 1 << 20, u64::MAX]),
+            };
+            let runs = (0..count).map(|_| run(dice)).collect();
+            if opcode == 0x611 { Call::Lacks(runs) } else { Call::Placed(runs) }
+        }
+        0x612 => Call::PostCopy(dice.below(2) == 0),
         0x010 => Call::HostInfo,
         0x011 => Call::SupportedCpuid,
         0x012 => Call::SupportedHvCpuid,

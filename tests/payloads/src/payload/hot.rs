@@ -44,14 +44,14 @@ fn timed(
     p.place(&mut round)?;
     p.asm.mov(ecx, count)?;
     p.asm.mov(ebx, ecx)?;
-    read_clock(&mut p)?;
+    p.read_clock()?;
     p.asm.mov(rdi, rax)?;
     prepare(&mut p)?;
     p.asm.set_label(&mut next)?;
     step(&mut p)?;
     p.asm.dec(ecx)?;
     p.asm.jne(next)?;
-    read_clock(&mut p)?;
+    p.read_clock()?;
     p.asm.sub(rax, rdi)?;
     p.asm.mov(rdi, rax)?;
     p.print("count ")?;
@@ -80,10 +80,3 @@ pub fn busy(privilege: Privilege) -> Result<Payload, IcedError> {
 
 /// Guest-physical address of [`busy`]'s count.
 pub const BUSY_COUNT: u64 = FREE as u64;
-
-/// rax = the time-stamp counter. Uses rdx.
-fn read_clock(p: &mut LongMode) -> Result<(), IcedError> {
-    p.asm.rdtsc()?;
-    p.asm.shl(rdx, 32)?;
-    p.asm.or(rax, rdx)
-}

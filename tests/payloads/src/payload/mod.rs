@@ -11,10 +11,12 @@ pub mod operated;
 pub mod order;
 pub mod pio;
 pub mod real;
+pub mod scribe;
 pub mod smp;
 pub mod string_io;
 pub mod virtio_blk;
 pub mod virtio_net;
+pub mod wanderer;
 pub mod watch;
 
 use crate::{IcedError, Payload, Privilege, ports};
@@ -37,6 +39,8 @@ pub fn catalogue(vcpus: u8) -> Result<Vec<Payload>, IcedError> {
         watch::watch(1)?,
         cpu_hotplug::come_and_go(1)?,
         operated::operated()?,
+        scribe::Scribe { vcpus: 1, pages: 64, pace: 0 }.payload()?,
+        wanderer::Wanderer { pages: 64, pace: None }.payload()?,
     ];
     for privilege in [Privilege::Cpl0, Privilege::Cpl3] {
         payloads.push(pio::pio(privilege)?);

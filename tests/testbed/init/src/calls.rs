@@ -1,10 +1,13 @@
 //! Answers to what the machine is asked.
 
 use std::fs;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::time::{TimeSpec, TimeValLike};
+use nix::time::{ClockId, clock_gettime, clock_settime};
 use nix::unistd::Pid;
 use testbed_init::{Answer, Call, Line, Request};
 
@@ -64,6 +67,12 @@ pub(crate) fn answer(request: Request, programs: &Programs) -> Result<Answer, St
         }
         Request::Memory { pid } => inspect::memory(pid).map(Answer::Memory),
         Request::Threads { pid } => inspect::threads(pid).map(Answer::Threads),
+        Request::Descriptors { pid } => {
+            let open = u32::try_from(pid).map_err(io::Error::other).and_then(testbed_init::descriptors);
+            open.map(Answer::Descriptors).map_err(|e| format!("process {pid}: {e}"))
+        }
+        Request::Clock => clock().map(Answer::Clock),
+        Request::StepClock { by } => step_clock(by).map(|()| Answer::Done),
         Request::Read { path } => fs::read_to_string(&path).map(Answer::Text).map_err(|e| format!("{path}: {e}")),
         Request::Write { path, text } => {
             fs::write(&path, text).map(|()| Answer::Done).map_err(|e| format!("{path}: {e}"))
@@ -71,4 +80,14 @@ pub(crate) fn answer(request: Request, programs: &Programs) -> Result<Answer, St
         Request::Bind { function } => boot::bind(&function).map(|()| Answer::Done),
         Request::PowerOff => Ok(Answer::Done),
     }
+}
+
+fn clock() -> Result<i64, String> {
+    let time = clock_gettime(ClockId::CLOCK_REALTIME).map_err(|e| format!("clock: {e}"))?;
+    Ok(time.num_nanoseconds())
+}
+
+fn step_clock(by: i64) -> Result<(), String> {
+    let time = TimeSpec::nanoseconds(clock()?.saturating_add(by));
+    clock_settime(ClockId::CLOCK_REALTIME, time).map_err(|e| format!("clock: {e}"))
 }

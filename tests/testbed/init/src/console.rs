@@ -13,8 +13,10 @@ list                 every process
 inventory            processors, memory, PCI functions
 memory PID           private memory of a process
 threads PID          threads of a process and their CPU time
+open PID             what a process has open
 kill PID             ends a process
 read FILE            shows a file
+clock                what its clock says
 bind FUNCTION        gives a PCI function to vfio-pci
 poweroff             switches the machine off
 start PROGRAM [ARGUMENT…]  starts a program of /bin beside this console: host-kvm-shim --function pci:FUNCTION
@@ -53,6 +55,8 @@ fn request(words: &[&str]) -> Option<Request> {
         ["inventory"] => Request::Inventory,
         ["memory", pid] => Request::Memory { pid: pid.parse().ok()? },
         ["threads", pid] => Request::Threads { pid: pid.parse().ok()? },
+        ["open", pid] => Request::Descriptors { pid: pid.parse().ok()? },
+        ["clock"] => Request::Clock,
         ["kill", pid] => Request::Signal { pid: pid.parse().ok()?, signal: SIGTERM },
         ["read", path] => Request::Read { path: path.to_owned() },
         ["start", program, ref args @ ..] => Request::Run {
@@ -87,6 +91,8 @@ fn show(answer: &Answer) {
                 println!("{:>6}  {:<16} {:>14} ns run, {} ms in the guest", t.tid, t.name, t.run_ns, t.guest_ms);
             });
         }
+        Answer::Descriptors(open) => open.iter().for_each(|target| println!("{target}")),
+        Answer::Clock(nanoseconds) => println!("{nanoseconds} ns since 1970"),
         Answer::Text(text) => print!("{text}"),
     }
 }

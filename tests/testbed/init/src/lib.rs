@@ -3,6 +3,8 @@
 //! The machine reads its [`Config`] from [`CONFIG_PATH`]. Then it speaks over a character channel, one JSON object a line:
 //! [`Call`]s go in, [`Line`]s come out. Replies carry the call's number; events come whenever something happened.
 
+use std::{fs, io};
+
 use serde::{Deserialize, Serialize};
 
 /// Where the machine's [`Config`] lies in its initramfs.
@@ -110,6 +112,18 @@ pub enum Request {
         /// Whose.
         pid: i32,
     },
+    /// What a program has open; answers with [`Answer::Descriptors`].
+    Descriptors {
+        /// Whose.
+        pid: i32,
+    },
+    /// What its clock says; answers with [`Answer::Clock`].
+    Clock,
+    /// Steps its clock; answers with [`Answer::Done`].
+    StepClock {
+        /// By how much, in ns.
+        by: i64,
+    },
     /// A file's text; answers with [`Answer::Text`].
     Read {
         /// Which.
@@ -188,6 +202,10 @@ pub enum Answer {
     Memory(Memory),
     /// To [`Request::Threads`].
     Threads(Vec<Thread>),
+    /// To [`Request::Descriptors`]: as [`descriptors`] has them.
+    Descriptors(Vec<String>),
+    /// To [`Request::Clock`]: CLOCK_REALTIME, in ns since 1970.
+    Clock(i64),
     /// To [`Request::Read`].
     Text(String),
 }
@@ -326,6 +344,27 @@ impl Memory {
     }
 }
 
+/// What process `pid` of this machine has open, by proc_pid_fd(5) and in order: two lists of one program that has opened the same are equal,
+/// since what stands for an inode's number is left out (`socket`, `anon_inode:kvm-vcpu`).
+///
+/// # Errors
+/// There is no such process, or it isn't the caller's to look at.
+pub fn descriptors(pid: u32) -> io::Result<Vec<String>> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd"))?;
+    // One that is closed meanwhile isn't open.
+    let targets = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    let mut open: Vec<_> = targets.map(|target| without_number(&target.to_string_lossy())).collect();
+    open.sort();
+    Ok(open)
+}
+
+/// `socket` for `socket:[4711]`, `kvm-vcpu` for `kvm-vcpu:3`.
+fn without_number(target: &str) -> String {
+    let is_number = |text: &str| text.chars().all(|c| c.is_ascii_digit() || c == '[' || c == ']');
+    let kind = target.rsplit_once(':').filter(|(_, number)| is_number(number)).map(|(kind, _)| kind);
+    kind.unwrap_or(target).to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -337,6 +376,19 @@ mod tests {
         assert_eq!(line, r#"{"id":7,"do":"memory","pid":42}"#);
         let back: Call = serde_json::from_str(&line).unwrap();
         assert!(matches!(back.request, Request::Memory { pid: 42 }));
+    }
+
+    #[test]
+    fn what_is_open_is_told_by_its_kind() {
+        let before = descriptors(std::process::id()).unwrap();
+        let pair = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut with = before.clone();
+        with.extend(["socket".to_owned(), "socket".to_owned()]);
+        with.sort();
+        assert_eq!(descriptors(std::process::id()).unwrap(), with);
+        drop(pair);
+        assert_eq!(descriptors(std::process::id()).unwrap(), before);
+        assert_eq!(without_number("anon_inode:kvm-vm"), "anon_inode:kvm-vm");
     }
 
     #[test]

@@ -39,7 +39,24 @@ pub struct Shell<'a, 'v> {
     commands: u32,
 }
 
+/// A place at a shell that somebody has left, whose machine's line may be another one since.
+#[derive(Clone, Copy, Debug)]
+pub struct Seat {
+    commands: u32,
+}
+
 impl<'a, 'v> Shell<'a, 'v> {
+    /// Goes on at the shell, by the line that its machine has now.
+    pub fn back(line: &'a mut (dyn Terminal + 'v), seat: Seat) -> Self {
+        Self { line, commands: seat.commands }
+    }
+
+    /// Leaves it as it is.
+    #[must_use]
+    pub fn leave(self) -> Seat {
+        Seat { commands: self.commands }
+    }
+
     /// Waits for the login prompt, at most for `boot_limit`, and logs in.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ use super::cgroups::Cgroups;
 use super::tree::KVM_GROUP;
 use super::{Config, Error, LIMIT, Libvirt};
 
-/// Makes the place, as its first process: `TREE DIR KVM_GROUP ADDRESS CGROUPS`. Then it says so and waits, reaping whom nobody else
+/// Makes the place, as its first process: `TREE DIR KVM_GROUP ADDRESS CGROUPS`; no address where the network is another's. Then it says so and waits, reaping whom nobody else
 /// does: libvirtd polls until an emulator's process is gone for good.
 ///
 /// Device nodes are made, not bound, so that libvirtd may change whose they are. An interface with a default route is what passt
@@ -77,16 +77,19 @@ pivot_root . mnt
 cd /
 exec /bin/sh -e -c '
     busybox umount -l /mnt
-    /bin/ip link set lo up
-    /bin/ip tuntap add mode tap name uplink
-    /bin/ip addr add $1/24 dev uplink
-    /bin/ip link set uplink up
-    /bin/ip route add default via ${1%.*}.254 dev uplink
+    busybox hostname $2
+    if [ $1 != none ]; then
+        /bin/ip link set lo up
+        /bin/ip tuntap add mode tap name uplink
+        /bin/ip addr add $1/24 dev uplink
+        /bin/ip link set uplink up
+        /bin/ip route add default via ${1%.*}.254 dev uplink
+    fi
     echo made
     exec >/dev/null
     busybox sleep 2147483647 &
     wait
-' sh $address
+' sh $address ${dir##*/}
 "#;
 
 /// Enters cgroups by their doors, which end with a `--`, and goes on as the command behind it.
@@ -114,10 +117,14 @@ impl Namespace {
     pub(super) fn make(tree: &Path, dir: &Path, config: &Config, cgroups: Option<&Cgroups>) -> Result<Self, Error> {
         // It goes to its cgroups first: they are the roots of those that it sees.
         let mut command = entering(&cgroups.map(Cgroups::doors).unwrap_or_default());
-        command.arg("unshare").args(KINDS);
+        if let Some(other) = config.beside {
+            command.args(["nsenter", "--target", &other.to_string(), "--net"]);
+        }
+        command.arg("unshare").args(KINDS.iter().filter(|kind| **kind != "--net" || config.beside.is_none()));
         command.args(cgroups.map(|_| "--cgroup"));
         command.args(["--fork", "--kill-child", "sh", "-e", "-c", SCRIPT, "sh"]);
-        command.arg(tree).arg(dir).arg(KVM_GROUP.to_string()).arg(Libvirt::ADDRESS);
+        let address = if config.beside.is_some() { "none" } else { Libvirt::ADDRESS };
+        command.arg(tree).arg(dir).arg(KVM_GROUP.to_string()).arg(address);
         command.arg(cgroups.map_or_else(|| "none".to_owned(), Cgroups::mounts));
         let programs = [(&config.emulator, Libvirt::EMULATOR), (&config.shim, Libvirt::SHIM)];
         for (program, inside) in programs {

@@ -1,0 +1,285 @@
+//! `soc-vmm migrate`: begins a move, and shows how it goes.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::args::{Keeps, MigrateArgs};
+use super::{ExitStatus, Failure, one_line};
+use crate::migrate::Uri;
+use crate::qmp::types::Empty;
+use crate::qmp::{Client, ClientError};
+
+/// How often it is looked at, and of these looks how many a line is written for.
+const LOOK: Duration = Duration::from_millis(200);
+const A_LINE: u32 = 5;
+/// How long a VM may take to end whose guest has left.
+const LEAVING: Duration = Duration::from_secs(10);
+/// How the VM knows the certificates that a move is begun with.
+const CREDENTIALS: &str = "x-outboard-migrate-tls";
+
+/// Why a guest is not moved.
+pub(super) enum Trouble {
+    /// The VM can't be asked, or refused.
+    Client(ClientError),
+    /// It was moved only in part.
+    Told(Failure),
+}
+
+impl Trouble {
+    /// As a failure; `of_client` knows whom it was asked of.
+    pub(super) fn failure(self, of_client: impl FnOnce(ClientError) -> Failure) -> Failure {
+        match self {
+            Self::Client(e) => of_client(e),
+            Self::Told(failure) => failure,
+        }
+    }
+}
+
+impl From<ClientError> for Trouble {
+    fn from(e: ClientError) -> Self {
+        Self::Client(e)
+    }
+}
+
+/// Moves the guest of the VM `shown`.
+pub(super) fn migrate(
+    client: &mut Client,
+    args: &MigrateArgs,
+    shown: &str,
+    out: &mut dyn Write,
+) -> Result<(), Trouble> {
+    if args.resume {
+        begin(client, args)?;
+        return if args.detach { Ok(()) } else { watch(client, false, true, shown, out, write_result) };
+    }
+    let several = args.connections > 1 && matches!(args.uri, Uri::Tcp(..) | Uri::Tls(..) | Uri::Unix(_));
+    let capability = |name: &str, state: bool| json!({ "capability": name, "state": state });
+    let capabilities = [
+        capability("return-path", true),
+        capability("multifd", several),
+        capability("auto-converge", args.auto_converge == "on"),
+        capability("pause-before-switchover", false),
+        capability("postcopy-ram", args.postcopy),
+    ];
+    client.execute_with::<Empty>("migrate-set-capabilities", &json!({ "capabilities": capabilities }))?;
+    let parameters = json!({
+        "downtime-limit": args.downtime,
+        "max-bandwidth": args.bandwidth.map_or(0, |size| size.0),
+        "multifd-channels": args.connections.max(1),
+        "multifd-compression": if args.zstd { "zstd" } else { "none" },
+    });
+    client.execute_with::<Empty>("migrate-set-parameters", &parameters)?;
+    begin(client, args)?;
+    if args.detach { Ok(()) } else { watch(client, args.postcopy, true, shown, out, write_result) }
+}
+
+/// Keeps the guest of the VM `shown` in a file.
+pub(super) fn save(
+    client: &mut Client,
+    file: &Path,
+    keep: Option<Keeps>,
+    detach: bool,
+    shown: &str,
+    out: &mut dyn Write,
+) -> Result<(), Trouble> {
+    // The VM's working directory is another one.
+    let told = |e: Failure| Trouble::Told(e);
+    let file = std::path::absolute(file).map_err(|e| told(Failure::of(ExitStatus::Usage, "FILE", &e)))?;
+    let Some(file) = file.to_str() else {
+        return Err(told(Failure::new(ExitStatus::Usage, "FILE: QMP carries UTF-8 alone; take another name")));
+    };
+    let then = match keep {
+        None => "end",
+        Some(Keeps::Running) => "run",
+        Some(Keeps::Paused) => "pause",
+    };
+    client.execute_with::<Empty>("x-outboard-save", &json!({ "file": file, "then": then }))?;
+    if detach { Ok(()) } else { watch(client, false, keep.is_none(), shown, out, write_saved) }
+}
+
+/// Ends what is under way in the VM `shown`.
+pub(super) fn cancel(client: &mut Client, shown: &str) -> Result<(), Trouble> {
+    let failed = |why: &str| Err(Trouble::Told(Failure::new(ExitStatus::Failed, format!("{shown}: {why}"))));
+    let told: Value = client.execute("query-migrate")?;
+    if matches!(told["status"].as_str(), None | Some("none" | "completed" | "failed" | "cancelled")) {
+        return failed("no migration is under way");
+    }
+    let vm: Value = client.execute("query-status")?;
+    if vm["status"] == "inmigrate" {
+        return failed("a guest is awaited here: cancel its migration at its source, or soc-vmm quit this VM");
+    }
+    client.execute::<Empty>("migrate_cancel")?;
+    let told: Value = client.execute("query-migrate")?;
+    let why = match told["status"].as_str().unwrap_or_default() {
+        "postcopy-active" => "it is too late: the guest runs at its destination already, and waits for its pages",
+        "postcopy-paused" | "postcopy-recover" => {
+            "it is too late: the guest runs at its destination already; go on by soc-vmm migrate URI NAME --resume"
+        }
+        _ => return Ok(()),
+    };
+    failed(why)
+}
+
+/// Shows how it goes until it is over; `post_copy`: the guest is to run there after the first round; `leaves`: its VM ends then.
+fn watch(
+    client: &mut Client,
+    post_copy: bool,
+    leaves: bool,
+    shown: &str,
+    out: &mut dyn Write,
+    write_result: impl Fn(&mut dyn Write, &Value) -> io::Result<()>,
+) -> Result<(), Trouble> {
+    let mut wants_post_copy = post_copy;
+    let mut looks = 0;
+    loop {
+        let told: Value = client.execute("query-migrate")?;
+        let status = told["status"].as_str().unwrap_or_default();
+        let failed = |why: String| Err(Trouble::Told(Failure::new(ExitStatus::Failed, format!("{shown}: {why}"))));
+        match status {
+            "completed" => {
+                written(write_result(out, &told))?;
+                // Whoever starts another VM with its name or its disks right away finds them free. One that stays was kept, or is libvirt's.
+                if leaves {
+                    _ = client.wait_for_end(LEAVING);
+                }
+                return Ok(());
+            }
+            "cancelled" => return failed("it was cancelled; the guest stays as it was".into()),
+            "postcopy-paused" => {
+                let why = one_line(told["error-desc"].as_str().unwrap_or("nobody knows why"));
+                return failed(format!(
+                    "the connection broke while the guest runs at its destination and waits for pages ({why}): \
+                     go on by soc-vmm migrate URI NAME --resume"
+                ));
+            }
+            "active" if wants_post_copy && number(&told["ram"], "dirty-sync-count") > 0 => {
+                wants_post_copy = false;
+                match client.execute::<Empty>("migrate-start-postcopy") {
+                    // It may have come so far without.
+                    Ok(Empty {}) | Err(ClientError::Refused(_)) => {}
+                    Err(e) => return Err(e.into()),
+                }
+            }
+            "failed" => return failed(one_line(told["error-desc"].as_str().unwrap_or("the move failed"))),
+            _ => {}
+        }
+        if looks % A_LINE == 0 {
+            written(write_progress(out, status, &told))?;
+        }
+        looks += 1;
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Has it begin, with certificates that the VM has for that alone.
+fn begin(client: &mut Client, args: &MigrateArgs) -> Result<(), Trouble> {
+    // The VM's working directory is another one.
+    let mut begin = json!({ "uri": args.uri.clone().absolute().to_string() });
+    if args.resume {
+        begin["resume"] = true.into();
+    }
+    let Some(dir) = &args.tls_dir else {
+        client.execute_with::<Empty>("migrate", &begin)?;
+        return Ok(());
+    };
+    // The VM's working directory is another one.
+    let told = |e: Failure| Trouble::Told(e);
+    let dir = std::path::absolute(dir).map_err(|e| told(Failure::of(ExitStatus::Usage, "--tls-dir", &e)))?;
+    let Some(dir) = dir.to_str() else {
+        return Err(told(Failure::new(ExitStatus::Usage, "--tls-dir: QMP carries UTF-8 alone; rename the directory")));
+    };
+    let name = json!({ "id": CREDENTIALS });
+    let creds = json!({ "qom-type": "tls-creds-x509", "id": CREDENTIALS, "dir": dir, "endpoint": "client" });
+    let parameters = |creds: &str, host: &str| json!({ "tls-creds": creds, "tls-hostname": host });
+    // Of one that was interrupted.
+    _ = client.execute_with::<Empty>("object-del", &name);
+    client.execute_with::<Empty>("object-add", &creds)?;
+    let host = args.tls_hostname.as_deref().unwrap_or_default();
+    let began = client
+        .execute_with::<Empty>("migrate-set-parameters", &parameters(CREDENTIALS, host))
+        .and_then(|_| client.execute_with::<Empty>("migrate", &begin));
+    // What has begun has read them, and nothing else shall use them.
+    client.execute_with::<Empty>("migrate-set-parameters", &parameters("", ""))?;
+    client.execute_with::<Empty>("object-del", &name)?;
+    Ok(began.map(drop)?)
+}
+
+fn written(result: io::Result<()>) -> Result<(), Trouble> {
+    super::client::written(result).map_err(Trouble::Told)
+}
+
+fn number(told: &Value, name: &str) -> u64 {
+    told[name].as_u64().unwrap_or(0)
+}
+
+fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// Bytes a second, of megabits.
+fn rate(ram: &Value) -> f64 {
+    ram["mbps"].as_f64().unwrap_or(0.0) * 1e6 / 8.0 / f64::from(1 << 20)
+}
+
+fn write_progress(out: &mut dyn Write, status: &str, told: &Value) -> io::Result<()> {
+    let ram = &told["ram"];
+    if status == "setup" {
+        writeln!(out, "setup")?;
+        return out.flush();
+    }
+    let expected = match number(told, "expected-downtime") {
+        // The first round tells it.
+        0 => String::new(),
+        ms => format!(", expected downtime {ms} ms"),
+    };
+    let round = match status {
+        "active" => format!(", round {}", number(ram, "dirty-sync-count") + 1),
+        _ => String::new(),
+    };
+    let throttle = match number(told, "cpu-throttle-percentage") {
+        0 => String::new(),
+        percent => format!(", vCPUs slowed by {percent} %"),
+    };
+    writeln!(
+        out,
+        "{}: {:.1} MiB left of {:.1}, {:.1} MiB/s{expected}{round}{throttle}",
+        one_line(status),
+        mebibytes(number(ram, "remaining")),
+        mebibytes(number(ram, "total")),
+        rate(ram),
+    )?;
+    out.flush()
+}
+
+fn write_saved(out: &mut dyn Write, told: &Value) -> io::Result<()> {
+    let ram = &told["ram"];
+    writeln!(
+        out,
+        "saved in {} ms: {:.1} MiB written of {:.1}, the guest stood still for {} ms of that",
+        number(told, "total-time"),
+        mebibytes(number(ram, "transferred")),
+        mebibytes(number(ram, "total")),
+        number(told, "downtime"),
+    )
+}
+
+fn write_result(out: &mut dyn Write, told: &Value) -> io::Result<()> {
+    let ram = &told["ram"];
+    let late = match number(ram, "postcopy-bytes") {
+        0 => String::new(),
+        bytes => format!(", {:.1} MiB of that while it ran there", mebibytes(bytes)),
+    };
+    writeln!(
+        out,
+        "completed in {} ms: {:.1} MiB sent of {:.1} in {} rounds{late}, {:.1} MiB/s, downtime {} ms",
+        number(told, "total-time"),
+        mebibytes(number(ram, "transferred")),
+        mebibytes(number(ram, "total")),
+        number(ram, "dirty-sync-count"),
+        rate(ram),
+        number(told, "downtime"),
+    )
+}
