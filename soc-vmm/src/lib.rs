@@ -5,6 +5,7 @@
 
 pub mod acpi;
 pub mod ahci;
+pub mod arena;
 pub mod block;
 pub mod boot;
 pub mod bus;
@@ -34,6 +35,7 @@ pub mod migrate;
 pub mod nbd;
 pub mod net;
 pub mod numa;
+mod own;
 pub mod pci;
 pub mod persist;
 pub mod pool;

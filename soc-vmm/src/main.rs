@@ -5,11 +5,12 @@
 use std::process::ExitCode;
 
 use soc_vmm::cli::{self, ExitStatus, Failure, FunctionSpec, Invocation, PoolVerb};
-use soc_vmm::{inventory, log, pool, probe, vm};
+use soc_vmm::{arena, inventory, log, pool, probe, vm};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 fn main() -> ExitCode {
+    arena::share();
     let ended = Invocation::parse(std::env::args_os()).and_then(invoke);
     match ended {
         Ok(status) => status.into(),

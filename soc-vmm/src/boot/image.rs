@@ -2,8 +2,8 @@
 
 use std::{
     fs::{File, Metadata, OpenOptions},
-    io,
-    os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
+    io::{self, ErrorKind},
+    os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -11,6 +11,7 @@ use nix::fcntl::OFlag;
 
 use super::error::{BootError, ImageError, Role};
 use crate::memory::GuestMemory;
+use crate::own::Identity;
 
 /// Bytes of one write to guest memory: large enough to keep a DMA engine busy, small enough to hold.
 pub(super) const CHUNK: usize = 1 << 20;
@@ -19,6 +20,7 @@ pub(super) const CHUNK: usize = 1 << 20;
 const OPEN: &str = "open it (check its path and permissions)";
 const EXAMINE: &str = "examine it (check the file system that it is on)";
 const READ: &str = "read it (check the disk that it is on)";
+const HOLD: &str = "hold a part of it in memory (ulimit -v limits that)";
 
 /// Bytes at offsets: what the parsers read from, a file or a slice.
 pub trait ReadAt {
@@ -55,8 +57,7 @@ pub struct ImageFile {
     role: Role,
     /// Bytes when it was opened.
     size: u64,
-    /// Device and inode.
-    identity: (u64, u64),
+    identity: Identity,
 }
 
 impl ImageFile {
@@ -77,7 +78,7 @@ impl ImageFile {
         if metadata.len() == 0 {
             return Err(failed(ImageError::Empty));
         }
-        let identity = (metadata.dev(), metadata.ino());
+        let identity = Identity::of(&metadata);
         Ok(Self { file, path: path.into(), role, size: metadata.len(), identity })
     }
 
@@ -89,6 +90,12 @@ impl ImageFile {
     /// `problem`, said of this file.
     pub(super) fn blame(&self, problem: ImageError) -> BootError {
         BootError::File { role: self.role, path: self.path.clone(), source: problem }
+    }
+
+    /// Has `buffer` have room for that many bytes of it.
+    pub(super) fn room(&self, buffer: &mut Vec<u8>, count: usize) -> Result<(), BootError> {
+        let reserved = buffer.try_reserve_exact(count);
+        reserved.map_err(|_| self.blame(ImageError::Io { action: HOLD, source: ErrorKind::OutOfMemory.into() }))
     }
 
     /// Copies `buffer.len()` bytes from `offset` to guest-physical `to`.
@@ -111,7 +118,7 @@ impl ImageFile {
 
     /// Whether `metadata` is this very file's, by whatever path.
     pub(super) fn is(&self, metadata: &Metadata) -> bool {
-        self.identity == (metadata.dev(), metadata.ino())
+        self.identity == Identity::of(metadata)
     }
 }
 

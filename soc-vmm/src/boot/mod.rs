@@ -245,6 +245,7 @@ impl Loading<'_> {
         let end = if *done < load.file_len { load.file_len } else { load.mem_len };
         let count = usize::try_from(end - *done).map_or(image::CHUNK, |rest| rest.min(image::CHUNK));
         self.buffer.clear();
+        image.room(&mut self.buffer, count)?;
         self.buffer.resize(count, 0);
         if *done < load.file_len {
             image.copy_to(memory, load.offset + *done, &mut self.buffer, load.to + *done)?;

@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +12,8 @@ use nix::sys::socket::{
     sockopt,
 };
 use nix::sys::stat::{Mode, fchmod};
+
+use crate::own::Identity;
 
 /// Why a path can't be listened on.
 #[derive(Debug, thiserror::Error)]
@@ -35,8 +37,8 @@ pub enum ListenError {
 pub struct ListeningSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the path when it was bound; none: its path is another's to remove.
-    identity: Option<(u64, u64)>,
+    /// What the path was when it was bound; none: its path is another's to remove.
+    identity: Option<Identity>,
 }
 
 impl ListeningSocket {
@@ -49,7 +51,7 @@ impl ListeningSocket {
         let failed = |e: io::Error| ListenError::Io(path.to_owned(), e);
         let listener = bind_private(path).map_err(|e| failed(e.into()))?;
         let placed = std::fs::symlink_metadata(path).map_err(failed)?;
-        Ok(Self { listener, path: path.to_owned(), identity: Some((placed.dev(), placed.ino())) })
+        Ok(Self { listener, path: path.to_owned(), identity: Some(Identity::of(&placed)) })
     }
 
     /// Takes over a socket that listens already, whose path stays.
@@ -86,8 +88,8 @@ impl ListeningSocket {
 impl Drop for ListeningSocket {
     fn drop(&mut self) {
         // Somebody may have removed or replaced the path: then it is not ours to remove.
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|now| Some((now.dev(), now.ino())) == self.identity) {
-            let _ = std::fs::remove_file(&self.path);
+        if let Some(identity) = self.identity {
+            let _ = identity.remove(&self.path);
         }
     }
 }

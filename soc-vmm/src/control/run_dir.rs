@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::OFlag;
 
 use super::{ListenError, ListeningSocket};
+use crate::own::Identity;
 
 /// How long a name may be locked by one who is about to let it go.
 const HANDOVER: Duration = Duration::from_millis(200);
@@ -228,7 +229,7 @@ fn lock_existing(path: &Path) -> io::Result<Option<File>> {
 /// Whether `path` is this very directory's.
 fn is_at(dir: &File, path: &Path) -> io::Result<bool> {
     let (opened, named) = (dir.metadata()?, fs::symlink_metadata(path)?);
-    Ok((opened.dev(), opened.ino()) == (named.dev(), named.ino()))
+    Ok(Identity::of(&opened) == Identity::of(&named))
 }
 
 fn make_directory(path: &Path) -> io::Result<()> {

@@ -20,6 +20,7 @@ use nix::unistd::{AccessFlags, eaccess};
 use super::SECTOR;
 use crate::bus::Wake;
 use crate::layout::FIRMWARE_MAX;
+use crate::own::Identity;
 
 /// Between two writes: a guest that programs without end keeps no disk busy.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -165,7 +166,7 @@ impl VariableStore {
 
     /// Whether that is the store's file, as it is now.
     pub fn is(&self, file: &Metadata) -> bool {
-        std::fs::metadata(&self.shared.path).is_ok_and(|own| (own.dev(), own.ino()) == (file.dev(), file.ino()))
+        std::fs::metadata(&self.shared.path).is_ok_and(|own| Identity::of(&own) == Identity::of(file))
     }
 
     /// Has the file written with `bytes` at `offset`; returns at once. What lies behind the store's end vanishes.

@@ -204,7 +204,7 @@ impl<F: SocFunction> Channel<F> {
     }
 }
 
-/// Whether the host has every vCPU leave the guest for it, some of whose pages are still to come.
+/// Whether the host has every vCPU leave the guest for this where pages are still to come.
 fn needs_vcpus_out(call: &Call) -> bool {
     matches!(call, Call::SetMemslots(_) | Call::NotifyPages(_) | Call::IoEvent(_))
 }

@@ -69,14 +69,8 @@ impl Way {
     /// # Errors
     /// It is there, or can't be.
     pub(super) fn new_file(path: PathBuf) -> Result<(Self, Made), WayError> {
-        let opened = OpenOptions::new().write(true).create_new(true).mode(OWNER).open(&path);
-        match opened.and_then(|file| Ok((Made::new(path.clone(), &file)?, file))) {
-            Ok((made, file)) => {
-                Ok((Self::File(FilePlace { path, offset: 0, pages_first: false }, Some(file.into())), made))
-            }
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(WayError::Exists(path)),
-            Err(e) => Err(WayError::File(path, e)),
-        }
+        let (file, made) = create_new(path.clone())?;
+        Ok((Self::File(FilePlace { path, offset: 0, pages_first: false }, Some(file)), made))
     }
 
     /// Has the file be there that a guest goes into; that, if it wasn't before.
@@ -85,9 +79,8 @@ impl Way {
     /// It can't be.
     pub(super) fn make(self) -> Result<(Self, Option<Made>), WayError> {
         match self {
-            Self::File(place, None) => match Self::new_file(place.path.clone()) {
-                Ok((Self::File(_, file), made)) => Ok((Self::File(place, file), Some(made))),
-                Ok((way, made)) => Ok((way, Some(made))),
+            Self::File(place, None) => match create_new(place.path.clone()) {
+                Ok((file, made)) => Ok((Self::File(place, Some(file)), Some(made))),
                 // Whether it may be written is looked at when it is opened.
                 Err(WayError::Exists(_)) => Ok((Self::File(place, None), None)),
                 Err(e) => Err(e),
@@ -325,6 +318,16 @@ fn addresses(host: &str, port: u16) -> Result<Vec<SocketAddr>, WayError> {
 
 /// Guest memory is for its owner alone.
 const OWNER: u32 = 0o600;
+
+/// A file that wasn't there.
+fn create_new(path: PathBuf) -> Result<(OwnedFd, Made), WayError> {
+    let opened = OpenOptions::new().write(true).create_new(true).mode(OWNER).open(&path);
+    match opened.and_then(|file| Ok((Made::new(path.clone(), &file)?, file))) {
+        Ok((made, file)) => Ok((file.into(), made)),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(WayError::Exists(path)),
+        Err(e) => Err(WayError::File(path, e)),
+    }
+}
 
 /// Opens a file to write a stream into; what is before its offset stays.
 fn create(place: &FilePlace, passed: Option<&OwnedFd>) -> io::Result<File> {

@@ -1,24 +1,24 @@
 //! A file that was made for a guest to go into.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use migration::MigrationError;
+
+use crate::own::Identity;
 
 /// It, and where it is. Somebody may put another one in its place meanwhile.
 #[derive(Clone, Debug)]
 pub(super) struct Made {
     path: PathBuf,
-    /// Device and inode.
-    identity: (u64, u64),
+    identity: Identity,
 }
 
 impl Made {
     /// `file` was just made at that path.
     pub(super) fn new(path: PathBuf, file: &File) -> io::Result<Self> {
-        let identity = identity(&file.metadata()?);
+        let identity = Identity::of(&file.metadata()?);
         Ok(Self { path, identity })
     }
 
@@ -36,25 +36,18 @@ impl Made {
     /// Removes it: it has no whole guest.
     pub(super) fn remove(&self) {
         let path = self.path.display();
-        let removed = match fs::symlink_metadata(&self.path) {
-            Ok(found) if identity(&found) == self.identity => fs::remove_file(&self.path),
-            Ok(_) => {
-                return tracing::warn!("{path}: it is another file by now, and stays; what was written has no guest");
-            }
-            Err(e) => Err(e),
-        };
-        if let Err(e) = removed {
-            tracing::warn!("{path}: it has no guest, and stays: {e}");
+        match self.identity.remove(&self.path) {
+            Ok(true) => {}
+            Ok(false) => tracing::warn!("{path}: it is another file by now, and stays; what was written has no guest"),
+            Err(e) => tracing::warn!("{path}: it has no guest, and stays: {e}"),
         }
     }
 }
 
-fn identity(of: &fs::Metadata) -> (u64, u64) {
-    (of.dev(), of.ino())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

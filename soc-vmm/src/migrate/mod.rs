@@ -406,7 +406,7 @@ impl Migration {
         let (monitors, complaints) = (self.events.clone(), Mutex::new(Rarely::default()));
         let last = Mutex::new(None::<Heard>);
         Control::telling(parameters, move |event| {
-            let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+            let last = || last.lock().unwrap_or_else(PoisonError::into_inner);
             let kind = match event {
                 // Told with the command that begins it.
                 migration::Event::Phase(Phase::Setup) => return,
@@ -416,14 +416,18 @@ impl Migration {
                     }
                     EventKind::Migration { status: Step::of(&phase) }
                 }
-                migration::Event::Settles => return last.take().iter().for_each(|heard| heard.wait(HEARD)),
+                migration::Event::Settles => {
+                    // Who tells something meanwhile doesn't wait for that, too.
+                    let heard = last().take();
+                    return heard.iter().for_each(|heard| heard.wait(HEARD));
+                }
                 migration::Event::TurnedAway(why) => {
                     let mut complaints = complaints.lock().unwrap_or_else(PoisonError::into_inner);
                     return complaints.say(Instant::now(), format_args!("at the door for a guest's source: {why}"));
                 }
                 migration::Event::Pass(pass) => EventKind::MigrationPass { pass: pass as i64 },
             };
-            *last = tell(&monitors, kind);
+            *last() = tell(&monitors, kind);
         })
     }
 

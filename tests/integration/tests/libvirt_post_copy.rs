@@ -1,7 +1,6 @@
 //! Debian's unmodified libvirtd has a domain's guest run at another libvirtd's before its pages are there.
 
 use std::fs;
-use std::time::Duration;
 
 use integration::libvirt::{Boot, Domain, Pair};
 use integration::test_name;
@@ -59,22 +58,22 @@ fn a_domain_runs_there_before_its_pages_do_where_the_host_lets_it() {
     pair.there.virsh(&["destroy", BUSY]);
 
     here.virsh(&["start", BUSY]);
-    let mut mover = pair.begin_to_move(BUSY, &by(&["--bandwidth", "1"]));
+    let mover = pair.begin_to_move(BUSY, &by(&["--bandwidth", "1"]));
     pair.moves_memory(BUSY);
     here.virsh(&["migrate-postcopy", BUSY]);
-    assert!(mover.wait(Duration::from_secs(120)).unwrap().expect("virsh ends").success());
+    assert!(pair.ends_to_move(mover));
     pair.has_moved(BUSY);
     pair.there.virsh(&["destroy", BUSY]);
 
     // The connection is lost, and found again.
     here.virsh(&["start", BUSY]);
     let slow = by(&["--bandwidth", "1", "--postcopy-bandwidth", "1"]);
-    let mut mover = pair.begin_to_move(BUSY, &slow);
+    let mover = pair.begin_to_move(BUSY, &slow);
     pair.moves_memory(BUSY);
     here.virsh(&["migrate-postcopy", BUSY]);
     pair.there.becomes(BUSY, "running (post-copy)");
     here.qmp(BUSY, "migrate-pause", json!({}));
-    assert!(!mover.wait(Duration::from_secs(60)).unwrap().expect("virsh ends").success());
+    assert!(!pair.ends_to_move(mover));
     here.becomes(BUSY, "paused (post-copy failed)");
     pair.there.becomes(BUSY, "running (post-copy failed)");
     pair.move_by(BUSY, &by(&["--postcopy-resume"]));

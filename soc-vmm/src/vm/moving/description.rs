@@ -93,9 +93,9 @@ impl Description {
 
     /// The first thing that a device has otherwise here.
     fn other_fact(&self, source: &Self) -> Option<Difference> {
-        let facts =
+        let mut facts =
             source.facts.iter().flat_map(|(name, facts)| facts.iter().map(move |(what, fact)| (name, what, fact)));
-        facts.into_iter().find_map(|(name, what, theirs)| {
+        facts.find_map(|(name, what, theirs)| {
             let (theirs, ours, may_be_more) = match (theirs, self.facts.get(name)?.get(what)?) {
                 (&Fact::Is(theirs), &Fact::Is(ours)) if theirs != ours => (theirs, ours, false),
                 (&Fact::AtLeast(theirs), &Fact::AtLeast(ours)) if theirs > ours => (theirs, ours, true),

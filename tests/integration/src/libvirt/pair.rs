@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 use tempfile::TempDir;
 use testbed::certificates::of_localhost;
@@ -67,8 +68,7 @@ impl Pair {
     /// It doesn't.
     pub fn move_by(&self, domain: &str, more: &[&str]) {
         let output = self.here.libvirt.virsh(&words(domain, more)).expect("virsh");
-        let stories = || format!("\nhere:{}\nthere:{}", self.here.story(), self.there.story());
-        assert_eq!(output.status, 0, "{more:?}: {}{}", output.stderr, stories());
+        assert_eq!(output.status, 0, "{more:?}: {}{}", output.stderr, self.stories());
         self.has_moved(domain);
     }
 
@@ -87,6 +87,15 @@ impl Pair {
     /// virsh doesn't start.
     pub fn begin_to_move(&self, domain: &str, more: &[&str]) -> Child {
         self.here.libvirt.spawn("virsh", &words(domain, more), Stdio::null()).expect("virsh starts")
+    }
+
+    /// Waits for the end of what [`Pair::begin_to_move`] began; whether the guest has moved.
+    ///
+    /// # Panics
+    /// It has none.
+    pub fn ends_to_move(&self, mut mover: Child) -> bool {
+        let ended = mover.wait(Duration::from_secs(120)).expect("virsh can be waited for");
+        ended.unwrap_or_else(|| panic!("virsh doesn't end{}", self.stories())).success()
     }
 
     /// Has it move where that is refused; why.
@@ -123,6 +132,11 @@ impl Pair {
     pub fn check_messages(&self) {
         self.here.check_messages();
         self.there.check_messages();
+    }
+
+    /// What everybody said, for a test that fails.
+    fn stories(&self) -> String {
+        format!("\nhere:{}\nthere:{}", self.here.story(), self.there.story())
     }
 
     /// Lets both speak TLS, as hosts that can be reached as localhost.
