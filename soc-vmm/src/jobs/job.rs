@@ -1,8 +1,11 @@
 //! One job: a disk's copy, and what monitors hear of it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use tokio::sync::broadcast::WeakSender;
+use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::{JobError, JobStatus, NewMirror};
 use crate::block::{Ending, Mirror, MirrorError, MirrorEvent, Side};
@@ -12,6 +15,8 @@ use crate::control::{BlockJobFigures, Event, EventKind, IoAction, IoOperation};
 pub const KIND: &str = "mirror";
 /// What QEMU says of a job that was ended.
 const CANCELLED: &str = "Operation canceled";
+/// Most copies end within that.
+const SOON: Duration = Duration::from_secs(1);
 
 /// A job.
 pub struct Job {
@@ -25,6 +30,8 @@ pub struct Job {
     mirror: Mutex<Option<Arc<Mirror>>>,
     /// Taken before the work's own lock, and held while monitors are told of a change.
     state: Mutex<State>,
+    /// Monitors were told of its end.
+    over: watch::Sender<bool>,
 }
 
 struct State {
@@ -60,8 +67,8 @@ impl Job {
     pub(super) fn start(new: NewMirror, events: WeakSender<Event>) -> Result<Arc<Self>, MirrorError> {
         let NewMirror { id, disk, source, handle, target, image, spec, auto_dismiss } = new;
         let state = State { status: JobStatus::Created, speed: spec.speed, error: None, last: (0, 0) };
-        let (state, mirror) = (Mutex::new(state), Mutex::default());
-        let job = Arc::new(Self { id, disk, source, target, auto_dismiss, events, mirror, state });
+        let (state, mirror, over) = (Mutex::new(state), Mutex::default(), watch::Sender::new(false));
+        let job = Arc::new(Self { id, disk, source, target, auto_dismiss, events, mirror, state, over });
         let weak = Arc::downgrade(&job);
         // What happens to it is told after its beginning.
         let mut state = job.state();
@@ -122,6 +129,13 @@ impl Job {
             None => {}
         }
         Ok(())
+    }
+
+    /// Waits a little until monitors were told that it is over. libvirt's migrations rely on that: what it hears of one job while it
+    /// dismisses another one it forgets, and waits for it without end.
+    pub async fn ends_soon(&self) {
+        // An error says that it takes longer.
+        let _ = timeout(SOON, self.over.subscribe().wait_for(|over| *over)).await;
     }
 
     /// Holds it to so many bytes a second; 0: no limit.
@@ -219,6 +233,7 @@ impl Job {
             self.enter(state, JobStatus::Null);
             *lock(&self.mirror) = None;
         }
+        self.over.send_replace(true);
     }
 
     fn tell(&self, kind: EventKind) {

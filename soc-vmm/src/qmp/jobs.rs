@@ -260,9 +260,17 @@ impl Command for BlockJobCancel {
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        vm.jobs().find(&self.device)?.cancel(self.force)?;
+        cancel(&vm, &self.device, self.force).await?;
         Ok(Empty {})
     }
+}
+
+/// Ends a job. Who asked hears of its end before the answer, unless it takes long.
+async fn cancel(vm: &VmHandle, id: &str, force: bool) -> Result<(), QmpError> {
+    let job = vm.jobs().find(id)?;
+    job.cancel(force)?;
+    job.ends_soon().await;
+    Ok(())
 }
 
 /// QMP `block-job-set-speed`.
@@ -337,7 +345,7 @@ impl Command for JobCancel {
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        vm.jobs().find(&self.id)?.cancel(true)?;
+        cancel(&vm, &self.id, true).await?;
         Ok(Empty {})
     }
 }

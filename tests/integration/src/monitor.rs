@@ -94,6 +94,11 @@ impl Monitor {
         }
     }
 
+    /// Whether an event of that name and with such data came already, and was not asked for.
+    pub fn has_heard(&self, name: &str, is_meant: impl Fn(&Value) -> bool) -> bool {
+        self.events.iter().any(|event| event["event"] == name && is_meant(&event["data"]))
+    }
+
     /// Says a line as it is.
     ///
     /// # Errors

@@ -172,6 +172,25 @@ fn a_copy_that_is_ended_early_or_loses_its_disk_is_told_so() {
     assert!(job["error"].as_str().unwrap().contains("taken out of the VM"), "{job}");
 }
 
+/// libvirt's migrations wait without end for what they hear of one job while they dismiss another one.
+#[test]
+fn who_cancels_a_copy_has_heard_of_its_end_before_the_answer() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let mut writer = Writer::run();
+    writer.add_target("copy");
+    for (force, is_ready) in [(true, false), (true, true), (false, true)].repeat(4) {
+        writer.mirror("copy", json!({"speed": if is_ready { 0 } else { 1 << 20 }}));
+        if is_ready {
+            writer.status_is("ready");
+        }
+        writer.qmp.does("block-job-cancel", json!({"device": "copy", "force": force}));
+        assert!(writer.qmp.has_heard("JOB_STATUS_CHANGE", |data| data["status"] == "concluded"));
+        writer.ends();
+    }
+}
+
 #[test]
 fn a_disk_is_copied_to_another_vm_which_shows_one() {
     if !kvm(&test_name()) {
