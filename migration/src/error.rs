@@ -146,7 +146,10 @@ pub enum MigrationError {
         source: Box<MigrationError>,
     },
     /// Connections that the source announced and never made.
-    #[error("{came} of {announced} connections came within {limit:?}: is something between the sides that stops them?")]
+    #[error(
+        "{came} of {announced} connections came within {} ms: is something between the sides that stops them?",
+        limit.as_millis()
+    )]
     Connections {
         /// How many there are.
         came: u16,

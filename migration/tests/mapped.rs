@@ -4,6 +4,7 @@ mod rig;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use rig::roads::{into, once, out_of, unix};
 use rig::{Destination, Halts, Ram, Source, Writer};
-use tempfile::tempfile;
+use tempfile::{tempdir, tempfile};
 
 const PAGES: [u64; 2] = [2000, 70];
 
@@ -212,6 +213,34 @@ fn pages_have_places_in_files_alone() {
     let error = receive(&Destination::like(&source), &mut once(connection), &control).unwrap_err();
     assert!(matches!(error, MigrationError::NoPlace), "{error:?}");
     assert!(matches!(control.phase(), Phase::Failed(_)));
+}
+
+/// Nobody would find it there: the guest goes on.
+#[test]
+fn a_file_that_somebody_removes_or_replaces_meanwhile_keeps_no_guest() {
+    let spoil: [fn(&Path); 2] = [
+        |path| std::fs::remove_file(path).unwrap(),
+        |path| std::fs::rename(path.with_extension("other"), path).unwrap(),
+    ];
+    for (mapped, spoil) in [true, false].into_iter().flat_map(|mapped| spoil.map(|spoil| (mapped, spoil))) {
+        let dir = tempdir().unwrap();
+        let path = dir.path().join("saved");
+        let file = File::create(&path).unwrap();
+        std::fs::write(path.with_extension("other"), "precious").unwrap();
+        let source = Source::new(Ram::filled(&PAGES));
+        let control = Control::new(Parameters { mapped, pause_before_switchover: true, ..Parameters::default() });
+        let sent = thread::scope(|scope| {
+            let sender = scope.spawn(|| send(&source, &mut into(&file), &control));
+            while control.phase() != Phase::PreSwitchover {
+                thread::sleep(Duration::from_millis(1));
+            }
+            spoil(&path);
+            assert!(control.go_on());
+            sender.join().unwrap()
+        });
+        assert!(sent.unwrap_err().one_line().contains("meanwhile"));
+        assert!(source.runs() && !source.gone.load(Ordering::Relaxed));
+    }
 }
 
 /// As where the disk is full: the guest goes on.

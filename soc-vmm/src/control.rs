@@ -274,6 +274,11 @@ impl VmControl {
         &self.jobs
     }
 
+    /// Its way elsewhere, or here from elsewhere.
+    pub fn migration(&self) -> &Arc<Migration> {
+        &self.migration
+    }
+
     /// The disks that it shows.
     pub fn exports(&self) -> &Arc<Exports> {
         &self.exports

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
@@ -11,12 +11,15 @@ use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 pub struct Place {
     file: File,
     start: u64,
+    /// It had a name. What is made without one is for who holds it.
+    is_named: bool,
 }
 
 impl Place {
     /// That of a file; none: it is a pipe, or something else without places.
     pub(super) fn of(file: &File) -> io::Result<Option<Self>> {
-        if !file.metadata()?.is_file() {
+        let found = file.metadata()?;
+        if !found.is_file() {
             return Ok(None);
         }
         // What is opened to append writes nowhere else.
@@ -26,7 +29,7 @@ impl Place {
         }
         let mut file = file.try_clone()?;
         let start = file.stream_position()?;
-        Ok(Some(Self { file, start }))
+        Ok(Some(Self { file, start, is_named: found.nlink() > 0 }))
     }
 
     /// Where it begins in its file.
@@ -70,6 +73,14 @@ impl Place {
     /// It ends there, whatever was behind that.
     pub(crate) fn ends(&self, at: u64) -> io::Result<()> {
         self.file.set_len(self.in_file(at)?)
+    }
+
+    /// Whoever looks for it can find it.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        if self.is_named && self.file.metadata()?.nlink() == 0 {
+            return Err(io::Error::other("somebody removed or replaced it meanwhile"));
+        }
+        Ok(())
     }
 
     /// Returns when all of it is on the disk.

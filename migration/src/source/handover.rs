@@ -153,6 +153,9 @@ impl<'s, 'v: 's> Source<'s, '_, 'v> {
     /// Nobody answers: the guest is whose the stream is, once that is whole. Before its last record is, it is no guest.
     fn let_go(&mut self, job: &Job<'_>) -> Result<(), MigrationError> {
         self.control.commit()?;
+        if let Some(file) = &self.lies_in {
+            file.check().map_err(MigrationError::file("finishing"))?;
+        }
         self.say(&job.main, &[Record::Go])?;
         if let Some(file) = &job.file {
             file.finish()?;

@@ -26,6 +26,7 @@ use self::rate::Rate;
 use self::turns::{Turn, Turns};
 use self::wants::Wants;
 use crate::bucket::Bucket;
+use crate::connection::Place;
 use crate::ending::{Ending, caught};
 use crate::progress::{Meter, per_second};
 use crate::session::{Session, spawned};
@@ -73,6 +74,7 @@ pub fn send(vm: &dyn SourceVm, open: &mut Open<'_>, control: &Control) -> Result
             wants: Arc::new(Wants::new(&[], 0)),
             turns: None,
             file: None,
+            lies_in: None,
             logs: false,
             paused: None,
             whose: Whose::Ours,
@@ -102,6 +104,8 @@ struct Source<'s, 'e, 'v> {
     turns: Option<Arc<Job<'v>>>,
     /// Where pages go that have places of their own.
     file: Option<Arc<Placed>>,
+    /// The file that the stream goes into, where it goes into one.
+    lies_in: Option<Place>,
     logs: bool,
     /// Since when the guest stands still.
     paused: Option<Instant>,
@@ -189,8 +193,10 @@ impl<'s, 'v: 's> Source<'s, '_, 'v> {
         getrandom::fill(&mut self.offer.id)
             .map_err(|e| MigrationError::vm("drawing the migration's id")(e.to_string().into()))?;
         let mut connection = open(0).map_err(|source| MigrationError::Open { connection: 0, source })?;
-        let place = connection.place.take().filter(|_| self.parameters.mapped);
-        if self.parameters.mapped && place.is_none() {
+        let mut place = connection.place.take();
+        if !self.parameters.mapped {
+            self.lies_in = place.take();
+        } else if place.is_none() {
             return Err(MigrationError::NoPlace);
         }
         if connection.answers {

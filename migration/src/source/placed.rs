@@ -104,6 +104,7 @@ impl Placed {
         let place = lock(&self.place);
         let finished = place.position().and_then(|end| {
             place.sync()?;
+            place.check()?;
             let head = PlacedHead { records: Some(self.records..end) };
             place.write_at(PlacedHead::AT, &head.bytes())?;
             place.sync()

@@ -79,6 +79,13 @@ impl ListeningSocket {
         &self.listener
     }
 
+    /// Removes its path already. Somebody may have removed or replaced that: then it is not ours to remove.
+    pub fn remove(&self) {
+        if let Some(identity) = self.identity {
+            let _ = identity.remove(&self.path);
+        }
+    }
+
     /// Where it listens.
     pub fn path(&self) -> &Path {
         &self.path
@@ -87,10 +94,7 @@ impl ListeningSocket {
 
 impl Drop for ListeningSocket {
     fn drop(&mut self) {
-        // Somebody may have removed or replaced the path: then it is not ours to remove.
-        if let Some(identity) = self.identity {
-            let _ = identity.remove(&self.path);
-        }
+        self.remove();
     }
 }
 

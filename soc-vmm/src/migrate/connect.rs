@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use migration::Connection;
@@ -103,7 +104,7 @@ impl Way {
     /// Where it leads to, as a message says it.
     pub(super) fn place(&self) -> String {
         match self {
-            Self::Tcp(host, port) => format!("tcp:{host}:{port}"),
+            Self::Tcp(host, port) => Uri::Tcp(host.clone(), *port).to_string(),
             Self::Unix(path) => format!("unix:{}", path.display()),
             Self::Fd(_) => "the descriptor".into(),
             Self::File(place, _) => format!("file:{}", place.path.display()),
@@ -226,7 +227,7 @@ impl Dialer {
 /// The destination's side.
 pub(super) enum Door {
     Tcp(TcpListener),
-    Unix(ListeningSocket),
+    Unix(Arc<ListeningSocket>),
     /// Who comes has to show who it is.
     Guarded(Reception),
     /// What there is comes once.
@@ -244,7 +245,7 @@ impl Door {
                 let listener = bound.map_err(|e| WayError::Listen(name, e))?;
                 Ok(Self::Tcp(listener))
             }
-            Way::Unix(path) => Ok(Self::Unix(ListeningSocket::bind(&path)?)),
+            Way::Unix(path) => Ok(Self::Unix(Arc::new(ListeningSocket::bind(&path)?))),
             Way::File(FilePlace { path, offset, .. }, passed) => {
                 let opened = passed.map_or_else(|| open(&path, OpenOptions::new().read(true)), |fd| Ok(fd.into()));
                 let failed = |e| WayError::File(path.clone(), e);
@@ -269,6 +270,15 @@ impl Door {
                 }
                 way => Ok(Self::Guarded(Reception::new(Self::open(way)?, tls).map_err(WayError::Descriptor)?)),
             },
+        }
+    }
+
+    /// The socket that has a path, where it is one.
+    pub(super) fn socket(&self) -> Option<&Arc<ListeningSocket>> {
+        match self {
+            Self::Unix(socket) => Some(socket),
+            Self::Guarded(reception) => reception.socket(),
+            Self::Tcp(_) | Self::Once(_) => None,
         }
     }
 

@@ -12,7 +12,7 @@ mod uri;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ use connect::{Dialer, Door};
 use dirty_rate::DirtyRates;
 use made::Made;
 
-use crate::control::{Event, EventKind, Heard};
+use crate::control::{Event, EventKind, Heard, ListeningSocket};
 use crate::virtio::complaint::Rarely;
 
 pub use connect::{Way, WayError};
@@ -62,6 +62,8 @@ struct State {
     settings: Settings,
     /// The one that is under way, or the last one.
     job: Option<Job>,
+    /// Where guests were waited for, and may be still.
+    sockets: Vec<Weak<ListeningSocket>>,
 }
 
 #[derive(Clone)]
@@ -242,7 +244,7 @@ impl Migration {
         let is_two_way = way.is_two_way();
         let from = way.place();
         place(&job).clone_from(&from);
-        let door = Door::open(way).inspect_err(|_| self.state().job = before)?;
+        let door = self.opened(way).inspect_err(|_| self.state().job = before)?;
         let (asked, can_post_copy) = (Arc::clone(&vm), OnceLock::new());
         let may_go_on = move || is_two_way && *can_post_copy.get_or_init(|| asked.post_copy_blocker().is_none());
         let mut accept = again::standing(door, job.door.clone(), may_go_on);
@@ -330,10 +332,16 @@ impl Migration {
         let mut place = place(&job);
         if way.place() != *place || matches!(way, Way::Fd(_)) {
             let new = way.place();
-            job.door.put(Door::open(way)?);
+            job.door.put(self.opened(way)?);
             *place = new;
         }
         Ok(())
+    }
+
+    /// The VM ends: nothing is left of the doors that a guest was waited for at.
+    pub fn end(&self) {
+        let sockets = std::mem::take(&mut self.state().sockets);
+        sockets.iter().filter_map(Weak::upgrade).for_each(|socket| socket.remove());
     }
 
     /// Whether a guest can go on here before all of its pages are there. Waits for the VM.
@@ -380,6 +388,15 @@ impl Migration {
     fn paused(&self, leaves: bool) -> Option<Job> {
         let job = self.state().job.clone();
         job.filter(|job| job.leaves == leaves && matches!(job.control.phase(), Phase::PostcopyPaused(_)))
+    }
+
+    fn opened(&self, way: Way) -> Result<Door, WayError> {
+        let door = Door::open(way)?;
+        let mut state = self.state();
+        state.sockets.retain(|socket| socket.strong_count() > 0);
+        state.sockets.extend(door.socket().map(Arc::downgrade));
+        drop(state);
+        Ok(door)
     }
 
     fn begin(&self, leaves: bool, parameters: Parameters) -> Result<Begun, MigrateError> {

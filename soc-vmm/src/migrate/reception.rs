@@ -43,7 +43,7 @@ type Greeted = (String, io::Result<TlsStream>);
 
 enum Listener {
     Tcp(TcpListener),
-    Unix(ListeningSocket),
+    Unix(Arc<ListeningSocket>),
 }
 
 impl Reception {
@@ -57,6 +57,14 @@ impl Reception {
         let bell = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let (says, over) = mpsc::channel();
         Ok(Self { listener, tls, bell, over, says, under_way: 0, complaints: Rarely::default() })
+    }
+
+    /// The socket that has a path, where it is one.
+    pub(super) fn socket(&self) -> Option<&Arc<ListeningSocket>> {
+        match &self.listener {
+            Listener::Tcp(_) => None,
+            Listener::Unix(socket) => Some(socket),
+        }
     }
 
     /// Waits for a connection of somebody who has shown who it is; none: there was none for that long.

@@ -362,6 +362,7 @@ impl<F: SocFunction> Vm<F> {
         tokio::task::block_in_place(|| {
             control.jobs().end();
             control.exports().end();
+            control.migration().end();
         });
         self.end().await;
         if left && ended.is_ok() {

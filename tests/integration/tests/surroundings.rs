@@ -270,6 +270,27 @@ fn however_often_and_early_a_vm_is_told_to_end_it_says_nothing() {
 }
 
 #[test]
+fn a_door_that_no_guest_came_to_goes_with_its_vm() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let trial = Trial::default();
+    for ask in [true, false] {
+        let mut vm = trial.vm("vm", &endless(), &["--incoming", &format!("unix:{}", trial.at("door"))]);
+        wait_until("the door is there", MOST, || trial.path("door").exists());
+        if ask {
+            let quit = Command::new(program("soc-vmm")).args(["quit", &trial.name("vm")]).status();
+            assert!(quit.unwrap().success());
+        } else {
+            vm.signal(Signal::SIGTERM);
+        }
+        let ended = vm.wait(MOST);
+        assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""));
+        assert!(!trial.path("door").exists());
+    }
+}
+
+#[test]
 fn a_process_without_room_says_so_in_one_line() {
     if !kvm(&test_name()) {
         return;

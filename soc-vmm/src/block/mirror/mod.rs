@@ -131,6 +131,8 @@ struct State {
     surveyed: bool,
     /// No copier goes on.
     over: bool,
+    /// The copy is complete, and the target isn't called any more.
+    ended: bool,
     /// The disk that failed, if one did.
     failed: Option<Side>,
     /// Bytes that were copied.
@@ -169,6 +171,7 @@ impl Mirror {
             ready: false,
             surveyed: false,
             over: false,
+            ended: false,
             failed: None,
             done: 0,
         };
@@ -215,7 +218,7 @@ impl Mirror {
     /// Ends now, and why. Calls to the target that wait for somebody fail.
     pub fn stop(&self, ending: Ending) {
         let mut state = self.work.state();
-        if !matches!(state.wish, Wish::Stop(_)) && !state.over {
+        if !matches!(state.wish, Wish::Stop(_)) && !state.ended {
             state.wish = Wish::Stop(ending);
             self.work.target.interrupt();
         }
@@ -254,17 +257,26 @@ impl Work {
         self.disk.unwatch();
         let failed = self.state().failed;
         failed.into_iter().for_each(|side| tell(MirrorEvent::Failed(side)));
-        let ending = match ending {
-            Ending::Complete => match self.target.flush() {
-                Ok(()) => Ending::Complete,
-                Err(e) => {
-                    tell(MirrorEvent::Failed(Side::Target));
-                    Ending::Failed(crate::cli::with_causes(&e))
-                }
-            },
-            other => other,
-        };
+        let ending = if ending == Ending::Complete { self.flush(tell) } else { ending };
         tell(MirrorEvent::Ended(ending));
+    }
+
+    /// Has the copy reach its disk, unless somebody stops it meanwhile: a target may wait for somebody far away.
+    fn flush(&self, tell: &impl Fn(MirrorEvent)) -> Ending {
+        let flushed = self.target.flush();
+        let wish = {
+            let mut state = self.state();
+            state.ended = true;
+            state.wish.clone()
+        };
+        match (wish, flushed) {
+            (Wish::Stop(ending), _) => ending,
+            (_, Ok(())) => Ending::Complete,
+            (_, Err(e)) => {
+                tell(MirrorEvent::Failed(Side::Target));
+                Ending::Failed(crate::cli::with_causes(&e))
+            }
+        }
     }
 
     /// Waits for the end, and says when both are the same.

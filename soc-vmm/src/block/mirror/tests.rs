@@ -25,6 +25,8 @@ struct HeapDisk {
     left: AtomicUsize,
     /// Calls wait until they are interrupted.
     stalls: AtomicBool,
+    /// One does.
+    is_stalled: AtomicBool,
     interrupted: AtomicBool,
     zeroed: AtomicUsize,
 }
@@ -38,6 +40,7 @@ impl HeapDisk {
             settled: Mutex::new(0),
             left: AtomicUsize::new(usize::MAX),
             stalls: false.into(),
+            is_stalled: false.into(),
             interrupted: false.into(),
             zeroed: AtomicUsize::new(0),
         })
@@ -60,6 +63,7 @@ impl HeapDisk {
 
     fn call(&self) -> Result<(), BlockError> {
         while self.stalls.load(Ordering::SeqCst) && !self.interrupted.load(Ordering::SeqCst) {
+            self.is_stalled.store(true, Ordering::SeqCst);
             thread::sleep(Duration::from_millis(1));
         }
         let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
@@ -301,6 +305,21 @@ fn a_copy_that_stalls_is_ended_and_the_guest_goes_on() {
     mirror.stop(Ending::Cancelled);
     assert_eq!(ending(&events), Ending::Cancelled);
     guest.join().unwrap();
+    mirror.join();
+}
+
+#[test]
+fn a_copy_whose_last_flush_stalls_is_ended() {
+    let (source, target) = (HeapDisk::new(vec![1; 32 * 4096]), HeapDisk::new(vec![0; 32 * 4096]));
+    let (mirror, events) = start(&source, &target, SPEC);
+    is_ready(&events);
+    target.stalls.store(true, Ordering::SeqCst);
+    mirror.finish();
+    while !target.is_stalled.load(Ordering::SeqCst) {
+        thread::sleep(Duration::from_millis(1));
+    }
+    mirror.stop(Ending::Cancelled);
+    assert_eq!(ending(&events), Ending::Cancelled);
     mirror.join();
 }
 

@@ -125,7 +125,12 @@ impl Command for QueryMigrate {
     async fn run(self, vm: VmHandle) -> Result<MigrationInfo, QmpError> {
         let migration = vm.migration().clone();
         let info = migration.progress().map_or_else(MigrationInfo::default, |progress| MigrationInfo::of(&progress));
-        let blocker = timeout(PATIENCE, aside(move || Ok(migration.blocker()))).await.unwrap_or(Ok(None))?;
+        // Who looks how far it is needs no thread for that, which may be lacking.
+        let blocker = if migration.is_under_way() {
+            None
+        } else {
+            timeout(PATIENCE, aside(move || Ok(migration.blocker()))).await.ok().and_then(Result::ok).flatten()
+        };
         Ok(MigrationInfo { blocked_reasons: blocker.map(|why| vec![why]), ..info })
     }
 }
