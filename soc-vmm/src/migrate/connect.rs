@@ -108,7 +108,10 @@ impl Way {
             Self::Unix(path) => format!("unix:{}", path.display()),
             Self::Fd(_) => "the descriptor".into(),
             Self::File(place, _) => format!("file:{}", place.path.display()),
-            Self::Tls(way, _) => format!("{} with TLS", way.place()),
+            Self::Tls(way, _) => match &**way {
+                Self::Tcp(host, port) => Uri::Tls(host.clone(), *port).to_string(),
+                way => format!("{} with TLS", way.place()),
+            },
         }
     }
 
@@ -192,7 +195,14 @@ impl Dialer {
 
     /// Opens a connection.
     pub(super) fn dial(&mut self, connection: u16) -> io::Result<Connection> {
-        self.open(connection).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", self.way.place())))
+        self.open(connection).map_err(|e| {
+            let place = self.way.place();
+            // A VM is built before its door opens.
+            let not_yet =
+                matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) && self.way.is_two_way();
+            let why = if not_yet { ": no VM waits there, or not yet" } else { "" };
+            io::Error::new(e.kind(), format!("{place}: {e}{why}"))
+        })
     }
 
     fn open(&self, connection: u16) -> io::Result<Connection> {

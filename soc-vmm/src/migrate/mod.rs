@@ -188,6 +188,12 @@ impl Migration {
         self.state().is_under_way()
     }
 
+    /// Whether the guest is just leaving.
+    pub fn leaves(&self) -> bool {
+        let state = self.state();
+        state.is_under_way() && state.job.as_ref().is_some_and(|job| job.leaves)
+    }
+
     /// Has the guest leave by that way; returns when it has begun. A file that is made for it, and has no whole guest, is removed.
     ///
     /// # Errors

@@ -25,6 +25,8 @@ pub trait Command: DeserializeOwned + JsonSchema + Send + 'static {
     const FEATURES: &'static [&'static str] = &[];
     /// Whether it changes what is saved of a guest that stands still to be moved: refused then.
     const ALTERS: bool = false;
+    /// Whether it changes which devices there are, which the other side has too: refused while the guest leaves.
+    const PLUGS: bool = false;
     /// What it returns.
     type Reply: Serialize + JsonSchema + Send;
 
@@ -78,7 +80,7 @@ fn prepare<C: Command>(
     passed: &mut Passed,
     vm: &VmHandle,
 ) -> Result<Execution, QmpError> {
-    if C::ALTERS && vm.state() == RunState::FinishMigrate {
+    if C::ALTERS && vm.state() == RunState::FinishMigrate || C::PLUGS && vm.migration().leaves() {
         return Err(QmpError::generic("The guest is just being moved: wait, or cancel that"));
     }
     let mut command: C = serde_json::from_value(Value::Object(arguments))

@@ -69,6 +69,7 @@ pub(super) struct AddCpu {}
 impl Command for AddCpu {
     const NAME: &'static str = "x-outboard-add-cpu";
     const ALTERS: bool = true;
+    const PLUGS: bool = true;
     type Reply = NewDeviceId;
 
     async fn run(self, vm: VmHandle) -> Result<NewDeviceId, QmpError> {

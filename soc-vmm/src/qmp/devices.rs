@@ -29,6 +29,7 @@ pub(super) const NET: &str = "virtio-net-pci";
 impl Command for Device {
     const NAME: &'static str = "device_add";
     const ALTERS: bool = true;
+    const PLUGS: bool = true;
     // Numbers and truths are written as such, on the command line too.
     const FEATURES: &'static [&'static str] = &["json-cli", "json-cli-hotplug"];
     type Reply = Empty;
@@ -65,6 +66,7 @@ pub(super) struct DeviceDel {
 impl Command for DeviceDel {
     const NAME: &'static str = "device_del";
     const ALTERS: bool = true;
+    const PLUGS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
@@ -123,6 +125,7 @@ impl Add {
 impl Command for AddDisk {
     const NAME: &'static str = "x-outboard-add-disk";
     const ALTERS: bool = true;
+    const PLUGS: bool = true;
     type Reply = NewDeviceId;
 
     async fn run(self, vm: VmHandle) -> Result<NewDeviceId, QmpError> {
@@ -144,6 +147,7 @@ impl Command for AddDisk {
 impl Command for AddNet {
     const NAME: &'static str = "x-outboard-add-net";
     const ALTERS: bool = true;
+    const PLUGS: bool = true;
     type Reply = NewDeviceId;
 
     async fn run(self, vm: VmHandle) -> Result<NewDeviceId, QmpError> {

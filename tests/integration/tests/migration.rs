@@ -193,6 +193,9 @@ fn a_move_that_is_cancelled_or_cut_leaves_the_guest_where_it_was() {
         here.wait_until("memory moves", |vm| status(vm) == "active");
         let told = here.command(&["status"]);
         assert!(told.contains("\n  migration active, ") && told.contains(" MiB left of 64.0"), "{told}");
+        // The destination has the devices that it was asked for.
+        let why = here.soc_vmm(&["add-cpu", &name]).unwrap_err();
+        assert!(why.contains("just being moved"), "{why}");
         match how {
             "cancel" => drop(here.soc_vmm(&["cancel-migration", &name]).unwrap()),
             "vmm" => kill(Pid::from_raw(there.pid() as i32), Signal::SIGKILL).unwrap(),
