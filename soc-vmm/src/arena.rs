@@ -1,8 +1,8 @@
 //! The memory allocator's arena: one for all threads, and no address space beside it.
 //!
 //! glibc would take 128 MiB of address space for each thread that allocates, of which half stays. Where that is limited (`ulimit -v`), a
-//! thread that starts just then finds no room for the stack of its signal handlers, over which Rust's library panics. What requests of
-//! guests take doesn't allocate.
+//! thread that starts just then finds no room for the stack of its signal handlers, over which Rust's library panics. The price:
+//! threads that allocate at the same time wait for each other.
 //!
 //! `unsafe`: mallopt.
 #![allow(unsafe_code)]
