@@ -63,6 +63,8 @@ impl Operated {
         resume();
         let last = before.rsplit(operated::TICK).find_map(|rest| u64::from_str_radix(rest.get(..16)?, 16).ok());
         self.expect(&said_of('z'));
+        // Of the key and the next tick either may come first.
+        self.tick();
         // It may have been stopped within a line.
         let line = before.rfind('\n').map_or(0, |end| end + 1);
         let next = format!("{}{:016x}", operated::TICK, last.expect("a tick") + 1);
