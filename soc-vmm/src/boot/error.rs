@@ -53,6 +53,17 @@ pub enum BootError {
     Memory(#[from] MemoryError),
 }
 
+impl BootError {
+    /// Whether nothing is wrong with any file: guest memory is out of reach, or this machine has no memory left.
+    pub fn is_of_the_machine(&self) -> bool {
+        match self {
+            Self::Memory(_) => true,
+            Self::File { source: ImageError::Io { source, .. }, .. } => source.kind() == io::ErrorKind::OutOfMemory,
+            _ => false,
+        }
+    }
+}
+
 /// What is wrong with an image.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {

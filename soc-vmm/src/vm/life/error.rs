@@ -47,8 +47,8 @@ impl From<api_channel::codec::Malformed> for LifeError {
 impl LifeError {
     pub(in crate::vm) fn failure(&self) -> Failure {
         let status = match self {
-            // The images are what they should be; the function is not.
-            Self::Boot(BootError::Memory(_)) => ExitStatus::Unavailable,
+            // The images are what they should be; the function or the host is not.
+            Self::Boot(e) if e.is_of_the_machine() => ExitStatus::Unavailable,
             Self::Boot(_) | Self::Layout(_) => ExitStatus::Usage,
             Self::Machine(e) if e.is_usage() => ExitStatus::Usage,
             _ => ExitStatus::Unavailable,
@@ -79,4 +79,22 @@ impl LifeError {
 /// A VM that was there and is no more.
 pub(super) fn lost(why: &str) -> Failure {
     Failure::new(ExitStatus::Failed, format!("the VM is lost: {why}")).by_loss(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use super::*;
+    use crate::boot::{ImageError, Role};
+
+    #[test]
+    fn an_image_that_this_machine_has_no_memory_for_is_no_wrong_image() {
+        let status = |kind: ErrorKind| {
+            let source = ImageError::Io { action: "hold it", source: kind.into() };
+            LifeError::from(BootError::File { role: Role::Kernel, path: "vmlinuz".into(), source }).failure().status()
+        };
+        assert_eq!(status(ErrorKind::OutOfMemory), ExitStatus::Unavailable);
+        assert_eq!(status(ErrorKind::PermissionDenied), ExitStatus::Usage);
+    }
 }
