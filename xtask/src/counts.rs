@@ -57,12 +57,14 @@ pub(crate) fn left_out(output: &str) -> Vec<String> {
     output.lines().filter_map(|line| by_harness(line).or_else(|| by_nextest(line))).collect()
 }
 
-/// The tests that failed, each once: nextest names them as they end and again at its own end.
+/// The tests that failed, each once: nextest names them as they end and again at its own end. Not those of [`flaky`].
 pub(crate) fn failures(output: &str) -> Vec<String> {
+    let flaky = flaky(output);
     let mut names: Vec<String> = Vec::new();
     for line in output.lines() {
         if let Some(name) = failed_by_harness(line).or_else(|| failed_by_nextest(line))
             && !names.contains(&name)
+            && !flaky.contains(&name)
         {
             names.push(name);
         }
@@ -70,18 +72,30 @@ pub(crate) fn failures(output: &str) -> Vec<String> {
     names
 }
 
+/// The tests that failed, and passed when nextest ran them again: `FLAKY K/N [ TIME] (K/N) BINARY NAME`.
+pub(crate) fn flaky(output: &str) -> Vec<String> {
+    let name = |line: &str| last_two(line.trim_start().strip_prefix("FLAKY ")?.split_once(" [")?.1);
+    output.lines().filter_map(name).collect()
+}
+
 /// `test NAME ... FAILED`. What a failed test's harness printed is indented in nextest's output.
 fn failed_by_harness(line: &str) -> Option<String> {
     Some(line.strip_prefix("test ")?.strip_suffix(" ... FAILED")?.to_owned())
 }
 
-/// `FAIL [ TIME] (K/N) BINARY NAME`, or with `FAIL + LEAK`, `TIMEOUT` or a signal's name in its place.
+/// `FAIL [ TIME] (K/N) BINARY NAME`, or with `FAIL + LEAK`, `TIMEOUT` or a signal's name in its place, behind `TRY K` where it ran before or
+/// runs again.
 fn failed_by_nextest(line: &str) -> Option<String> {
     let (how, rest) = line.trim_start().split_once(" [")?;
-    if !["FAIL", "LEAK-FAIL", "TIMEOUT", "ABORT", "SIG"].iter().any(|one| how.starts_with(one)) {
+    let how = how.strip_prefix("TRY ").and_then(|tried| tried.split_once(' ')).map_or(how, |(_, how)| how);
+    if !["FAIL", "LEAK-FAIL", "TIMEOUT", "TMT", "ABORT", "ABRT", "SIG"].iter().any(|one| how.starts_with(one)) {
         return None;
     }
-    let words: Vec<&str> = rest.split_whitespace().collect();
+    last_two(rest)
+}
+
+fn last_two(text: &str) -> Option<String> {
+    let words: Vec<&str> = text.split_whitespace().collect();
     let from = words.len().checked_sub(2)?;
     Some(words[from..].join(" "))
 }
@@ -95,9 +109,7 @@ fn by_harness(line: &str) -> Option<String> {
 /// `SKIP [   ] (──) BINARY NAME`
 fn by_nextest(line: &str) -> Option<String> {
     let rest = line.trim_start().strip_prefix("SKIP [")?;
-    let words: Vec<&str> = rest.split_whitespace().collect();
-    let from = words.len().checked_sub(2)?;
-    Some(named(&words[from..].join(" "), ""))
+    Some(named(&last_two(rest)?, ""))
 }
 
 fn named(name: &str, reason: &str) -> String {
@@ -179,6 +191,23 @@ test fault::tests::b ... ok
                 "integration::faults it_aborts",
             ]
         );
+    }
+
+    #[test]
+    fn what_passed_when_it_ran_again_is_flaky_and_did_not_fail() {
+        let output = "\
+  TRY 1 FAIL [   0.147s] (────) integration::saved fails
+  TRY 1 FAIL [   0.176s] (────) integration::saved flaky
+  TRY 1 ABRT [   0.006s] (────) integration::saved aborts
+  TRY 2 PASS [   0.011s] (3/4) integration::saved flaky
+  TRY 2 FAIL [   0.122s] (4/4) integration::saved fails
+  TRY 2 ABRT [   0.012s] (1/4) integration::saved aborts
+     Summary [   0.271s] 4 tests run: 2 passed (1 flaky), 2 failed, 1 skipped
+   FLAKY 2/2 [   0.011s] (3/4) integration::saved flaky
+";
+        assert_eq!(flaky(output), ["integration::saved flaky"]);
+        assert_eq!(failures(output), ["integration::saved fails", "integration::saved aborts"]);
+        assert_eq!(Counts::of(output), Counts { passed: 2, failed: 2, skipped: 1 });
     }
 
     #[test]

@@ -8,7 +8,7 @@ use tempfile::NamedTempFile;
 use testbed::fetch::{self, Arch};
 use testbed::{QUICK_VARIABLE, SKIPS_VARIABLE, build, paths};
 
-use crate::counts::{Counts, failures, left_out};
+use crate::counts::{Counts, failures, flaky, left_out};
 use crate::fuzz;
 use crate::step::{self, with_sources};
 
@@ -66,12 +66,14 @@ struct Suite {
     counts: Counts,
     failed: Vec<String>,
     skipped: Vec<String>,
+    /// Tests that passed when they ran again.
+    flaky: Vec<String>,
 }
 
 impl Suite {
     fn new(quick: bool) -> Result<Self, String> {
         let skips = NamedTempFile::new().map_err(|e| format!("temporary file: {e}"))?;
-        Ok(Self { quick, skips, counts: Counts::default(), failed: Vec::new(), skipped: Vec::new() })
+        Ok(Self { quick, skips, counts: Counts::default(), failed: Vec::new(), skipped: Vec::new(), flaky: Vec::new() })
     }
 
     /// Takes over what other steps came to.
@@ -79,6 +81,7 @@ impl Suite {
         self.counts += other.counts;
         self.failed.extend(other.failed);
         self.skipped.extend(other.skipped);
+        self.flaky.extend(other.flaky);
     }
 
     /// A step that isn't made of tests.
@@ -115,6 +118,7 @@ impl Suite {
         fs::write(skips, "").map_err(|e| format!("{}: {e}", skips.display()))?;
         self.skipped.extend(said.lines().map(str::to_owned));
         self.skipped.extend(left_out(&outcome.output));
+        self.flaky.extend(flaky(&outcome.output));
         let skipped = u64::try_from(said.lines().count()).unwrap_or(u64::MAX);
         let mut counts = Counts::of(&outcome.output).without(skipped);
         if !outcome.ok {
@@ -160,8 +164,9 @@ impl Suite {
                     "pass",
                     "--final-status-level",
                     "skip",
+                    // Of one that passes when it runs again, too.
                     "--failure-output",
-                    "final",
+                    "immediate-final",
                 ]),
                 limit,
             )?;
@@ -208,6 +213,11 @@ impl Suite {
         println!();
         for skipped in &self.skipped {
             println!("skipped  {skipped}");
+        }
+        for flaky in &self.flaky {
+            println!(
+                "flaky    {flaky}: it failed, and passed when it ran again; why it failed is in the tests' output"
+            );
         }
         for failed in &self.failed {
             println!("failed   {failed}");
