@@ -178,11 +178,11 @@ pub enum Keeps {
 /// How a guest is moved.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub struct MigrateArgs {
-    /// Where the other one waits: tcp:HOST:PORT, tls:HOST:PORT or unix:SOCKET; or file:FILE, which keeps the guest
+    /// Where the other one waits: tcp:HOST:PORT, tls:HOST:PORT or unix:SOCKET; or file:FILE, which keeps the guest and ends the VM, as save
     pub(super) uri: Uri,
-    /// Connections, 1 to 16
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16), default_value_t = 2)]
-    pub(super) connections: u8,
+    /// Connections, 1 to 16 [default: 2, or 1 where it is a file]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub(super) connections: Option<u8>,
     /// Most bytes a second: MiB, or with K, M, G, T [default: no limit]
     #[arg(long, value_name = "SIZE")]
     pub(super) bandwidth: Option<DiskSize>,

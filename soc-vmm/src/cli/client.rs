@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::{ExitStatus, Failure, Target, Verb, one_line};
-use crate::control::{CDROM_ID, Counters, RunDir, VmName};
+use crate::control::{CDROM_ID, Counters, RunDir, RunState, VmName};
 use crate::devices::CpuReport;
 use crate::migrate::Step;
 use crate::qmp::types::{Empty, NewDeviceId, ObjectProperty, OutboardCounter, OutboardMigration, OutboardVm};
@@ -316,7 +316,7 @@ fn write_status(out: &mut dyn Write, vm: &OutboardVm, devices: &[DeviceShown]) -
     let (name, status, cpus, memory, function, pid) = row(vm);
     writeln!(out, "{name}: {status} ({cpus} vCPU{plural}, {memory}, function {function}, pid {pid})")?;
     if let Some(migration) = &vm.migration {
-        writeln!(out, "  {}", shown_migration(migration))?;
+        writeln!(out, "  {}", shown_migration(migration, vm.status == RunState::Inmigrate))?;
     }
     devices.iter().try_for_each(|device| writeln!(out, "  {} ({})", one_line(&device.id), one_line(&device.driver)))
 }
@@ -341,17 +341,29 @@ fn row(vm: &OutboardVm) -> (String, String, u16, String, String, u32) {
     (one_line(&vm.name), vm.status.to_string(), vm.cpus, shown_size(vm.memory), one_line(&vm.function), vm.pid)
 }
 
-fn shown_migration(migration: &OutboardMigration) -> String {
-    let OutboardMigration { status, error_desc, remaining, total } = migration;
-    let mebibytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    let left = match total {
+/// `comes`: its guest isn't here yet, and only its source knows what is left.
+fn shown_migration(migration: &OutboardMigration, comes: bool) -> String {
+    let OutboardMigration { status, error_desc, remaining, total, transferred, rate, rounds, expected_downtime } =
+        migration;
+    let mebibytes = |bytes: &u64| *bytes as f64 / f64::from(1 << 20);
+    let figures = match (status, total) {
         // Nobody knows yet what comes, or cares any more.
-        _ if *status == Step::Failed => String::new(),
-        0 => String::new(),
-        total => format!(", {:.1} MiB left of {:.1}", mebibytes(*remaining), mebibytes(*total)),
+        (Step::Failed | Step::Cancelled, _) | (_, 0) => String::new(),
+        (_, total) if comes => format!(", {:.1} MiB came for {:.1}", mebibytes(transferred), mebibytes(total)),
+        (_, total) => format!(", {:.1} MiB left of {:.1}", mebibytes(remaining), mebibytes(total)),
+    };
+    let rate = match (status, rate) {
+        (Step::Active | Step::PostcopyActive, 1..) => format!(", {:.1} MiB/s", mebibytes(rate)),
+        _ => String::new(),
+    };
+    let round = match (status, expected_downtime) {
+        (Step::Active, _) if comes => String::new(),
+        (Step::Active, 0) => format!(", round {}", rounds + 1),
+        (Step::Active, ms) => format!(", round {}, expected downtime {ms} ms", rounds + 1),
+        _ => String::new(),
     };
     let why = error_desc.as_ref().map_or(String::new(), |why| format!(": {}", one_line(why)));
-    format!("migration {status}{left}{why}")
+    format!("migration {status}{figures}{rate}{round}{why}")
 }
 
 /// Bytes as `--memory` takes them, in the largest unit that divides them.
@@ -509,6 +521,10 @@ mod tests {
             error_desc: Some("it\nbroke\u{2028}\u{1b}[2J".into()),
             remaining: 3 << 19,
             total: 1 << 30,
+            transferred: 5 << 20,
+            rate: 0,
+            rounds: 3,
+            expected_downtime: 0,
         };
         let moving = OutboardVm { migration: Some(migration), ..vm.clone() };
         let shown = |write: &dyn Fn(&mut Vec<u8>) -> io::Result<()>| {
@@ -528,6 +544,28 @@ mod tests {
         let json = shown(&|out| write_json(out, &vm));
         assert_eq!(json.lines().count(), 1);
         assert_eq!(serde_json::from_str::<OutboardVm>(&json).unwrap(), vm, "nothing is lost");
+    }
+
+    #[test]
+    fn a_migration_is_shown_as_far_as_its_side_knows() {
+        let of = |status, rounds, expected_downtime| OutboardMigration {
+            status,
+            error_desc: None,
+            remaining: 3 << 20,
+            total: 1 << 30,
+            transferred: 5 << 20,
+            rate: 7 << 20,
+            rounds,
+            expected_downtime,
+        };
+        let shown = |status, comes, text: &str| assert_eq!(shown_migration(&of(status, 1, 4), comes), text);
+        let active = "migration active, 3.0 MiB left of 1024.0, 7.0 MiB/s, round 2, expected downtime 4 ms";
+        shown(Step::Active, false, active);
+        shown(Step::Active, true, "migration active, 5.0 MiB came for 1024.0, 7.0 MiB/s");
+        shown(Step::Cancelled, false, "migration cancelled");
+        shown(Step::Device, false, "migration device, 3.0 MiB left of 1024.0");
+        let first = shown_migration(&of(Step::Active, 0, 0), false);
+        assert_eq!(first, "migration active, 3.0 MiB left of 1024.0, 7.0 MiB/s, round 1");
     }
 
     #[test]

@@ -15,6 +15,8 @@ use crate::qmp::{Client, ClientError};
 /// How often it is looked at, and of these looks how many a line is written for.
 const LOOK: Duration = Duration::from_millis(200);
 const A_LINE: u32 = 5;
+/// Connections of a move, unless it is said how many.
+const CONNECTIONS: u8 = 2;
 /// How long a VM may take to end whose guest has left.
 const LEAVING: Duration = Duration::from_secs(10);
 /// How the VM knows the certificates that a move is begun with.
@@ -55,11 +57,25 @@ pub(super) fn migrate(
         begin(client, args)?;
         return if args.detach { Ok(()) } else { watch(client, false, true, shown, out, write_result) };
     }
-    let several = args.connections > 1 && matches!(args.uri, Uri::Tcp(..) | Uri::Tls(..) | Uri::Unix(_));
+    let is_door = matches!(args.uri, Uri::Tcp(..) | Uri::Tls(..) | Uri::Unix(_));
+    let connections = match args.connections {
+        None => {
+            if is_door {
+                CONNECTIONS
+            } else {
+                1
+            }
+        }
+        Some(number) if number > 1 && !is_door => {
+            let why = "--connections: a file or a descriptor is one connection: leave it out";
+            return Err(Trouble::Told(Failure::new(ExitStatus::Usage, why)));
+        }
+        Some(number) => number,
+    };
     let capability = |name: &str, state: bool| json!({ "capability": name, "state": state });
     let capabilities = [
         capability("return-path", true),
-        capability("multifd", several),
+        capability("multifd", connections > 1),
         capability("auto-converge", args.auto_converge == "on"),
         capability("pause-before-switchover", false),
         capability("postcopy-ram", args.postcopy),
@@ -68,7 +84,7 @@ pub(super) fn migrate(
     let parameters = json!({
         "downtime-limit": args.downtime,
         "max-bandwidth": args.bandwidth.map_or(0, |size| size.0),
-        "multifd-channels": args.connections.max(1),
+        "multifd-channels": connections,
         "multifd-compression": if args.zstd { "zstd" } else { "none" },
     });
     client.execute_with::<Empty>("migrate-set-parameters", &parameters)?;
@@ -116,7 +132,8 @@ pub(super) fn cancel(client: &mut Client, shown: &str) -> Result<(), Trouble> {
     let why = match told["status"].as_str().unwrap_or_default() {
         "postcopy-active" => "it is too late: the guest runs at its destination already, and waits for its pages",
         "postcopy-paused" | "postcopy-recover" => {
-            "it is too late: the guest runs at its destination already; go on by soc-vmm migrate URI NAME --resume"
+            let why = "it is too late: the guest runs at its destination already";
+            return failed(&format!("{why}; go on by soc-vmm migrate URI {shown} --resume"));
         }
         _ => return Ok(()),
     };
@@ -152,7 +169,7 @@ fn watch(
                 let why = one_line(told["error-desc"].as_str().unwrap_or("nobody knows why"));
                 return failed(format!(
                     "the connection broke while the guest runs at its destination and waits for pages ({why}): \
-                     go on by soc-vmm migrate URI NAME --resume"
+                     go on by soc-vmm migrate URI {shown} --resume"
                 ));
             }
             "active" if wants_post_copy && number(&told["ram"], "dirty-sync-count") > 0 => {

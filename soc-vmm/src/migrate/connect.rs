@@ -379,7 +379,12 @@ fn open(path: &Path, how: &mut OpenOptions) -> io::Result<File> {
         Err(e) if e.raw_os_error() == Some(Errno::ENXIO as i32) => return Err(pipe()),
         opened => opened?,
     };
-    if file.metadata()?.file_type().is_fifo() { Err(pipe()) } else { Ok(file) }
+    let kind = file.metadata()?.file_type();
+    if kind.is_char_device() {
+        let why = "it is a device that keeps nothing, as a terminal or /dev/null: take a file";
+        return Err(io::Error::new(ErrorKind::InvalidInput, why));
+    }
+    if kind.is_fifo() { Err(pipe()) } else { Ok(file) }
 }
 
 /// Has nobody else write it meanwhile, nor a guest get its pages from it.
@@ -459,6 +464,7 @@ mod tests {
         assert_eq!(std::fs::read_to_string(at("disk")).unwrap(), "a disk");
         nix::unistd::mkfifo(&at("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert_eq!(to("pipe").err().unwrap().kind(), ErrorKind::InvalidInput);
+        assert_eq!(to("../../../../../../dev/null").err().unwrap().kind(), ErrorKind::InvalidInput);
         let from = format!("file:{}", at("pipe").display());
         assert!(matches!(Door::open(way(&from, false, &fds)), Err(WayError::File(..))));
         to("new").unwrap();

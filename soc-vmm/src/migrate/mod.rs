@@ -85,7 +85,9 @@ pub enum MigrateError {
     #[error("the VM is still being built")]
     NotBuilt,
     /// It has one already.
-    #[error("There's a migration process in progress")]
+    #[error(
+        "There's a migration process in progress: wait for it, or end it (soc-vmm cancel-migration, QMP migrate_cancel)"
+    )]
     Busy,
     /// There is none that could be told that.
     #[error("there is no migration that waits for that")]
@@ -169,9 +171,9 @@ impl Migration {
         self.state().job.as_ref().map(|job| job.control.progress())
     }
 
-    /// How far the one is that is under way, or that failed last.
-    pub fn under_way_or_failed(&self) -> Option<Progress> {
-        self.progress().filter(|progress| !progress.phase.is_last() || matches!(progress.phase, Phase::Failed(_)))
+    /// How far the one is that is under way, or the last one if it came to nothing.
+    pub fn without_success(&self) -> Option<Progress> {
+        self.progress().filter(|progress| progress.phase != Phase::Completed)
     }
 
     /// Why the guest can't be moved, if it can't; of one that is just being moved nobody is asked. Waits for the VM.
@@ -317,7 +319,11 @@ impl Migration {
     /// There is none.
     pub fn resume(&self, way: Way) -> Result<(), MigrateError> {
         let (job, answers) = (self.paused(true), self.settings().answers());
-        let none = || MigrateError::Refused("Cannot resume if there is no paused migration".into());
+        let none = || {
+            MigrateError::Refused(
+                "Cannot resume if there is no paused migration: migrate without resume begins one".into(),
+            )
+        };
         goes_both_ways(&way)?;
         let Job { control, dialer, .. } = job.ok_or_else(none)?;
         if !control.recover(|| dialer.put(Dialer::new(way, answers))) {
@@ -344,9 +350,16 @@ impl Migration {
         Ok(())
     }
 
-    /// The VM ends: nothing is left of the doors that a guest was waited for at.
+    /// The VM ends: a guest that is on its way here stays where it is, and nothing is left of the doors that one was waited for at.
     pub fn end(&self) {
-        let sockets = std::mem::take(&mut self.state().sockets);
+        let (sockets, job) = {
+            let mut state = self.state();
+            (std::mem::take(&mut state.sockets), state.job.clone())
+        };
+        if let Some(job) = job.filter(|job| !job.leaves) {
+            // Its source hears of that, and not of memory that is gone.
+            job.control.cancel();
+        }
         sockets.iter().filter_map(Weak::upgrade).for_each(|socket| socket.remove());
     }
 

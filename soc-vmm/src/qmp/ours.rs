@@ -29,11 +29,15 @@ impl Command for QueryOutboardVm {
             memory: info.memory,
             function: info.function,
             pid: std::process::id(),
-            migration: vm.migration().under_way_or_failed().map(|progress| OutboardMigration {
+            migration: vm.migration().without_success().map(|progress| OutboardMigration {
                 status: Step::of(&progress.phase),
                 error_desc: failure(&progress.phase).map(str::to_owned),
                 remaining: progress.remaining,
                 total: progress.total,
+                transferred: progress.transferred,
+                rate: progress.rate,
+                rounds: progress.rounds,
+                expected_downtime: progress.expected_downtime.as_millis() as u64,
             }),
         })
     }

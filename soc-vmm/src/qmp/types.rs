@@ -127,7 +127,7 @@ pub struct OutboardVm {
     pub function: String,
     /// The process id of its soc-vmm.
     pub pid: u32,
-    /// The migration that is under way, or failed last.
+    /// The migration that is under way, or the last one if it came to nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<OutboardMigration>,
 }
@@ -141,10 +141,22 @@ pub struct OutboardMigration {
     /// Why it failed or stands still, if it does.
     #[serde(rename = "error-desc", default, skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,
-    /// What is still to come or to go.
+    /// What is still to come or to go, as far as this side knows.
     pub remaining: u64,
     /// The guest's memory.
     pub total: u64,
+    /// What has come or gone.
+    #[serde(default)]
+    pub transferred: u64,
+    /// What comes or goes a second.
+    #[serde(default)]
+    pub rate: u64,
+    /// Times that memory was gone through.
+    #[serde(default)]
+    pub rounds: u64,
+    /// How long the guest would stand still, were it to stop now, in milliseconds; 0: nobody knows yet.
+    #[serde(rename = "expected-downtime", default)]
+    pub expected_downtime: u64,
 }
 
 /// The first object on a monitor.

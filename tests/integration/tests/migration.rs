@@ -183,8 +183,8 @@ fn a_move_that_is_cancelled_or_cut_leaves_the_guest_where_it_was() {
         return;
     }
     let slow = |name: &str, uri: &str| ["migrate", uri, name, "--bandwidth", "4M", "--detach"].map(str::to_owned);
-    // By command, by the end of the destination's process, of its shim; while memory moves.
-    for how in ["cancel", "vmm", "shim"] {
+    // By command, by the end of the destination's process, of its shim, by one to the destination; while memory moves.
+    for how in ["cancel", "vmm", "shim", "quit"] {
         let dir = TempDir::new().unwrap();
         let (mut here, name, there, uri) = pair(&dir, &[]);
         let words = slow(&name, &uri);
@@ -198,15 +198,21 @@ fn a_move_that_is_cancelled_or_cut_leaves_the_guest_where_it_was() {
         assert!(why.contains("just being moved"), "{why}");
         match how {
             "cancel" => drop(here.soc_vmm(&["cancel-migration", &name]).unwrap()),
+            "quit" => drop(there.command(&["quit"])),
             "vmm" => kill(Pid::from_raw(there.pid() as i32), Signal::SIGKILL).unwrap(),
             _ => kill(Pid::from_raw(there.shim() as i32), Signal::SIGKILL).unwrap(),
         }
         here.wait_until("it is over", |vm| ["cancelled", "failed"].iter().any(|last| status(vm) == *last));
         assert_eq!(status(&here) == "cancelled", how == "cancel");
         let ended = there.wait();
-        assert_ne!(ended.status.code(), Some(0), "{}", ended.stderr);
+        assert_eq!(ended.status.code() == Some(0), how == "quit", "{}", ended.stderr);
         let told = here.command(&["status"]);
-        assert_eq!(told.contains("\n  migration failed: "), how != "cancel", "{told}");
+        let expected = match how {
+            "cancel" => "migration cancelled\n",
+            "quit" => "migration failed: the destination refused: the migration was cancelled\n",
+            _ => "migration failed: ",
+        };
+        assert!(told.contains(&format!("\n  {expected}")), "{told}");
         assert!(!told.contains("MiB left"), "{told}");
         here.passes("");
     }
