@@ -53,6 +53,10 @@ pub fn perform(verb: &Verb, target: &Target, out: &mut dyn Write) -> Result<(), 
     let failed = |e: ClientError| {
         let (status, advice) = match e {
             ClientError::Refused(_) => (ExitStatus::Failed, ""),
+            ClientError::Connect(ref e) if e.kind() == io::ErrorKind::NotFound => {
+                let why = format!("{shown}: no such VM runs here; soc-vmm list shows what runs");
+                return Failure::new(ExitStatus::Unavailable, why);
+            }
             ClientError::Connect(_) => (ExitStatus::Unavailable, "; soc-vmm list shows what runs"),
             ClientError::Lost(ref e) if e.kind() == io::ErrorKind::TimedOut => (
                 ExitStatus::Unavailable,
@@ -502,7 +506,7 @@ mod tests {
         server.close().await;
         let gone = tokio::task::block_in_place(|| perform(&Verb::Reset, &target, &mut Vec::new())).unwrap_err();
         assert_eq!(gone.status(), ExitStatus::Unavailable);
-        assert!(gone.to_string().contains("soc-vmm list"), "{gone}");
+        assert!(gone.to_string().ends_with("a.qmp: no such VM runs here; soc-vmm list shows what runs"), "{gone}");
     }
 
     #[test]

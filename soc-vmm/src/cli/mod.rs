@@ -485,7 +485,13 @@ fn not_utf8(args: &[OsString]) -> String {
 fn in_one_line(e: &clap::Error) -> String {
     let text = e.to_string();
     let text = text.strip_prefix("error: ").unwrap_or(&text);
-    text.split("\n\n").next().unwrap_or(text).to_owned()
+    let line = text.split("\n\n").next().unwrap_or(text);
+    // What is missing is seen where all is.
+    let usage = text.lines().find_map(|line| line.strip_prefix("Usage: "));
+    match usage.filter(|_| e.kind() == ErrorKind::MissingRequiredArgument) {
+        Some(usage) => format!("{line}; say {usage}"),
+        None => line.to_owned(),
+    }
 }
 
 #[cfg(test)]

@@ -36,6 +36,14 @@ fn defaults_are_the_promised_ones() {
 }
 
 #[test]
+fn what_is_missing_is_shown_where_all_is() {
+    let why = refusal(&["save", "web"]);
+    assert!(why.ends_with("; say soc-vmm save [OPTIONS] <NAME|--qmp <SOCKET>> <FILE>"), "{why}");
+    let why = refusal(&["migrate", "tcp:a:1"]);
+    assert!(why.ends_with("; say soc-vmm migrate [OPTIONS] <URI> <NAME|--qmp <SOCKET>>"), "{why}");
+}
+
+#[test]
 fn everything_at_once() {
     let config = run(&[
         "--name",
