@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use api_channel::call::{Call, DirtyFetch, DirtyRun, Groups, Irqchip, Memslot, SlotFlags, VCPU_ALL, VM};
 use api_channel::codec::Reader;
-use api_channel::state::Type;
+use api_channel::state::{Regs, Type};
 use api_channel::{Status, state};
 use ioreq_ring::{Completion, Direction, Kind};
 use pcie_function::SocFunction;
@@ -14,6 +14,21 @@ use soc::Soc;
 
 /// Counts in SI for ever, and writes it to [0x4000]: inc si; mov [0x4000], si; jmp back
 const COUNT: [u8; 7] = [0x46, 0x89, 0x36, 0x00, 0x40, 0xeb, 0xf9];
+
+/// Pauses vCPU 0 once its registers are `so`, and gives them: a busy machine lets it run when it likes.
+fn pause_once(soc: &mut Soc, so: impl Fn(&Regs) -> bool) -> Regs {
+    let deadline = Instant::now() + soc::PATIENCE;
+    loop {
+        soc.pause();
+        let regs = soc.regs(0);
+        if so(&regs) {
+            return regs;
+        }
+        assert!(Instant::now() < deadline, "it doesn't go on: {regs:x?}");
+        soc.ok(&Call::Run(0));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
 
 /// Moves RAM and every record from one paused VM into a new one of another shim.
 fn moved(from: &mut Soc) -> Soc {
@@ -65,23 +80,13 @@ fn a_guest_stopped_mid_loop_goes_on_in_another_shim() {
     let mut soc = Soc::start(&[]);
     soc.real_mode(1, Irqchip::Full, &COUNT);
     soc.run();
-    std::thread::sleep(Duration::from_millis(20));
-    soc.pause();
-    let stopped = soc.regs(0);
-    assert!(stopped.rsi != 0 && (0x1000..0x1007).contains(&stopped.rip), "{stopped:x?}");
+    let stopped = pause_once(&mut soc, |regs| regs.rsi != 0);
+    assert!((0x1000..0x1007).contains(&stopped.rip), "{stopped:x?}");
     assert_eq!(soc.regs(0), stopped, "a paused vCPU stands still");
     let mut to = moved(&mut soc);
     assert_eq!(to.regs(0), stopped);
     to.run();
-    let deadline = Instant::now() + soc::PATIENCE;
-    loop {
-        to.pause();
-        if to.regs(0).rsi as u16 > stopped.rsi as u16 {
-            break;
-        }
-        assert!(Instant::now() < deadline, "it doesn't go on");
-        to.run();
-    }
+    pause_once(&mut to, |regs| regs.rsi != stopped.rsi);
     assert!(soc.shut_down().success() && to.shut_down().success());
 }
 
@@ -130,7 +135,8 @@ fn a_pause_finishes_a_page_split_access_and_a_string_before_state_is_read() {
         assert!(why.contains("vCPU 0 still waits"), "{why}");
         let sequence = soc.client.send(&Call::Pause(VCPU_ALL), 0).unwrap();
         soc.function.raise(0);
-        std::thread::sleep(Duration::from_millis(5));
+        // Calls are taken in their order: after this one the vCPU knows of the pause.
+        soc.ok(&Call::Ping);
         assert!(soc.pump(Some(sequence)).is_none(), "paused without its answer");
         let late = soc.seen[stop_at].clone();
         let completion = answer(&late, &soc.lanes[0]);
@@ -215,9 +221,7 @@ fn two_vcpus_pause_run_and_are_kicked_apart() {
     soc.ok(&Call::Pause(0));
     let zero = soc.regs(0);
     soc.ok(&Call::Run(0));
-    std::thread::sleep(Duration::from_millis(5));
-    soc.pause();
-    assert_ne!(soc.regs(0).rsi, zero.rsi);
+    pause_once(&mut soc, |regs| regs.rsi != zero.rsi);
     assert_eq!(soc.regs(1), one);
     assert!(soc.shut_down().success());
 }
