@@ -1,11 +1,12 @@
 //! A shim that peers come to and leave, one after the other.
 
 use std::io::Read;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use pcie_function::SocFunction;
 use pcie_function::header::HostHeader;
@@ -17,6 +18,8 @@ use super::Soc;
 pub struct Listening {
     pub child: Option<Child>,
     pub path: PathBuf,
+    /// What the shim was heard to say.
+    pub heard: String,
 }
 
 impl Listening {
@@ -34,18 +37,30 @@ impl Listening {
             .stderr(stderr)
             .spawn()
             .unwrap();
-        Self { child: Some(child), path }
+        Self { child: Some(child), path, heard: String::new() }
     }
 
     pub fn connect(&self) -> Soc {
         Soc::connect(connected(&self.path))
     }
 
+    /// What the shim has said so far.
+    pub fn said(&mut self) -> &str {
+        let stderr = self.child.as_mut().unwrap().stderr.as_mut().unwrap();
+        let mut bytes = [0; 4096];
+        while poll(&mut [PollFd::new(stderr.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO).unwrap() > 0 {
+            let count = stderr.read(&mut bytes).unwrap();
+            assert_ne!(count, 0, "the shim has ended: {}", self.heard);
+            self.heard.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+        &self.heard
+    }
+
     /// Kills the shim; what it said.
     pub fn kill(mut self) -> String {
         let mut child = self.child.take().unwrap();
         child.kill().unwrap();
-        let mut said = String::new();
+        let mut said = std::mem::take(&mut self.heard);
         child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
         child.wait().unwrap();
         said
