@@ -8,4 +8,4 @@ mod trial;
 pub use dice::Dice;
 pub use host::{Attack, HostileHost};
 pub use soc::{HostileSoc, Stage, random_call};
-pub use trial::{Ended, Running, Trial, free_of_trouble, one_line, wait_until};
+pub use trial::{Ended, Running, Trial, free_of_trouble, is_listened_on, one_line, wait_until};

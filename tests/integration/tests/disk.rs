@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use integration::hostile::is_listened_on;
 use integration::{Ended, Vm, kvm, seabios, test_name};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -101,7 +102,7 @@ fn a_vm_is_reset_again_and_again_while_another_process_reads_its_memory() {
     let (path, socket) = (endless_disk(&dir), dir.path().join("socket"));
     let words = [Path::new("recorded"), &path, &socket].map(|word| word.to_str().unwrap().to_owned());
     let backend = std::thread::spawn(move || vhost_backend::run(&words));
-    while !socket.exists() {
+    while !is_listened_on(&socket) {
         std::thread::sleep(Duration::from_millis(1));
     }
     let disk = format!("vhost-user={}", socket.display());
@@ -254,7 +255,7 @@ fn a_boot_sector_reads_and_writes_a_disk_of_another_process() {
             let words = [Path::new(kind), &path, &socket].map(|word| word.to_str().unwrap().to_owned());
             // Its connection is the VM's: both end together.
             let backend = std::thread::spawn(move || vhost_backend::run(&words));
-            while !socket.exists() {
+            while !is_listened_on(&socket) {
                 std::thread::sleep(Duration::from_millis(1));
             }
             let Some(count) = counted(&format!("vhost-user={}", socket.display())) else { return };

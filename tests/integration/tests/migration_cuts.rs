@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use integration::hostile::is_listened_on;
 use integration::monitor::Monitor;
 use integration::moving::unique;
 use integration::{Vm, kvm, test_name};
@@ -27,7 +28,7 @@ use tempfile::TempDir;
 /// As little memory as will do.
 const MEMORY: [&str; 2] = ["--memory", "16M"];
 /// How long a process may take to be gone.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -268,7 +269,7 @@ impl Pair {
         let uri = format!("unix:{}", door.display());
         let mut there = Vm::payload(&payload(), &[&["--name", &unique("c"), "--incoming", &uri], &MEMORY[..]].concat());
         let here = running();
-        there.wait_until("it waits", |_| door.exists());
+        there.wait_until("it waits", |_| is_listened_on(&door));
         let pids = [here.pid(), here.shim(), there.pid(), there.shim()];
         let script = Arc::new(script([&here, &there]));
         let listener = UnixListener::bind(&proxy).unwrap();

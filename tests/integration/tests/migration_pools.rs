@@ -4,7 +4,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use integration::hostile::{Running, Trial, wait_until};
+use integration::hostile::{Running, Trial, is_listened_on, wait_until};
 use integration::{kvm, program, test_name};
 use payloads::scribe::{Scribe, told};
 use payloads::{PASSED, Payload};
@@ -117,7 +117,7 @@ impl Site {
             let (here, there) = (name(number), name(number + 1));
             let uri = format!("unix:{}", self.trial.at(&format!("{there}.door")));
             let next = self.vm(pair[1], &there, &payload, Some(&uri));
-            wait_until("it waits for the guest", MOST, || self.trial.path(&format!("{there}.door")).exists());
+            wait_until("it waits for the guest", MOST, || is_listened_on(&self.trial.path(&format!("{there}.door"))));
             self.monitor(&here, &["migrate", &uri]);
             let ended = vm.wait(MOST);
             assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""), "{pair:?}, {number}");

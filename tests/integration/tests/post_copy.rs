@@ -5,6 +5,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use integration::hostile::is_listened_on;
 use integration::monitor::Monitor;
 use integration::moving::unique;
 use integration::{Vm, kvm, test_name, vhost_backend};
@@ -27,7 +28,7 @@ fn waiting(dir: &TempDir, more: &[&str]) -> (Vm, String) {
     let uri = format!("unix:{}", door.display());
     let args = [&["--name", &name, "--incoming", &uri], more].concat();
     let mut vm = Vm::payload(&scribe().payload().unwrap(), &args);
-    vm.wait_until("it waits", |_| door.exists());
+    vm.wait_until("it waits", |_| is_listened_on(&door));
     (vm, uri)
 }
 
@@ -178,7 +179,7 @@ fn a_disk_s_requests_wait_for_their_pages() {
             let door = dir.path().join(&name);
             let uri = format!("unix:{}", door.display());
             let mut there = Vm::payload(&payload, &["--name", &name, "--disk", &disk, "--incoming", &uri]);
-            there.wait_until("it waits", |_| door.exists());
+            there.wait_until("it waits", |_| is_listened_on(&door));
             // Little of its memory is anything but zeros: nothing of it has come when the guest starts there.
             begin(&here, &uri, slowly()).does("migrate-start-postcopy", json!({}));
             let ended = here.wait();
