@@ -21,7 +21,7 @@ use pcie_function::{SocFunction, Window};
 use super::Dice;
 
 /// How long an honest answer may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(40);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// RAM of its VMs, in bytes.
 const MEMORY: u64 = 1 << 20;
 
