@@ -372,9 +372,10 @@ impl<F: SocFunction> Soc<F> {
         self.idle.about_to_sleep().expect("the function carries");
     }
 
-    /// Whether the lanes' doorbell rang since this was asked last.
-    pub fn rang(&self) -> bool {
-        nix::unistd::read(self.function.doorbell(Doorbell::Lanes), &mut [0; 8]).is_ok()
+    /// How often the lanes' doorbell rang since this was asked last.
+    pub fn rings(&self) -> u64 {
+        let mut count = [0; 8];
+        nix::unistd::read(self.function.doorbell(Doorbell::Lanes), &mut count).map_or(0, |_| u64::from_ne_bytes(count))
     }
 
     /// A counter of the host by name, of all targets together.
