@@ -13,8 +13,8 @@ use payloads::{PASSED, Payload, Privilege};
 
 /// Longer than anything here may take on a busy machine, but what is meant to take long.
 const MOST: Duration = Duration::from_secs(60);
-/// What "within seconds" means.
-const SOON: Duration = Duration::from_secs(15);
+/// What is to happen at once, or within seconds: how long that takes is the machine's.
+const SOON: Duration = Duration::from_secs(60);
 /// Longer than a heartbeat may be silent (10 s).
 const SILENCE: Duration = Duration::from_secs(13);
 
@@ -160,15 +160,16 @@ fn a_lease_that_is_over_pauses_the_vm() {
     trial.becomes("vm", "running");
     vm.signal(Signal::SIGKILL);
     vm.wait(SOON);
+    let before = shim.cpu_time();
     shim.says("held for 6 s", SOON);
-    let before = shim.cpu_time();
-    wait_until("the held VM runs", Duration::from_secs(5), || shim.cpu_time() - before > Duration::from_millis(100));
     shim.says("paused (soc-lost)", SOON);
+    assert!(shim.cpu_time() - before > Duration::from_millis(100), "the held VM doesn't run");
     // The pause takes a moment.
-    std::thread::sleep(Duration::from_millis(500));
-    let before = shim.cpu_time();
-    std::thread::sleep(Duration::from_secs(1));
-    assert!(shim.cpu_time() - before < Duration::from_millis(100), "the paused VM runs");
+    wait_until("the paused VM stands still", SOON, || {
+        let before = shim.cpu_time();
+        std::thread::sleep(Duration::from_secs(1));
+        shim.cpu_time() - before < Duration::from_millis(100)
+    });
     let refused = trial.vm("next", &short(), &["--function", &function]).wait(MOST);
     one_line("a held function", &refused, 4, &["is held here"]);
 }
