@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use integration::monitor::Monitor;
+use integration::moving::unique;
 use integration::{Vm, kvm, test_name};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -20,7 +21,7 @@ struct Named {
 
 impl Named {
     fn run(payload: &Payload, cpus: &str) -> Self {
-        let name = format!("{}-{}", cpus.replace([',', '='], "-"), std::process::id());
+        let name = unique("cpus");
         let mut vm = Vm::payload(payload, &["--cpus", cpus, "--name", &name]);
         vm.debugcon_has("alone\n");
         Self { vm, name }

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use integration::monitor::Monitor;
+use integration::moving::unique;
 use integration::{Vm, kvm, test_name};
 use serde_json::{Value, json};
 
@@ -22,7 +23,7 @@ impl Idle {
             bytes.splice(len - 16..len - 14, [0xeb, 0xfe]);
             std::fs::write(directory.path().join(name), bytes).unwrap();
         }
-        let name = format!("plug-{}", std::process::id());
+        let name = unique("plug");
         let firmware = directory.path().join("firmware").display().to_string();
         let args = ["--firmware", &firmware, "--memory", "16M", "--name", &name];
         let mut vm = Vm::run(&[&args[..], more].concat());
