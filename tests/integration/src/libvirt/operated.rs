@@ -6,7 +6,7 @@ use payloads::operated;
 use testbed::libvirt::Console;
 
 /// How long the guest may take to say something.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Whoever operates it.
 #[derive(Debug)]
