@@ -207,9 +207,10 @@ fn a_guest_whose_file_can_t_grow_goes_on() {
         return;
     }
     let dir = TempDir::new().unwrap();
-    let (vm, file) = (running(), dir.path().join("saved"));
+    let (mut vm, file) = (running(), dir.path().join("saved"));
+    let pid = vm.pid().to_string();
     let limit = |bytes: &str| {
-        let set = Command::new("prlimit").args(["--pid", &vm.pid().to_string(), &format!("--fsize={bytes}:")]).status();
+        let set = Command::new("prlimit").args(["--pid", &pid, &format!("--fsize={bytes}:")]).status();
         assert!(set.unwrap().success());
     };
     limit("4194304");
@@ -217,7 +218,8 @@ fn a_guest_whose_file_can_t_grow_goes_on() {
         let why = save(&vm, &file, how).unwrap_err();
         assert!(why.contains("File too large") && why.lines().count() == 1, "{why}");
         assert!(vm.command(&["status"]).contains("running"));
-        assert!(!file.exists());
+        // It goes a moment after it is told.
+        vm.wait_until("no half of a guest is left", |_| !file.exists());
     }
     let why = save(&vm, &dir.path().join("no/where"), &[]).unwrap_err();
     assert!(why.contains("No such file") && why.lines().count() == 1, "{why}");
