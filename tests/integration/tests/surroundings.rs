@@ -15,7 +15,7 @@ use nix::unistd::{Pid, mkfifo};
 use payloads::{PASSED, Payload, Privilege};
 
 /// Longer than anything here may take on a busy machine.
-const MOST: Duration = Duration::from_secs(60);
+const MOST: Duration = Duration::from_secs(120);
 
 /// Ends by itself.
 fn short() -> Payload {
@@ -200,8 +200,8 @@ fn a_vm_that_waits_for_a_deaf_function_can_be_ended() {
     wait_until("its monitor listens", MOST, || trial.path("vm.qmp").exists());
     std::thread::sleep(Duration::from_millis(300));
     vm.signal(Signal::SIGTERM);
-    // Sooner than the function is given up by itself.
-    let ended = vm.wait(Duration::from_secs(8));
+    // Where the function is given up by itself, that is said.
+    let ended = vm.wait(MOST);
     assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""));
     trial.leaves_nothing("a deaf function");
 }
@@ -368,17 +368,24 @@ fn a_vm_whose_images_are_being_loaded_can_be_ended() {
     let (option, image) = endless().file();
     let image = trial.file("image", &image);
     let args = ["run", option, &image, "--initrd", &initrd, "--memory", "400M", "--serial", "null"];
-    let mut vm = trial.soc_vmm(&args);
-    // The kernel keeps the account of a process until its parent has asked for its end.
-    let account = |file: &str| std::fs::read_to_string(format!("/proc/{}/{file}", vm.pid())).unwrap();
-    let has_read =
-        || -> u64 { account("io").lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap() };
-    wait_until("it loads", MOST, || has_read() > SIZE / 16);
-    kill(Pid::from_raw(vm.pid() as i32), Signal::SIGTERM).unwrap();
-    wait_until("it ends", MOST, || account("stat").contains(") Z "));
-    let read = has_read();
-    assert_eq!(vm.wait(MOST).status.code(), Some(0));
-    assert!(read < SIZE, "it was ended only when all was loaded: {read} bytes read");
+    // On a busy machine it may be told so late that nearly all is loaded: then it is told once more.
+    let is_told_in_time = || {
+        let mut vm = trial.soc_vmm(&args);
+        // The kernel keeps the account of a process until its parent has asked for its end.
+        let account = |file: &str| std::fs::read_to_string(format!("/proc/{}/{file}", vm.pid())).unwrap();
+        let has_read =
+            || -> u64 { account("io").lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap() };
+        wait_until("it loads", MOST, || has_read() > SIZE / 16);
+        kill(Pid::from_raw(vm.pid() as i32), Signal::SIGTERM).unwrap();
+        let until_told = has_read();
+        wait_until("it ends", MOST, || account("stat").contains(") Z "));
+        let read = has_read();
+        assert_eq!(vm.wait(MOST).status.code(), Some(0));
+        let is_in_time = until_told < SIZE / 2;
+        assert!(read < SIZE || !is_in_time, "it was ended only when all was loaded: {read} bytes read");
+        is_in_time
+    };
+    assert!((0..10).any(|_| is_told_in_time()), "it was told too late each time");
     trial.leaves_nothing("a VM that was being loaded");
 }
 
