@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
+use integration::hostile::is_listened_on;
 use integration::monitor::Monitor;
 use integration::moving::unique;
 use integration::{Vm, kvm, test_name};
@@ -49,7 +50,7 @@ fn to_and_fro(moves: u16) {
         let door = dir.path().join(&of_next);
         let uri = format!("unix:{}", door.display());
         let mut next = Vm::payload(&payload, &[&["--name", &of_next, "--incoming", &uri], &options[..]].concat());
-        next.wait_until("it waits", |_| door.exists());
+        next.wait_until("it waits", |_| is_listened_on(&door));
         let connections = (1 + number % 4).to_string();
         let how: &[&str] = if number % 3 == 2 { &["--zstd"] } else { &[] };
         let said = vm.soc_vmm(&[&["migrate", &uri, &name, "--connections", &connections], how].concat()).unwrap();
@@ -76,7 +77,7 @@ fn pair_of(dir: &TempDir, [ours, theirs]: [&[&str]; 2]) -> (Vm, String, Vm, Stri
     let of_other = unique("there");
     let args = [&["--name", &of_other, "--incoming", &uri], theirs].concat();
     let mut there = Vm::payload(&scribe.payload().unwrap(), &args);
-    there.wait_until("it waits", |_| dir.path().join("there").exists());
+    there.wait_until("it waits", |_| is_listened_on(&dir.path().join("there")));
     (here, name, there, uri)
 }
 
@@ -93,7 +94,7 @@ fn what_nobody_writes_is_sent_once() {
     let mut here = Vm::payload(&payload, &["--name", &name]);
     here.debugcon_has("ready");
     let mut there = Vm::payload(&payload, &["--name", &of_other, "--incoming", &uri]);
-    there.wait_until("it waits", |_| door.exists());
+    there.wait_until("it waits", |_| is_listened_on(&door));
     let said = here.soc_vmm(&["migrate", &uri, &name]).unwrap();
     let sent = said.split_once(" MiB sent").and_then(|(before, _)| before.rsplit(' ').next()?.parse::<f64>().ok());
     // What the guest's pages are, besides zeros, is its payload and tables.
@@ -246,6 +247,8 @@ fn a_move_waits_before_the_guest_changes_sides_where_it_is_told_to() {
         let capabilities =
             json!({ "capabilities": [on("pause-before-switchover"), on("auto-converge"), on("return-path")] });
         qmp.does("migrate-set-capabilities", capabilities);
+        // How fast memory moves is the machine's, and here it needn't be faster than the guest.
+        qmp.does("migrate-set-parameters", json!({ "downtime-limit": 60_000 }));
         qmp.does("migrate", json!({ "uri": uri }));
         let is = |vm: &Vm, status: &str| monitor(vm).does("query-migrate", json!({}))["status"] == status;
         here.wait_until("it waits", |vm| is(vm, "pre-switchover"));
@@ -277,7 +280,8 @@ fn a_guest_is_kept_in_a_file_and_goes_on_from_it_again_and_again() {
     let mut vm = Vm::payload(&scribe.payload().unwrap(), &["--name", &name]);
     vm.debugcon_has("scribe");
     let uri = format!("file:{}", dir.path().join("saved").display());
-    vm.soc_vmm(&["migrate", &uri, &name]).unwrap();
+    // The guest writes as fast as it can: where it is to stand still for a moment only, the file grows until the machine is fast enough.
+    vm.soc_vmm(&["migrate", &uri, &name, "--downtime", "60000"]).unwrap();
     assert_eq!(vm.wait().status.code(), Some(0));
     for _ in 0..2 {
         let mut vm = Vm::payload(&scribe.payload().unwrap(), &["--incoming", &uri]);
@@ -313,7 +317,7 @@ fn a_disk_goes_along_with_requests_under_way() {
             let door = dir.path().join(&of_next);
             let uri = format!("unix:{}", door.display());
             let mut next = Vm::payload(&payload, &["--name", &of_next, "--disk", &disk, "--incoming", &uri]);
-            next.wait_until("it waits", |_| door.exists());
+            next.wait_until("it waits", |_| is_listened_on(&door));
             vm.soc_vmm(&["migrate", &uri, &name]).unwrap();
             let ended = vm.wait();
             assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""), "{format}: {}", ended.debugcon);
