@@ -1,10 +1,9 @@
 //! A card that misbehaves, and sides that are killed, under guests of an emulated server.
 
 use std::process::Command;
-use std::time::Duration;
 
 use api_channel::call::{Call, Irqfd, VCPU_ALL, VmCreated};
-use integration::hostile::{Running, one_line};
+use integration::hostile::{Running, is_listened_on, one_line};
 use integration::machines::{MOST, Server, Watched, but_for_the_emulator};
 use integration::soc::{Shape, resampled};
 use integration::{program, test_name};
@@ -202,7 +201,7 @@ fn a_killed_shim_ends_its_vm(server: &mut Server) {
     const F: u32 = function::KILLED;
     let mut vm = running(server, F);
     server.kill_shim(F);
-    one_line("a killed shim", &vm.wait(Duration::from_secs(30)), 6, &["the VM is lost"]);
+    one_line("a killed shim", &vm.wait(MOST), 6, &["the VM is lost"]);
     server.wait_until("its mappings are gone", || server.stat(F, "host_mapped_bytes") == 0);
     server.start_shim(F, &[]);
     serves(server, F);
@@ -238,7 +237,7 @@ fn a_pool_gives_a_function_to_one_vm_after_the_other(server: &mut Server) {
         assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(PASSED), ""));
     };
     let mut pool = soc_vmm(server, &["pool", "serve"]);
-    server.wait_until("the pool listens", || server.trial.path("pool/socket").exists());
+    server.wait_until("the pool listens", || is_listened_on(&server.trial.path("pool/socket")));
     // The first one by its place in the list, and again once the pool has seen that it is free.
     (0..2).for_each(|_| serves(server));
 

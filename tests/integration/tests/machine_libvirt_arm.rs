@@ -171,7 +171,7 @@ impl<'a> Place<'a> {
 
     /// Nothing of the domain is left, neither here nor on the server.
     fn is_gone(&self) {
-        assert_eq!(self.emulators(), [0; 0]);
+        self.waits("the domain's process ends", || self.emulators().is_empty());
         self.function_is("free");
         let shims = self.bed.server.programs().unwrap();
         assert_eq!(shims.len(), 3, "the server's first process, a shim for each function: {shims:?}");

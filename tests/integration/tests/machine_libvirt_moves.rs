@@ -129,7 +129,8 @@ impl Site {
         let mut shell = back(&mut console, seat);
         let before = count(&mut shell);
         succeeds(&mut shell, &format!("until [ $(cat /run/count || echo 0) -gt {before} ]; do sleep 0.02; done"));
-        succeeds(&mut shell, &format!("cp /run/count /root/count-{before} && sync"));
+        // While the next one is written the file is empty.
+        succeeds(&mut shell, &format!("until grep . /run/count >/root/count-{before}; do :; done; sync"));
         shell.leave()
     }
 

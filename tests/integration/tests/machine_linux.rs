@@ -15,7 +15,7 @@ use testbed::vmm::{VmConfig, Vmm};
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
 /// Of a soc-vmm.
 const CONFIGURATION: &str = "/etc/outboard/soc-vmm.toml";
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
 /// It is told of Hyper-V's interfaces, too; it finds KVM behind them, and prefers it.
 #[test]

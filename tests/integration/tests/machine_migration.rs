@@ -66,8 +66,8 @@ fn moved<'a>(mut from: Vmm<'_>, bed: &'a Bed, dir: &TempDir, number: usize) -> V
 }
 
 fn count(vmm: &mut Vmm<'_>) -> u64 {
-    // What is typed is shown too, but not with the number.
-    vmm.type_text("echo count$(echo) $(cat /tmp/count) and on\n").unwrap();
+    // What is typed is shown too, but not with the number. While the next one is written the file is empty.
+    vmm.type_text("echo count$(echo) $(until grep . /tmp/count; do :; done) and on\n").unwrap();
     vmm.expect("count ", ANSWER_LIMIT).unwrap();
     let said = vmm.read_until(" and on", ANSWER_LIMIT).unwrap();
     said.trim_end_matches(" and on").trim().parse().unwrap_or_else(|_| panic!("{said:?}"))

@@ -11,7 +11,7 @@ use testbed::vmm::{VmConfig, Vmm};
 
 /// How long a guest may take to come up. Seconds on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
 /// What is typed, and what the guest then says: 8 vCPUs, 2 sockets of 2 cores of 2 threads, a node each.
 const ANSWERS: [(&str, &str); 7] = [
