@@ -32,7 +32,7 @@ pub fn soc_channel(number: u32) -> String {
 }
 
 /// How long the shims may take to offer their functions.
-const OFFER_LIMIT: Duration = Duration::from_secs(60);
+const OFFER_LIMIT: Duration = Duration::from_secs(120);
 
 /// A DPU server to be started.
 #[derive(Clone, Debug)]

@@ -191,6 +191,9 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
 
+    /// Longer than an answer takes on a busy machine.
+    const LIMIT: Duration = Duration::from_secs(60);
+
     /// A machine's end, played by hand.
     fn pair() -> (Control, UnixStream) {
         let dir = tempfile::tempdir().unwrap();
@@ -217,7 +220,7 @@ mod tests {
             say(&mut machine, &reply(call.id, 2));
             machine
         });
-        let answer = control.call(Request::List, Duration::from_secs(5)).unwrap();
+        let answer = control.call(Request::List, LIMIT).unwrap();
         assert_eq!(answer, Answer::Pid(2));
         drop(answers.join());
     }
@@ -226,11 +229,11 @@ mod tests {
     fn a_lost_machine_answers_at_once() {
         let (control, machine) = pair();
         drop(machine);
-        let began = Instant::now();
-        let error = control.call(Request::List, Duration::from_secs(30)).unwrap_err();
+        // Who waits for all of that time is ended before.
+        let limit = Duration::from_secs(3600);
+        let error = control.call(Request::List, limit).unwrap_err();
         assert!(matches!(error, CallError::Gone));
-        assert!(!control.wait_ready(Duration::from_secs(30)));
-        assert!(began.elapsed() < Duration::from_secs(5));
+        assert!(!control.wait_ready(limit));
     }
 
     #[test]
@@ -251,9 +254,8 @@ mod tests {
         }
         let status = Status::Code(3);
         say(&mut machine, &Line::Exited { pid, status });
-        let limit = Duration::from_secs(5);
-        assert_eq!(control.wait_for_exit(pid, limit), Some(status));
+        assert_eq!(control.wait_for_exit(pid, LIMIT), Some(status));
         assert_eq!(control.output(pid), ["one", "two"]);
-        assert_eq!(control.wait_for_output(pid, "tw", limit).as_deref(), Some("two"));
+        assert_eq!(control.wait_for_output(pid, "tw", LIMIT).as_deref(), Some("two"));
     }
 }

@@ -33,8 +33,8 @@ pub use programs::Process;
 pub use soc::SocLibvirt;
 pub use tree::{soc_disk, tree};
 
-/// How long a daemon may take to listen or to end, and a `virsh` to answer.
-const LIMIT: Duration = Duration::from_secs(60);
+/// How long a daemon may take to listen or to end, and a `virsh` to answer: also one that waits until a guest has moved.
+const LIMIT: Duration = Duration::from_secs(180);
 /// Between two looks at something that is waited for.
 const PAUSE: Duration = Duration::from_millis(20);
 

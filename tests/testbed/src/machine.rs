@@ -26,8 +26,8 @@ use crate::{build, guest, modules, paths, scratch};
 
 /// How long a machine may take to its first line of control: seconds on an idle host, more where two cores are shared.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
-/// How long an ordinary call may take.
-const CALL_LIMIT: Duration = Duration::from_secs(30);
+/// How long an ordinary call may take, where two cores are shared.
+const CALL_LIMIT: Duration = Duration::from_secs(90);
 
 /// In [`Machine::epitaph`]: a processor of the machine met a triple fault. No user space does that to a kernel; QEMU's TCG does
 /// (docs/testbed.md).

@@ -12,7 +12,7 @@ use crate::machine::Error;
 use crate::process::Child;
 
 /// How long the server may take to listen.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Makes the interface, which several queues may be opened of, and goes on as the server.
 const SETUP: &str = "\

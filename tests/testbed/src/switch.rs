@@ -192,7 +192,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let switch = Switch::start(dir.path().join("switch")).unwrap();
         let mut ports = [(); 3].map(|()| UnixStream::connect(switch.socket()).unwrap());
-        ports.iter().for_each(|port| port.set_read_timeout(Some(Duration::from_secs(20))).unwrap());
+        ports.iter().for_each(|port| port.set_read_timeout(Some(Duration::from_secs(60))).unwrap());
         while lock(&switch.ports).all.len() < ports.len() {
             thread::yield_now();
         }

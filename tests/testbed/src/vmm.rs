@@ -453,7 +453,7 @@ mod tests {
     fn what_was_expected_is_not_found_again() {
         let screen = Arc::new(Screen::default());
         screen.fill_from(Box::new(&b"up\r\n# up\r\n"[..])).unwrap();
-        let limit = Duration::from_secs(5);
+        let limit = Duration::from_secs(60);
         let first = screen.find("up", 0, limit).unwrap();
         let second = screen.find("up", first, limit).unwrap();
         assert!(second > first);

@@ -16,7 +16,7 @@ use super::soc::SOC_PASST;
 use super::{PASST, Tools, command};
 
 /// How long it may take to listen.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Addresses of its own, so that it doesn't matter which ones its machine has. Where that has none, passt gives the guest
 /// link-local ones instead, with a router of another address; [`Passt::HOST`] is mapped all the same.

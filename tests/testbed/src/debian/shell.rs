@@ -7,7 +7,7 @@ use crate::machine::Error;
 use super::{PASSWORD, USER};
 
 /// How long what needs no booting may take.
-const PROMPT_LIMIT: Duration = Duration::from_secs(60);
+const PROMPT_LIMIT: Duration = Duration::from_secs(120);
 
 /// Where somebody sits: a serial line of soc-vmm's own, or one behind a console of libvirt's.
 pub trait Terminal {

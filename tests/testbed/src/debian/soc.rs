@@ -30,7 +30,7 @@ const FILES: [(&str, &str); 4] = [
 /// The port of [`serve_page`].
 const PORT: u16 = 80;
 /// How long a command on the SoC may take.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Fetches the programs that the SoC gets.
 ///

@@ -12,7 +12,7 @@ use crate::process::Child;
 use super::command;
 
 /// How long it may take to listen.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(120);
 /// Of Debian 13: Debian 12 has the one of QEMU 7.2 alone, which ended there.
 const VIRTIOFSD: &str = "virtiofsd";
 
