@@ -15,7 +15,7 @@ use pcie_function_card::{CardFunction, CardRemote};
 
 use crate::side::{RAM, RAM_SIZE, Side, eventually, pattern, readable};
 
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(60);
 const NOT: Duration = Duration::from_millis(50);
 const VECTORS: u32 = profile::HOST_VECTORS_MIN;
 
@@ -444,7 +444,8 @@ fn transfers_go_wrong_on_demand() {
     assert!(since.elapsed() >= Duration::from_millis(30));
 
     // A line that pauses midway is legal, and its sequence still comes last.
-    dma(Dma::Split(Duration::from_millis(60)));
+    // Long enough to be looked at in between, on a busy machine too.
+    dma(Dma::Split(Duration::from_secs(2)));
     ram(&soc).store_line(0x1000, &[3; 8]);
     eventually("the first half", || host.ram.load(0x1000) == 3);
     assert_eq!(host.ram.load(0x1038), 0);
@@ -472,10 +473,12 @@ fn doorbells_go_wrong_on_demand() {
     bed.card.set_doorbell(0, Doorbell::Double);
     host.ring(0);
     assert_eq!(taken(), 2);
-    bed.card.set_doorbell(0, Doorbell::Delay(Duration::from_millis(100)));
+    let delay = Duration::from_millis(100);
+    bed.card.set_doorbell(0, Doorbell::Delay(delay));
+    let since = Instant::now();
     host.ring(0);
-    assert!(!readable(bell(), NOT));
     assert!(readable(bell(), SOON));
+    assert!(since.elapsed() >= delay);
     assert_eq!(taken(), 1);
     bed.card.set_doorbell(0, Doorbell::Normal);
     host.ring(0);
@@ -596,6 +599,6 @@ fn a_card_that_dies_is_gone_at_once() {
     assert_eq!(ram(&soc).load(0), u64::MAX);
     soc.raise(0);
     soc.card_memory().store(0, 1);
-    assert!(since.elapsed() < Duration::from_secs(2));
+    assert!(since.elapsed() < SOON, "somebody waits for a card that is gone");
     assert!(pcie_function_card::open(&directory.path().join("soc-0.sock")).is_err());
 }
