@@ -30,7 +30,7 @@ fn busy() {
     }
     for privilege in [Privilege::Cpl0, Privilege::Cpl3] {
         let mut machine = Machine::new(&hot::busy(privilege).unwrap(), Options::default()).unwrap();
-        let outcome = machine.run(Silent, Duration::from_millis(200)).unwrap();
+        let outcome = machine.run(Silent, Duration::from_secs(1)).unwrap();
         assert_eq!(outcome.console, "busy\n");
         let count: u64 = machine.memory().read_obj(GuestAddress(hot::BUSY_COUNT)).unwrap();
         assert!(count > 1000, "{privilege:?}: {count}, {:?}", outcome.ends);

@@ -57,7 +57,8 @@ fn halted() {
         return;
     }
     let mut machine = Machine::new(&smp::halted(3).unwrap(), Options::default()).unwrap();
-    let outcome = machine.run(Silent, Duration::from_millis(300)).unwrap();
+    // They come up in a moment, but for a busy machine.
+    let outcome = machine.run(Silent, Duration::from_secs(2)).unwrap();
     assert_eq!(outcome.console, "halted\n");
     assert!(outcome.ends.iter().all(|end| *end == End::Stopped), "{:?}", outcome.ends);
 }
