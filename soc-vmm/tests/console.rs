@@ -18,7 +18,7 @@ use soc_vmm::console::SerialBackend;
 use soc_vmm::control::{Action, ShutdownCause, VmInfo, channel};
 use soc_vmm::devices::{input_pipe, output_pipe};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() {
     if let Some(end) = std::env::args().skip_while(|arg| arg != "--child").nth(1) {

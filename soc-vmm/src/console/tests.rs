@@ -11,7 +11,7 @@ use crate::bus::Wake;
 use crate::control::{VmControl, VmInfo, channel};
 use crate::devices::{InputQueue, OutputQueue, input_pipe, output_pipe};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 struct NoDevice;

@@ -11,7 +11,7 @@ use testbed::certificates::{Authority, Role, of_localhost};
 use super::*;
 use crate::cli::with_causes;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn spec(dir: &Path, endpoint: Endpoint) -> CredentialsSpec {
     CredentialsSpec { dir: dir.to_owned(), endpoint, verify_peer: true }
@@ -122,7 +122,7 @@ fn who_waits_for_bytes_keeps_nobody_from_writing_and_the_other_way_round() {
             _ = wrote.send(());
         }
     });
-    writes.recv_timeout(Duration::from_secs(10)).expect("it writes while the reader waits");
+    writes.recv_timeout(PATIENCE).expect("it writes while the reader waits");
     to_client.write_all(&[9]).unwrap();
     let (first, mut reader) = reads.join().unwrap();
     assert_eq!(first, 9, "it reads while the writer waits");
