@@ -101,6 +101,9 @@ pub trait SourceVm: Send + Sync {
     /// The destination runs the guest: what is left of it here may go.
     fn gone(&self);
 
+    /// Nobody knows whether the destination runs the guest: it stands still here until somebody says that it runs nowhere else.
+    fn in_doubt(&self);
+
     /// The guest is in a file, and is this side's as before: it goes on if it ran, or stands still until somebody has it go on.
     ///
     /// # Errors

@@ -41,6 +41,7 @@ fn place(
         assert_eq!(source.ram.differs(&destination.ram), []);
         assert_eq!(*destination.loaded.lock().unwrap(), Some(rig::state()));
     }
+    assert_eq!(source.doubts.load(Ordering::Relaxed), matches!(sent, Err(MigrationError::Unknown)));
     match sent {
         Ok(_) => {
             assert!(there && !here && source.gone.load(Ordering::Relaxed), "{received:?}");

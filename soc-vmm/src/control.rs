@@ -513,6 +513,8 @@ impl VmControl {
         match self.state() {
             // A reset wakes it: it runs.
             RunState::Suspended => self.enter_for(RunState::Running, Some(event)),
+            // No guest is here that could have been reset.
+            RunState::Inmigrate => self.tell(event),
             state if state.may_become(RunState::Prelaunch) => self.enter_for(RunState::Prelaunch, Some(event)),
             _ => self.tell(event),
         }

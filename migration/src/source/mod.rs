@@ -168,6 +168,7 @@ impl<'s, 'v: 's> Source<'s, '_, 'v> {
     /// The guest goes on here, unless it is the destination's.
     fn undo(&self, error: MigrationError) -> Failed {
         let mut failed = Failed { stands: None, resume: None };
+        let in_doubt = matches!(error, MigrationError::Unknown);
         if self.whose == Whose::Ours {
             self.session.ending.fail(error);
         } else {
@@ -184,6 +185,9 @@ impl<'s, 'v: 's> Source<'s, '_, 'v> {
         }
         if self.paused.is_some() && self.whose != Whose::Theirs {
             failed.resume = self.vm.resume().err();
+        }
+        if in_doubt {
+            self.vm.in_doubt();
         }
         failed
     }

@@ -127,6 +127,8 @@ pub(crate) struct Source {
     written: Vec<AtomicU64>,
     pub(crate) throttled: Mutex<Vec<u8>>,
     pub(crate) gone: AtomicBool,
+    /// Whether it was told that nobody knows where the guest is.
+    pub(crate) doubts: AtomicBool,
     pub(crate) logged: AtomicU64,
     /// What fails, and what panics, by the trait's name for it.
     pub(crate) fails: RwLock<Option<&'static str>>,
@@ -144,6 +146,7 @@ impl Source {
             written: (0..pages).map(|_| AtomicU64::new(0)).collect(),
             throttled: Mutex::default(),
             gone: AtomicBool::new(false),
+            doubts: AtomicBool::new(false),
             logged: AtomicU64::new(0),
             fails: RwLock::new(None),
             panics: RwLock::new(None),
@@ -276,6 +279,11 @@ impl SourceVm for Source {
     fn gone(&self) {
         assert!(!self.runs());
         assert!(!self.gone.swap(true, Ordering::Relaxed));
+    }
+
+    fn in_doubt(&self) {
+        assert!(!self.runs() && !self.gone.load(Ordering::Relaxed));
+        assert!(!self.doubts.swap(true, Ordering::Relaxed));
     }
 }
 

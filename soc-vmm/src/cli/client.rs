@@ -347,8 +347,11 @@ fn row(vm: &OutboardVm) -> (String, String, u16, String, String, u32) {
 
 /// `comes`: its guest isn't here yet, and only its source knows what is left.
 fn shown_migration(migration: &OutboardMigration, comes: bool) -> String {
-    let OutboardMigration { status, error_desc, remaining, total, transferred, rate, rounds, expected_downtime } =
+    let OutboardMigration { status, error_desc, door, remaining, total, transferred, rate, rounds, expected_downtime } =
         migration;
+    if let (Step::Setup, Some(door)) = (status, door) {
+        return format!("waits for its guest at {}", one_line(door));
+    }
     let mebibytes = |bytes: &u64| *bytes as f64 / f64::from(1 << 20);
     let figures = match (status, total) {
         // Nobody knows yet what comes, or cares any more.
@@ -523,6 +526,7 @@ mod tests {
         let migration = OutboardMigration {
             status: crate::migrate::Step::PostcopyPaused,
             error_desc: Some("it\nbroke\u{2028}\u{1b}[2J".into()),
+            door: None,
             remaining: 3 << 19,
             total: 1 << 30,
             transferred: 5 << 20,
@@ -555,6 +559,7 @@ mod tests {
         let of = |status, rounds, expected_downtime| OutboardMigration {
             status,
             error_desc: None,
+            door: None,
             remaining: 3 << 20,
             total: 1 << 30,
             transferred: 5 << 20,
@@ -568,6 +573,8 @@ mod tests {
         shown(Step::Active, true, "migration active, 5.0 MiB came for 1024.0, 7.0 MiB/s");
         shown(Step::Cancelled, false, "migration cancelled");
         shown(Step::Device, false, "migration device, 3.0 MiB left of 1024.0");
+        let waits = OutboardMigration { door: Some("unix:/d".into()), ..of(Step::Setup, 0, 0) };
+        assert_eq!(shown_migration(&waits, true), "waits for its guest at unix:/d");
         let first = shown_migration(&of(Step::Active, 0, 0), false);
         assert_eq!(first, "migration active, 3.0 MiB left of 1024.0, 7.0 MiB/s, round 1");
     }

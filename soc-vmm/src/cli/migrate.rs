@@ -53,9 +53,11 @@ pub(super) fn migrate(
     shown: &str,
     out: &mut dyn Write,
 ) -> Result<(), Trouble> {
+    let place = args.uri.to_string();
+    let watched = Watched { shown, post_copy: args.postcopy, leaves: true, place: &place };
     if args.resume {
         begin(client, args)?;
-        return if args.detach { Ok(()) } else { watch(client, false, true, shown, out, write_result) };
+        return if args.detach { Ok(()) } else { watched.watch(client, out, write_result) };
     }
     let is_door = matches!(args.uri, Uri::Tcp(..) | Uri::Tls(..) | Uri::Unix(_));
     let connections = match args.connections {
@@ -89,7 +91,7 @@ pub(super) fn migrate(
     });
     client.execute_with::<Empty>("migrate-set-parameters", &parameters)?;
     begin(client, args)?;
-    if args.detach { Ok(()) } else { watch(client, args.postcopy, true, shown, out, write_result) }
+    if args.detach { Ok(()) } else { watched.watch(client, out, write_result) }
 }
 
 /// Keeps the guest of the VM `shown` in a file.
@@ -101,6 +103,11 @@ pub(super) fn save(
     shown: &str,
     out: &mut dyn Write,
 ) -> Result<(), Trouble> {
+    if let Some(name) = file.to_str().and_then(|text| text.strip_prefix("file:")) {
+        // One that is called so is ./file:….
+        let why = format!("FILE: save takes the file alone: say {}", one_line(name));
+        return Err(Trouble::Told(Failure::new(ExitStatus::Usage, why)));
+    }
     // The VM's working directory is another one.
     let told = |e: Failure| Trouble::Told(e);
     let file = std::path::absolute(file).map_err(|e| told(Failure::of(ExitStatus::Usage, "FILE", &e)))?;
@@ -113,7 +120,8 @@ pub(super) fn save(
         Some(Keeps::Paused) => "pause",
     };
     client.execute_with::<Empty>("x-outboard-save", &json!({ "file": file, "then": then }))?;
-    if detach { Ok(()) } else { watch(client, false, keep.is_none(), shown, out, write_saved) }
+    let watched = Watched { shown, post_copy: false, leaves: keep.is_none(), place: file };
+    if detach { Ok(()) } else { watched.watch(client, out, write_saved) }
 }
 
 /// Ends what is under way in the VM `shown`.
@@ -133,61 +141,85 @@ pub(super) fn cancel(client: &mut Client, shown: &str) -> Result<(), Trouble> {
         "postcopy-active" => "it is too late: the guest runs at its destination already, and waits for its pages",
         "postcopy-paused" | "postcopy-recover" => {
             let why = "it is too late: the guest runs at its destination already";
-            return failed(&format!("{why}; go on by soc-vmm migrate URI {shown} --resume"));
+            return failed(&format!(
+                "{why}; go on by soc-vmm migrate URI {shown} --resume, or if it has ended there, soc-vmm quit {shown}"
+            ));
         }
         _ => return Ok(()),
     };
     failed(why)
 }
 
-/// Shows how it goes until it is over; `post_copy`: the guest is to run there after the first round; `leaves`: its VM ends then.
-fn watch(
-    client: &mut Client,
+/// What is under way.
+struct Watched<'a> {
+    /// The VM.
+    shown: &'a str,
+    /// The guest is to run there after the first round.
     post_copy: bool,
+    /// The VM ends then.
     leaves: bool,
-    shown: &str,
-    out: &mut dyn Write,
-    write_result: impl Fn(&mut dyn Write, &Value) -> io::Result<()>,
-) -> Result<(), Trouble> {
-    let mut wants_post_copy = post_copy;
-    let mut looks = 0;
-    loop {
-        let told: Value = client.execute("query-migrate")?;
-        let status = told["status"].as_str().unwrap_or_default();
-        let failed = |why: String| Err(Trouble::Told(Failure::new(ExitStatus::Failed, format!("{shown}: {why}"))));
-        match status {
-            "completed" => {
-                written(write_result(out, &told))?;
-                // Whoever starts another VM with its name or its disks right away finds them free. One that stays was kept, or is libvirt's.
-                if leaves {
-                    _ = client.wait_for_end(LEAVING);
+    /// Where the guest goes.
+    place: &'a str,
+}
+
+impl Watched<'_> {
+    /// Shows how it goes until it is over.
+    fn watch(
+        &self,
+        client: &mut Client,
+        out: &mut dyn Write,
+        write_result: impl Fn(&mut dyn Write, &Value) -> io::Result<()>,
+    ) -> Result<(), Trouble> {
+        let Self { shown, post_copy, leaves, place } = *self;
+        let mut wants_post_copy = post_copy;
+        let mut looks = 0;
+        loop {
+            let told: Value = match client.execute("query-migrate") {
+                // It waits a second for who wants to know how that ended.
+                Err(ClientError::Lost(e)) if leaves && e.kind() != io::ErrorKind::TimedOut => {
+                    let why = format!(
+                        "{shown}: the VM ended while its guest was on its way to {place}: see whether it is there"
+                    );
+                    return Err(Trouble::Told(Failure::new(ExitStatus::Unavailable, why)));
                 }
-                return Ok(());
-            }
-            "cancelled" => return failed("it was cancelled; the guest stays as it was".into()),
-            "postcopy-paused" => {
-                let why = one_line(told["error-desc"].as_str().unwrap_or("nobody knows why"));
-                return failed(format!(
-                    "the connection broke while the guest runs at its destination and waits for pages ({why}): \
-                     go on by soc-vmm migrate URI {shown} --resume"
-                ));
-            }
-            "active" if wants_post_copy && number(&told["ram"], "dirty-sync-count") > 0 => {
-                wants_post_copy = false;
-                match client.execute::<Empty>("migrate-start-postcopy") {
-                    // It may have come so far without.
-                    Ok(Empty {}) | Err(ClientError::Refused(_)) => {}
-                    Err(e) => return Err(e.into()),
+                told => told?,
+            };
+            let status = told["status"].as_str().unwrap_or_default();
+            let failed = |why: String| Err(Trouble::Told(Failure::new(ExitStatus::Failed, format!("{shown}: {why}"))));
+            match status {
+                "completed" => {
+                    written(write_result(out, &told))?;
+                    // Whoever starts another VM with its name or its disks right away finds them free. One that stays was kept, or is libvirt's.
+                    if leaves {
+                        _ = client.wait_for_end(LEAVING);
+                    }
+                    return Ok(());
                 }
+                "cancelled" => return failed("it was cancelled; the guest stays as it was".into()),
+                "postcopy-paused" => {
+                    let why = one_line(told["error-desc"].as_str().unwrap_or("nobody knows why"));
+                    return failed(format!(
+                        "the connection broke while the guest runs at its destination and waits for pages ({why}): \
+                     go on by soc-vmm migrate URI {shown} --resume, or if it has ended there, soc-vmm quit {shown}"
+                    ));
+                }
+                "active" if wants_post_copy && number(&told["ram"], "dirty-sync-count") > 0 => {
+                    wants_post_copy = false;
+                    match client.execute::<Empty>("migrate-start-postcopy") {
+                        // It may have come so far without.
+                        Ok(Empty {}) | Err(ClientError::Refused(_)) => {}
+                        Err(e) => return Err(e.into()),
+                    }
+                }
+                "failed" => return failed(one_line(told["error-desc"].as_str().unwrap_or("the move failed"))),
+                _ => {}
             }
-            "failed" => return failed(one_line(told["error-desc"].as_str().unwrap_or("the move failed"))),
-            _ => {}
+            if looks % A_LINE == 0 {
+                written(write_progress(out, status, &told))?;
+            }
+            looks += 1;
+            std::thread::sleep(LOOK);
         }
-        if looks % A_LINE == 0 {
-            written(write_progress(out, status, &told))?;
-        }
-        looks += 1;
-        std::thread::sleep(LOOK);
     }
 }
 

@@ -489,7 +489,7 @@ fn in_one_line(e: &clap::Error) -> String {
     // What is missing is seen where all is.
     let usage = text.lines().find_map(|line| line.strip_prefix("Usage: "));
     match usage.filter(|_| e.kind() == ErrorKind::MissingRequiredArgument) {
-        Some(usage) => format!("{line}; say {usage}"),
+        Some(usage) => format!("an argument is missing: say {usage}"),
         None => line.to_owned(),
     }
 }

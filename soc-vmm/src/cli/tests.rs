@@ -38,9 +38,12 @@ fn defaults_are_the_promised_ones() {
 #[test]
 fn what_is_missing_is_shown_where_all_is() {
     let why = refusal(&["save", "web"]);
-    assert!(why.ends_with("; say soc-vmm save [OPTIONS] <NAME|--qmp <SOCKET>> <FILE>"), "{why}");
+    assert!(why.ends_with("an argument is missing: say soc-vmm save [OPTIONS] <NAME|--qmp <SOCKET>> <FILE>"), "{why}");
     let why = refusal(&["migrate", "tcp:a:1"]);
-    assert!(why.ends_with("; say soc-vmm migrate [OPTIONS] <URI> <NAME|--qmp <SOCKET>>"), "{why}");
+    assert!(
+        why.ends_with("an argument is missing: say soc-vmm migrate [OPTIONS] <URI> <NAME|--qmp <SOCKET>>"),
+        "{why}"
+    );
 }
 
 #[test]

@@ -76,6 +76,16 @@ impl RunState {
         matches!(self, Self::Shutdown | Self::InternalError)
     }
 
+    /// What a guest that was in this state is where it arrives; none: no guest in it is moved.
+    pub fn on_arrival(self) -> Option<Self> {
+        match self {
+            Self::Inmigrate | Self::FinishMigrate | Self::Shutdown | Self::InternalError => None,
+            // One that is in a file, and stands still here.
+            Self::Postmigrate => Some(Self::Paused),
+            other => Some(other),
+        }
+    }
+
     /// Whether `next` may follow. A state does not follow itself.
     pub fn may_become(self, next: Self) -> bool {
         use RunState::{
@@ -83,7 +93,7 @@ impl RunState {
             Shutdown, Suspended,
         };
         match next {
-            Prelaunch => !matches!(self, Prelaunch | Running | Inmigrate),
+            Prelaunch => !matches!(self, Prelaunch | Running),
             Running => !matches!(self, Running | Shutdown | InternalError),
             Paused | Suspended | IoError | GuestPanicked => matches!(self, Running | Inmigrate | FinishMigrate),
             Inmigrate => self == Prelaunch,
@@ -103,7 +113,7 @@ impl std::fmt::Display for RunState {
 
 #[cfg(test)]
 mod tests {
-    use super::RunState::{self, InternalError, Paused, Prelaunch, Running, Shutdown};
+    use super::RunState::{self, FinishMigrate, Inmigrate, InternalError, Paused, Prelaunch, Running, Shutdown};
 
     #[test]
     fn names_are_qapis() {
@@ -137,6 +147,14 @@ mod tests {
         assert!(
             !InternalError.may_become(Shutdown) && Shutdown.may_become(InternalError) && Paused.may_become(Shutdown)
         );
+    }
+
+    #[test]
+    fn what_may_leave_may_arrive_and_nothing_else() {
+        for state in RunState::ALL {
+            assert_eq!(state.may_become(FinishMigrate), state.on_arrival().is_some(), "{state}");
+            assert!(state.on_arrival().is_none_or(|arrived| Inmigrate.may_become(arrived)), "{state}");
+        }
     }
 
     #[test]

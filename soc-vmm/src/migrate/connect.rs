@@ -126,6 +126,11 @@ impl Way {
         }
     }
 
+    /// Whether it is a file, which what is written to it stays in.
+    pub(super) fn is_file(&self) -> bool {
+        matches!(self, Self::File(..))
+    }
+
     /// Whether all pages are to be there before the guest starts.
     pub(super) fn reads_first(&self) -> bool {
         matches!(self, Self::File(place, _) if place.pages_first)

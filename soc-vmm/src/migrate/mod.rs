@@ -12,6 +12,7 @@ mod uri;
 
 use std::fmt;
 use std::path::Path;
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
@@ -33,6 +34,8 @@ pub use secure::Secure;
 pub use settings::{Settings, Step, TlsSettings};
 pub use uri::{FilePlace, Uri, UriError};
 
+/// How long a disk may take for the last of a guest that is kept in a file, where the VM is to end.
+const LAST_BYTES: Duration = Duration::from_secs(30);
 /// How long a monitor may keep the other side from hearing what this one has been told first.
 const HEARD: Duration = Duration::from_secs(1);
 
@@ -64,6 +67,8 @@ struct State {
     job: Option<Job>,
     /// Where guests were waited for, and may be still.
     sockets: Vec<Weak<ListeningSocket>>,
+    /// The VM ends: no other one begins.
+    ends: bool,
 }
 
 #[derive(Clone)]
@@ -76,6 +81,8 @@ struct Job {
     door: Next<Door>,
     /// Where that is.
     place: Arc<Mutex<String>>,
+    /// Hung up once its thread is done.
+    over: Option<Arc<Mutex<Receiver<()>>>>,
 }
 
 /// Why a migration doesn't begin, or can't be told something.
@@ -176,6 +183,12 @@ impl Migration {
         self.progress().filter(|progress| progress.phase != Phase::Completed)
     }
 
+    /// Where a guest is waited for, if one is, or was.
+    pub fn door(&self) -> Option<String> {
+        let job = self.state().job.clone().filter(|job| !job.leaves)?;
+        Some(place(&job).clone())
+    }
+
     /// Why the guest can't be moved, if it can't; of one that is just being moved nobody is asked. Waits for the VM.
     pub fn blocker(&self) -> Option<String> {
         let vm = {
@@ -205,11 +218,13 @@ impl Migration {
         if settings.rest.post_copy {
             goes_both_ways(&way)?;
         }
-        let Begun { vm, job, before } = self.begin(true, settings.parameters())?;
+        let is_file = way.is_file();
+        let parameters = if is_file { settings.into_file() } else { settings.parameters() };
+        let Begun { vm, job, before } = self.begin(true, parameters)?;
         let (way, made) = way.make().inspect_err(|_| self.state().job = before)?;
         let mut dial = again::dialing(Dialer::new(way, settings.answers()), job.dialer.clone());
         let written = made.clone();
-        let spawned = self.spawn(move || {
+        let leaves = move || {
             let sent = send(&*vm, &mut dial, &job.control);
             match &sent {
                 Ok(_) => tracing::info!("the guest has left"),
@@ -219,7 +234,8 @@ impl Migration {
             if let Err(error) = sent {
                 written.iter().for_each(|file| file.remove_after(&error));
             }
-        });
+        };
+        let spawned = if is_file { self.spawn_writer(leaves) } else { self.spawn(leaves) };
         spawned.inspect_err(|_| made.iter().for_each(Made::remove))
     }
 
@@ -232,13 +248,14 @@ impl Migration {
         let Begun { vm, job, before } = self.begin(true, self.settings().keeping(after))?;
         let (way, made) = Way::new_file(file.to_owned()).inspect_err(|_| self.state().job = before)?;
         let (mut dialer, written) = (Dialer::new(way, false), made.clone());
-        let spawned = self.spawn(move || match send(&*vm, &mut |connection| dialer.dial(connection), &job.control) {
-            Ok(_) => tracing::info!(file = %written.path().display(), "the guest is kept"),
-            Err(error) => {
-                tracing::warn!("the guest was not kept as wanted: {}", error.one_line());
-                written.remove_after(&error);
-            }
-        });
+        let spawned =
+            self.spawn_writer(move || match send(&*vm, &mut |connection| dialer.dial(connection), &job.control) {
+                Ok(_) => tracing::info!(file = %written.path().display(), "the guest is kept"),
+                Err(error) => {
+                    tracing::warn!("the guest was not kept as wanted: {}", error.one_line());
+                    written.remove_after(&error);
+                }
+            });
         spawned.inspect_err(|_| made.remove())
     }
 
@@ -350,15 +367,26 @@ impl Migration {
         Ok(())
     }
 
-    /// The VM ends: a guest that is on its way here stays where it is, and nothing is left of the doors that one was waited for at.
+    /// The VM ends, with its guest gone: from here on none is moved.
+    pub fn refuse_more(&self) {
+        self.state().ends = true;
+    }
+
+    /// The VM ends: a guest that is on its way here stays where it is, one that is on its way into a file is either all there or leaves
+    /// none, and nothing is left of the doors that one was waited for at. Orders to the VM have to fail from here on.
     pub fn end(&self) {
         let (sockets, job) = {
             let mut state = self.state();
+            state.ends = true;
             (std::mem::take(&mut state.sockets), state.job.clone())
         };
-        if let Some(job) = job.filter(|job| !job.leaves) {
-            // Its source hears of that, and not of memory that is gone.
+        if let Some(job) = job.filter(|job| !job.control.phase().is_last()) {
+            // The other side hears of that, and not of memory that is gone.
             job.control.cancel();
+            if let Some(over) = job.over {
+                // An error is what is waited for.
+                _ = over.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(LAST_BYTES);
+            }
         }
         sockets.iter().filter_map(Weak::upgrade).for_each(|socket| socket.remove());
     }
@@ -421,16 +449,22 @@ impl Migration {
     fn begin(&self, leaves: bool, parameters: Parameters) -> Result<Begun, MigrateError> {
         let mut state = self.state();
         let vm = state.vm.clone().ok_or(MigrateError::NotBuilt)?;
+        if state.ends {
+            return Err(MigrateError::Refused(
+                "the VM is about to end: its guest has left, or somebody wants it to".into(),
+            ));
+        }
         if let Some(job) = state.job.as_ref().filter(|_| state.is_under_way()) {
             let comes = leaves && !job.leaves;
-            return Err(if comes {
-                MigrateError::Refused("the guest is not here yet".into())
-            } else {
-                MigrateError::Busy
+            return Err(match (comes, job.leaves) {
+                (true, _) => MigrateError::Refused("the guest is not here yet".into()),
+                (false, false) => MigrateError::Refused("The incoming migration has already been started".into()),
+                (false, true) => MigrateError::Busy,
             });
         }
         let control = self.control(parameters);
-        let job = Job { control, leaves, dialer: Next::default(), door: Next::default(), place: Arc::default() };
+        let (dialer, door) = (Next::default(), Next::default());
+        let job = Job { control, leaves, dialer, door, place: Arc::default(), over: None };
         let before = state.job.replace(job.clone());
         drop(state);
         self.dirty_rates.give_way();
@@ -464,6 +498,18 @@ impl Migration {
                 migration::Event::Pass(pass) => EventKind::MigrationPass { pass: pass as i64 },
             };
             *last() = tell(&monitors, kind);
+        })
+    }
+
+    /// Has a thread write a file. Whoever ends the VM waits for it.
+    fn spawn_writer(&self, work: impl FnOnce() + Send + 'static) -> Result<(), MigrateError> {
+        let (works, over) = mpsc::channel();
+        if let Some(job) = &mut self.state().job {
+            job.over = Some(Arc::new(Mutex::new(over)));
+        }
+        self.spawn(move || {
+            work();
+            drop(works);
         })
     }
 

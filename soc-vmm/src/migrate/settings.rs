@@ -70,6 +70,11 @@ impl Settings {
         }
     }
 
+    /// The same into a file: a guest can write as fast as a disk, which would be full before all of it is there.
+    pub fn into_file(&self) -> Parameters {
+        Parameters { most_rounds: Some(ROUNDS), ..self.parameters() }
+    }
+
     /// As a guest is kept in a file: by each of its pages once, in a time that it can't prolong.
     pub fn keeping(&self, after: After) -> Parameters {
         Parameters {

@@ -79,14 +79,22 @@ impl FromStr for Uri {
                 let (rest, pages_first) = match rest.rsplit_once(",pages=") {
                     None => (rest, false),
                     Some((rest, "first")) => (rest, true),
+                    // In the wrong order.
+                    Some((_, pages)) if pages.contains(",offset=") => (rest, false),
                     Some(_) => return Err(wrong("its pages come first, or as they are touched without pages=")),
                 };
                 let (path, offset) = match rest.rsplit_once(",offset=") {
                     None => (rest, 0),
                     Some((path, offset)) => {
-                        (path, parse_offset(offset).ok_or_else(|| wrong("its offset is no number"))?)
+                        (path, parse_offset(offset).ok_or_else(|| wrong("its offset is no number below 2^63"))?)
                     }
                 };
+                // A comma is a name's, too, but nobody means these.
+                if path.is_empty() || path.contains(",offset=") || path.contains(",pages=") {
+                    return Err(wrong(
+                        "it has a file, then offset= and pages=first, each once at most and in this order",
+                    ));
+                }
                 Ok(Self::File(FilePlace { path: path.into(), offset, pages_first }))
             }
             "exec" => Err(wrong("soc-vmm starts no programs for it")),
@@ -96,12 +104,13 @@ impl FromStr for Uri {
     }
 }
 
-/// Decimal, or hexadecimal with 0x.
+/// Decimal, or hexadecimal with 0x. A file ends before 2^63.
 fn parse_offset(text: &str) -> Option<u64> {
-    match text.strip_prefix("0x") {
-        Some(hex) => u64::from_str_radix(hex, 16).ok(),
-        None => text.parse().ok(),
-    }
+    let offset = match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).ok()?,
+        None => text.parse().ok()?,
+    };
+    (offset <= i64::MAX as u64).then_some(offset)
 }
 
 impl std::fmt::Display for Uri {
@@ -165,6 +174,11 @@ mod tests {
             "exec:cat",
             "x:y",
             "file:/a,offset=q",
+            "file:/a,offset=9223372036854775808",
+            "file:/a,offset=1,offset=2",
+            "file:/a,pages=first,offset=5",
+            "file:/a,pages=first,pages=first",
+            "file:,offset=5",
             "file:/a,pages=last",
         ] {
             let why = text.parse::<Uri>().unwrap_err().to_string();

@@ -25,7 +25,7 @@ pub trait Command: DeserializeOwned + JsonSchema + Send + 'static {
     const FEATURES: &'static [&'static str] = &[];
     /// Whether it changes what is saved of a guest that stands still to be moved: refused then.
     const ALTERS: bool = false;
-    /// Whether it changes which devices there are, which the other side has too: refused while the guest leaves.
+    /// Whether it changes which devices there are, or what the other side has compared of them: refused while the guest leaves.
     const PLUGS: bool = false;
     /// What it returns.
     type Reply: Serialize + JsonSchema + Send;

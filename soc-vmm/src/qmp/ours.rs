@@ -32,6 +32,7 @@ impl Command for QueryOutboardVm {
             migration: vm.migration().without_success().map(|progress| OutboardMigration {
                 status: Step::of(&progress.phase),
                 error_desc: failure(&progress.phase).map(str::to_owned),
+                door: vm.migration().door(),
                 remaining: progress.remaining,
                 total: progress.total,
                 transferred: progress.transferred,

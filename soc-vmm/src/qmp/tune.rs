@@ -28,7 +28,7 @@ pub(super) struct BlockResize {
 
 impl Command for BlockResize {
     const NAME: &'static str = "block_resize";
-    const ALTERS: bool = true;
+    const PLUGS: bool = true;
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {

@@ -141,6 +141,9 @@ pub struct OutboardMigration {
     /// Why it failed or stands still, if it does.
     #[serde(rename = "error-desc", default, skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,
+    /// Where the guest is waited for, if it is to come from elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub door: Option<String>,
     /// What is still to come or to go, as far as this side knows.
     pub remaining: u64,
     /// The guest's memory.

@@ -358,6 +358,9 @@ impl<F: SocFunction> Vm<F> {
             self.halt().await;
         }
         let left = control.state() == RunState::Postmigrate;
+        // Whoever waits for an order to be carried out waits no longer.
+        self.moves.close();
+        while self.moves.try_recv().is_ok() {}
         // They hold images, which are closed with the slots.
         tokio::task::block_in_place(|| {
             control.jobs().end();

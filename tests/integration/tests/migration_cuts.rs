@@ -204,10 +204,11 @@ fn a_file_system_without_room_keeps_the_guest_where_it_is() {
     if !nix::unistd::geteuid().is_root() {
         return testbed::skip(&test_name(), "only root can mount");
     }
-    let room = Mounted::new("1m");
-    let mut here = running();
+    let rooms = ["4k", "1m"].map(Mounted::new);
     // Full from the first byte on, and in the middle.
-    for file in [PathBuf::from("/dev/full"), room.0.path().join("saved")] {
+    fs::write(rooms[0].0.path().join("all"), [0; 4096]).unwrap();
+    let mut here = running();
+    for file in rooms.each_ref().map(|room| room.0.path().join("saved")) {
         let uri = format!("file:{}", file.display());
         let name = here.file("qmp").display().to_string();
         let refused = here.soc_vmm(&["migrate", &uri, "--qmp", &name]).unwrap_err();
@@ -244,7 +245,7 @@ fn journey(kind: Kind, record: Record, act: Act, place: Place) {
         Here => drop(pair.stays_here(&what, kind == Kind::Loaded && record == Dropped && act == Act::Cut)),
         There => pair.goes_there(&what, (dead != Some(Side::Source)).then_some(0)),
         Lost => pair.ends_lost(&what, kind == Kind::Loaded, act, kind == Kind::Gone),
-        Asks => pair.asks(&what, &mut qmp),
+        Asks => pair.asks(&what, &mut qmp, kind == Kind::Go),
         LostOrThere if pair.arrives() => pair.goes_there(&what, None),
         LostOrThere => pair.ends_lost(&what, false, act, false),
         LostOrAsks => pair.ends_lost_there(&what),
@@ -373,12 +374,20 @@ impl Pair {
         are_gone(what, &self.pids);
     }
 
-    /// It stands still at the source, and nobody can have it run there who doesn't end the question first.
-    fn asks(self, what: &str, qmp: &mut Monitor) {
+    /// It stands still at the source, and nobody can have it run there who doesn't end the question first, or `outlasts` it.
+    fn asks(mut self, what: &str, qmp: &mut Monitor, outlasts: bool) {
         assert_ne!(self.there.wait().status.code(), Some(0), "{what}");
         assert_eq!(qmp.does("query-status", json!({}))["status"], "finish-migrate", "{what}");
         let refused = qmp.refuses("cont", json!({}));
         assert!(refused.contains("is just being moved"), "{what}: {refused}");
+        if outlasts {
+            self.here.wait_until("the question is over", |vm| vm.migration()["status"] == "failed");
+            assert_eq!(qmp.does("query-status", json!({}))["status"], "postmigrate", "{what}");
+            qmp.does("cont", json!({}));
+            self.here.passes(what);
+            are_gone(what, &self.pids);
+            return;
+        }
         qmp.does("quit", json!({}));
         let ended = self.here.wait();
         has_not_run(what, &ended.debugcon.replacen("scribe", "", 1));

@@ -5,7 +5,10 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
+use integration::hostile::is_listened_on;
 use integration::monitor::Monitor;
 use integration::moving::unique;
 use integration::{Vm, kvm, test_name};
@@ -115,11 +118,73 @@ fn a_snapshot_s_guest_goes_on_and_two_others_run_from_it() {
     assert!(save(&vm, &live, &["--keep"]).unwrap_err().contains("is there already"));
     save(&vm, &still, &["--keep=paused"]).unwrap();
     assert!(vm.command(&["status"]).contains("postmigrate"));
+    let again = dir.path().join("again");
+    save(&vm, &again, &["--keep=paused"]).unwrap();
     vm.command(&["resume"]);
     assert!(vm.command(&["status"]).contains("running"));
     let all = [restored(&live, ""), restored(&live, ""), restored(&still, "")];
     all.into_iter().for_each(passes);
+    arrives(restored(&again, ""), "paused");
     passes(vm);
+}
+
+/// A guest that stands still where it was restored is there, and is nothing else.
+fn is_there(vm: &mut Vm, state: &str) {
+    let is_so = format!(": {state} ");
+    vm.wait_until("all of it is there", |vm| {
+        vm.try_command(&["status"]).is_ok_and(|said| said.contains(&is_so)) && vm.migration()["status"] == "completed"
+    });
+}
+
+/// And goes on when it is told to.
+fn arrives(mut vm: Vm, state: &str) {
+    is_there(&mut vm, state);
+    vm.command(&["resume"]);
+    passes(vm);
+}
+
+#[test]
+fn a_guest_that_was_never_started_is_kept_and_moved_as_such() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let (file, door) = (dir.path().join("saved"), dir.path().join("door"));
+    let paused = || Vm::payload(&scribe().payload().unwrap(), &["--name", &unique("s"), "--paused"]);
+    let mut vm = paused();
+    vm.wait_until("it is built", |vm| vm.try_command(&["status"]).is_ok_and(|said| said.contains(": prelaunch ")));
+    save(&vm, &file, &[]).unwrap();
+    assert_eq!(vm.wait().status.code(), Some(0));
+    for how in ["", ",pages=first"] {
+        arrives(restored(&file, how), "prelaunch");
+    }
+    let uri = format!("unix:{}", door.display());
+    let mut there = Vm::payload(&scribe().payload().unwrap(), &["--name", &unique("s"), "--incoming", &uri]);
+    there.wait_until("it waits", |_| is_listened_on(&door));
+    let mut vm = restored(&file, "");
+    is_there(&mut vm, "prelaunch");
+    vm.command(&["migrate", &uri]);
+    assert_eq!(vm.wait().status.code(), Some(0));
+    arrives(there, "prelaunch");
+}
+
+#[test]
+fn a_vm_that_ends_leaves_a_whole_file_or_none() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    for round in 0..12 {
+        let (vm, file) = (running(), dir.path().join(format!("saved-{round}")));
+        save(&vm, &file, &["--detach"]).unwrap();
+        // At any time of its writing.
+        thread::sleep(Duration::from_millis(round * 40));
+        _ = vm.try_command(&["quit"]);
+        assert_eq!(vm.wait().status.code(), Some(0), "round {round}");
+        if file.exists() {
+            passes(restored(&file, ""));
+        }
+    }
 }
 
 #[test]

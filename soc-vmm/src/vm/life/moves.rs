@@ -68,6 +68,9 @@ impl<F: SocFunction> Vm<F> {
             MoveOrder::Throttle(percent, reply) => drop(reply.send(self.throttle(percent, control).await)),
             MoveOrder::Gone(reply) => {
                 let ends = control.guest_left();
+                if ends {
+                    control.migration().refuse_more();
+                }
                 let _ = reply.send(Ok(()));
                 return Ok(ends.then_some(ExitStatus::Done));
             }
@@ -267,6 +270,9 @@ impl<F: SocFunction> Vm<F> {
     async fn load(&mut self, state: State) -> Result<(), VmError> {
         let mut states = unpacked(state.devices)?;
         let Life { was } = states.take(NAME, "", VERSION)?;
+        let was = was
+            .on_arrival()
+            .ok_or_else(|| format!("the source says that its VM is {was}, which none is that moves"))?;
         let cpus = self.shape.topology.cpus();
         let mut expected = std::iter::once(None).chain((0..cpus).map(Some));
         if state.guest.len() != cpus as usize + 1 || !state.guest.iter().all(|(of, _)| Some(*of) == expected.next()) {

@@ -39,7 +39,7 @@ pub(super) enum MoveOrder {
     Throttle(u8, Reply<()>),
     /// The guest is at its destination.
     Gone(Reply<()>),
-    /// The guest is in a file and stays here: it goes on, or stands still if that is wanted.
+    /// The guest stays here, and is in a file too, or perhaps elsewhere: it goes on, or stands still if that is wanted.
     Stays(bool, Reply<()>),
     /// Take a guest's state over.
     Load(State, Reply<()>),
@@ -126,6 +126,11 @@ impl<F: SocFunction> SourceVm for Mover<F> {
     fn gone(&self) {
         // A VM that has ended is gone as well.
         let _ = self.order(MoveOrder::Gone);
+    }
+
+    fn in_doubt(&self) {
+        // A VM that has ended runs no guest.
+        let _ = self.order(|reply| MoveOrder::Stays(true, reply));
     }
 
     fn stays(&self, paused: bool) -> Result<(), VmError> {
