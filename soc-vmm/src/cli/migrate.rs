@@ -61,13 +61,8 @@ pub(super) fn migrate(
     }
     let is_door = matches!(args.uri, Uri::Tcp(..) | Uri::Tls(..) | Uri::Unix(_));
     let connections = match args.connections {
-        None => {
-            if is_door {
-                CONNECTIONS
-            } else {
-                1
-            }
-        }
+        None if is_door => CONNECTIONS,
+        None => 1,
         Some(number) if number > 1 && !is_door => {
             let why = "--connections: a file or a descriptor is one connection: leave it out";
             return Err(Trouble::Told(Failure::new(ExitStatus::Usage, why)));

@@ -380,7 +380,7 @@ impl Migration {
             state.ends = true;
             (std::mem::take(&mut state.sockets), state.job.clone())
         };
-        if let Some(job) = job.filter(|job| !job.control.phase().is_last()) {
+        if let Some(job) = job {
             // The other side hears of that, and not of memory that is gone.
             job.control.cancel();
             if let Some(over) = job.over {
