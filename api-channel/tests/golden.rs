@@ -1,8 +1,8 @@
 //! Every message's bytes, as docs/wire.md promises them: `tests/golden/channel/NAME.hex`.
 
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, DirtyFetch, DirtyRun, Discard, Extent, HostInfo, IoEvent, Irqchip, Irqfd, LateRun,
-    Memslot, Msi, Name, NotifyPage, NumaNode, PciDevice, PostedRange, RamRequest, Route, RouteKind, SlotFlags,
+    Call, CpuidEntry, CreateVm, DirtyFetch, DirtyLimit, DirtyRun, Discard, Extent, HostInfo, IoEvent, Irqchip, Irqfd,
+    LateRun, Memslot, Msi, Name, NotifyPage, NumaNode, PciDevice, PostedRange, RamRequest, Route, RouteKind, SlotFlags,
     StateRequest, Statistic, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Writer;
@@ -50,10 +50,17 @@ fn headers() {
 
 #[test]
 fn calls_of_the_vm() {
-    let create =
-        CreateVm { vcpus: 2, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 50_000, name: Name::new("web-1") };
+    let create = CreateVm {
+        vcpus: 2,
+        irqchip: Irqchip::Full as u32,
+        flags: 0,
+        dirty_ring: 0,
+        spin_ns: 50_000,
+        name: Name::new("web-1"),
+    };
     call("create-vm", &Call::CreateVm(create));
     call("create-vm-hv-synic", &Call::CreateVm(CreateVm { flags: CreateVm::HV_SYNIC, ..create }));
+    call("create-vm-dirty-ring", &Call::CreateVm(CreateVm { dirty_ring: 4096, ..create }));
     call("set-apic-ids", &Call::SetApicIds(vec![0, 1, 4, 5, 0x3ff]));
     call("add-ram", &Call::AddRam(RamRequest { id: 1, node: -1, len: 1 << 30, iova: 1 << 32, huge: 2 << 20 }));
     let slot = |base, flags| Memslot { base, len: 0xa0000, offset: 0x1000, ram: 2, flags };
@@ -95,6 +102,7 @@ fn calls_about_interrupts_and_notifications() {
 #[test]
 fn calls_of_the_dirty_log() {
     call("dirty-log", &Call::DirtyLog(true));
+    call("dirty-limit", &Call::DirtyLimit(DirtyLimit { vcpu: 1, reserved: 0, pages: 2560 }));
     call("dirty-fetch", &Call::DirtyFetch(DirtyFetch { ram: 0, clear: 1, first: 0x100, pages: 0x8000 }));
 }
 

@@ -6,8 +6,8 @@ use std::os::fd::AsFd;
 
 use api_channel::Status;
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, DirtyFetch, Discard, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name, NotifyPage,
-    PostedRange, RamRequest, Route, StateRequest, VCPU_ALL, VM, VmCreated,
+    Call, CpuidEntry, CreateVm, DirtyFetch, DirtyLimit, Discard, HostInfo, IoEvent, Irqchip, Irqfd, Memslot, Msi, Name,
+    NotifyPage, PostedRange, RamRequest, Route, StateRequest, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Reader;
 use api_channel::state::{Lapic, Msr, Type, records};
@@ -16,7 +16,7 @@ use pcie_function::SocFunction;
 use soc::Soc;
 
 fn create(vcpus: u32) -> CreateVm {
-    CreateVm { vcpus, irqchip: 1, flags: 0, spin_ns: 0, name: Name::NONE }
+    CreateVm { vcpus, irqchip: 1, flags: 0, dirty_ring: 0, spin_ns: 0, name: Name::NONE }
 }
 
 fn ram(id: u32, len: u64) -> RamRequest {
@@ -196,6 +196,23 @@ fn vcpus_have_a_synic_where_kvm_has_one() {
 }
 
 #[test]
+fn a_limit_of_dirty_pages_needs_rings() {
+    if !soc::has_kvm() {
+        return;
+    }
+    let mut soc = Soc::start(&[]);
+    soc.create_vm(1, Irqchip::Full);
+    let limit = |vcpu, reserved| Call::DirtyLimit(DirtyLimit { vcpu, reserved, pages: 1000 });
+    assert_eq!(soc.refused(&limit(0, 0)).0, Status::STATE, "there is no vCPU yet");
+    soc.ok(&Call::AddRam(ram(0, 1 << 20)));
+    soc.ok(&Call::SetMemslots(vec![slot(0, 1 << 20, 0)]));
+    assert_eq!(soc.refused(&limit(0, 0)).0, Status::UNAVAILABLE);
+    assert_eq!(soc.refused(&limit(0, 1)).0, Status::MALFORMED);
+    assert_eq!(soc.refused(&limit(7, 0)).0, Status::ARGUMENT);
+    assert!(soc.shut_down().success());
+}
+
+#[test]
 fn arguments_out_of_range_are_refused_by_name() {
     if !soc::has_kvm() {
         return;
@@ -208,8 +225,14 @@ fn arguments_out_of_range_are_refused_by_name() {
         (CreateVm { irqchip: 3, ..create(1) }, Status::ARGUMENT),
         (CreateVm { flags: 2, ..create(1) }, Status::MALFORMED),
         (CreateVm { spin_ns: u64::MAX, ..create(1) }, Status::ARGUMENT),
+        (CreateVm { dirty_ring: 1, ..create(1) }, Status::ARGUMENT),
+        (CreateVm { dirty_ring: 1000, ..create(1) }, Status::ARGUMENT),
+        (CreateVm { dirty_ring: 1 << 31, ..create(1) }, Status::ARGUMENT),
     ] {
-        assert_eq!(soc.refused(&Call::CreateVm(bad)).0, status, "{bad:?}");
+        let (found, why) = soc.refused(&Call::CreateVm(bad));
+        // Not every KVM has rings.
+        let status = if bad.dirty_ring != 0 && found == Status::UNAVAILABLE { found } else { status };
+        assert_eq!(found, status, "{bad:?}: {why}");
     }
     soc.create_vm(2, Irqchip::Full);
     for (bad, status) in [

@@ -17,7 +17,7 @@ use soc::listening::{Listening, connected, offered_again};
 
 /// Counts in SI for ever: inc si; jmp back
 const COUNT: [u8; 3] = [0x46, 0xeb, 0xfd];
-const CREATE: CreateVm = CreateVm { vcpus: 1, irqchip: 1, flags: 0, spin_ns: 0, name: Name::NONE };
+const CREATE: CreateVm = CreateVm { vcpus: 1, irqchip: 1, flags: 0, dirty_ring: 0, spin_ns: 0, name: Name::NONE };
 
 /// What nobody can write to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

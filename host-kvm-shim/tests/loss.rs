@@ -20,7 +20,7 @@ const COUNT: [u8; 3] = [0x46, 0xeb, 0xfd];
 /// Asks port 0x90 for ever: in al, 0x90; jmp back
 const ASK: [u8; 4] = [0xe4, 0x90, 0xeb, 0xfc];
 
-const CREATE: CreateVm = CreateVm { vcpus: 1, irqchip: 1, flags: 0, spin_ns: 0, name: Name::NONE };
+const CREATE: CreateVm = CreateVm { vcpus: 1, irqchip: 1, flags: 0, dirty_ring: 0, spin_ns: 0, name: Name::NONE };
 
 #[test]
 fn an_embedded_shim_ends_with_its_peer_whatever_its_vm_does() {

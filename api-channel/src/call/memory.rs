@@ -98,6 +98,19 @@ pub struct DirtyRun {
     pub pages: u64,
 }
 
+/// How fast a vCPU may write pages that were clean, of a VM with dirty rings while its dirty log is on. Where it writes faster it stands
+/// still in between, once its ring is full.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct DirtyLimit {
+    /// The vCPU, or [`super::VCPU_ALL`].
+    pub vcpu: u32,
+    /// Reserved, 0.
+    pub reserved: u32,
+    /// Pages a second; 0: as fast as it can.
+    pub pages: u64,
+}
+
 /// Pages of an allocation in a row, of those that come after the guest has started.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]

@@ -8,7 +8,7 @@ mod vcpu;
 mod vm;
 
 pub use interrupt::{IoEvent, Irqfd, Msi, NotifyPage, Route, RouteKind};
-pub use memory::{DirtyFetch, DirtyRun, Discard, Extent, LateRun, Memslot, PAGE, RamRequest, SlotFlags};
+pub use memory::{DirtyFetch, DirtyLimit, DirtyRun, Discard, Extent, LateRun, Memslot, PAGE, RamRequest, SlotFlags};
 pub use vcpu::{CpuidEntry, Groups, PostedRange, StateRequest, VCPU_ALL, VM};
 pub use vm::{CreateVm, HostInfo, Irqchip, Name, NumaNode, PciDevice, Statistic, VmCreated};
 
@@ -84,6 +84,8 @@ pub enum Call {
     DirtyLog(bool),
     /// Fetches runs of dirty pages, in bulk, and clears them.
     DirtyFetch(DirtyFetch),
+    /// Limits how fast vCPUs write clean pages.
+    DirtyLimit(DirtyLimit),
     /// Whether the guest can run before all of its pages are there; a refusal says why not.
     CanPostCopy,
     /// These pages come later. All vCPUs are paused, and no post-copy is under way yet.
@@ -132,6 +134,7 @@ impl Call {
             Self::NotifyPages(_) => 0x502,
             Self::DirtyLog(_) => 0x600,
             Self::DirtyFetch(_) => 0x601,
+            Self::DirtyLimit(_) => 0x602,
             Self::CanPostCopy => 0x610,
             Self::Lacks(_) => 0x611,
             Self::PostCopy(_) => 0x612,
@@ -173,6 +176,7 @@ impl Call {
             Self::NotifyPages(pages) => w.list(pages),
             Self::DirtyLog(on) | Self::PostCopy(on) => w.put(&u64::from(*on)),
             Self::DirtyFetch(fetch) => w.put(fetch),
+            Self::DirtyLimit(limit) => w.put(limit),
             Self::Lacks(runs) | Self::Placed(runs) => w.list(runs),
         }
         .done()
@@ -214,6 +218,7 @@ impl Call {
             0x502 => Self::NotifyPages(r.list(MOST)?),
             0x600 => Self::DirtyLog(is_on(r.take()?)?),
             0x601 => Self::DirtyFetch(r.take()?),
+            0x602 => Self::DirtyLimit(r.take()?),
             0x610 => Self::CanPostCopy,
             0x611 => Self::Lacks(r.list(MOST)?),
             0x612 => Self::PostCopy(is_on(r.take()?)?),

@@ -23,7 +23,9 @@ pub struct CreateVm {
     /// An [`Irqchip`].
     pub irqchip: u32,
     /// [`CreateVm::HV_SYNIC`]; others are reserved, 0.
-    pub flags: u64,
+    pub flags: u32,
+    /// Entries of each vCPU's dirty ring (`KVM_CAP_DIRTY_LOG_RING`), a power of two; 0: dirty pages are logged by bitmap.
+    pub dirty_ring: u32,
     /// Nanoseconds that a vCPU polls for its completion before it sleeps, at most; 0 lets the host choose.
     pub spin_ns: u64,
     /// What the host calls the VM where a person reads it.
@@ -32,7 +34,7 @@ pub struct CreateVm {
 
 impl CreateVm {
     /// [`CreateVm::flags`]: the vCPUs have Hyper-V's synthetic interrupt controller (`KVM_CAP_HYPERV_SYNIC`).
-    pub const HV_SYNIC: u64 = 1;
+    pub const HV_SYNIC: u32 = 1;
 }
 
 /// A VM's name: UTF-8 padded with zeros, nothing that steers a terminal; empty for none.

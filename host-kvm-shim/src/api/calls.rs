@@ -139,6 +139,7 @@ fn on_vm<F: HostFunction + 'static>(machine: &mut Machine<F>, call: Call) -> Res
         Call::Msi(msi) => lines::signal_msi(&machine.vm, &msi).map(Into::into),
         Call::Lines(words) => set_lines(machine, &words).map(Into::into),
         Call::DirtyLog(on) => machine.dirty_log(on).map(Into::into),
+        Call::DirtyLimit(limit) => machine.dirty_limit(&limit).map(Into::into),
         Call::DirtyFetch(fetch) => {
             let found = machine.dirty_fetch(&fetch)?;
             let bulk = Writer::default().list(&found.runs).done();

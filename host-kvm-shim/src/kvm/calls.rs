@@ -56,6 +56,12 @@ pub(crate) fn clear_dirty_log(
     unsafe { raw::clear_dirty_log(vm.as_raw_fd(), &raw mut request) }.map(drop)
 }
 
+/// KVM api.rst §8.29: takes back the entries of all dirty rings that were read. A signal may cut it short.
+pub(crate) fn reset_dirty_rings(vm: &impl AsRawFd) -> Result<(), Errno> {
+    // SAFETY: no argument.
+    unsafe { raw::reset_dirty_rings(vm.as_raw_fd(), 0) }.map(drop)
+}
+
 /// KVM api.rst §4.75: wires an eventfd to a GSI, level-triggered with `resample`.
 pub(crate) fn irqfd(
     vm: &impl AsRawFd,
@@ -180,6 +186,7 @@ mod raw {
     nix::ioctl_write_ptr!(set_xsave, KVMIO, 0xa5, kvm_xsave);
     nix::ioctl_readwrite!(clear_dirty_log, KVMIO, 0xc0, kvm_clear_dirty_log);
     nix::ioctl_readwrite!(get_supported_hv_cpuid, KVMIO, 0xc1, kvm_cpuid2);
+    nix::ioctl_write_int_bad!(reset_dirty_rings, nix::request_code_none!(KVMIO, 0xc7));
     nix::ioctl_read!(get_sregs2, KVMIO, 0xcc, kvm_sregs2);
     nix::ioctl_write_ptr!(set_sregs2, KVMIO, 0xcd, kvm_sregs2);
     nix::ioctl_write_ptr!(set_device_attr, KVMIO, 0xe1, kvm_device_attr);

@@ -44,6 +44,8 @@ pub(crate) enum RawExit {
     SystemEvent { kind: u32, flags: u64 },
     /// The guest ended a level-triggered interrupt of a split irqchip.
     IoapicEoi { vector: u8 },
+    /// The vCPU's dirty ring is full.
+    RingFull,
     /// A signal, or a window that nobody asked for: enter again.
     Interrupted,
     /// Anything else.
@@ -165,6 +167,7 @@ impl RunPage {
                     RawExit::SystemEvent { kind: event.type_, flags }
                 }
                 KVM_EXIT_IOAPIC_EOI => RawExit::IoapicEoi { vector: (&raw const (*arm).eoi).read().vector },
+                KVM_EXIT_DIRTY_RING_FULL => RawExit::RingFull,
                 KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN => RawExit::Interrupted,
                 reason => RawExit::Other { reason },
             }

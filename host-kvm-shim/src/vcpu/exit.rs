@@ -10,6 +10,8 @@ use crate::kvm::RawExit;
 pub(crate) enum Action {
     /// Nothing: enter the guest again.
     Enter,
+    /// Room in the dirty ring, then enter the guest again.
+    MakeRoom,
     /// An access: the SoC answers, then the guest goes on.
     Ask(Request),
     /// The vCPU can't go on: the SoC is told, then the vCPU stays out of the guest.
@@ -18,7 +20,7 @@ pub(crate) enum Action {
 
 /// What the SoC is asked because of an exit at `host_tsc`.
 pub(crate) fn action(exit: &RawExit, host_tsc: u64) -> Action {
-    use Action::{Ask, Enter};
+    use Action::{Ask, Enter, MakeRoom};
     match *exit {
         RawExit::Io { direction, port, size, count: 1, first } if matches!(size, 1 | 2 | 4) => {
             Ask(Request::access(Kind::PIO, direction, port.into(), first.into(), size, host_tsc))
@@ -65,6 +67,7 @@ pub(crate) fn action(exit: &RawExit, host_tsc: u64) -> Action {
             Ask(Request::access(Kind::EOI, Direction::Write, vector.into(), 0, 1, host_tsc))
         }
         RawExit::Interrupted => Enter,
+        RawExit::RingFull => MakeRoom,
         RawExit::Halt => report(exit_reason::HALT, [0; 4], host_tsc),
         RawExit::Shutdown => report(exit_reason::SHUTDOWN, [0; 4], host_tsc),
         RawExit::InternalError { suberror, data: [a, b, c] } => {
@@ -176,6 +179,7 @@ mod tests {
         assert_eq!(reported(RawExit::SystemEvent { kind: 2, flags: 9 }), (exit_reason::SYSTEM_EVENT, [2, 9, 0, 0]));
         assert_eq!(reported(RawExit::Other { reason: 99 }), (exit_reason::UNKNOWN, [99, 0, 0, 0]));
         assert_eq!(action(&RawExit::Interrupted, 7), Action::Enter);
+        assert_eq!(action(&RawExit::RingFull, 7), Action::MakeRoom);
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod shared;
 mod state;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use api_channel::call::PostedRange;
 use ioreq_ring::wire::STRING_PAGE;
@@ -119,8 +120,24 @@ impl<F: HostFunction> Runner<F> {
         let tsc = host_tsc();
         match exit::action(&self.shared.page.exit(), tsc) {
             Action::Enter => Ok(()),
+            Action::MakeRoom => self.make_room(),
             Action::Ask(request) => self.ask(&request),
             Action::Report(request) => self.report(&request),
+        }
+    }
+
+    /// Makes room in the dirty ring, or stands still until a limit allows it; the next entry tells whether there is room.
+    #[cold]
+    fn make_room(&mut self) -> Result<(), Unanswered> {
+        self.shared.counters.add(Count::RingFull, 1);
+        match self.environment.rings.as_ref().map_or(Err(Errno::ENOSYS), |rings| rings.full(self.shared.index)) {
+            Ok(Duration::ZERO) => Ok(()),
+            Ok(time) => {
+                let stood = self.shared.stand(time);
+                self.shared.counters.add(Count::StandNs, stood.as_nanos() as u64);
+                Ok(())
+            }
+            Err(errno) => self.report(&exit::run_failed(errno as i32, host_tsc())),
         }
     }
 

@@ -162,6 +162,14 @@ impl Shared {
         }
     }
 
+    /// Stands still out of the guest for a time, or until there is an order; for how long.
+    pub(crate) fn stand(&self, time: Duration) -> Duration {
+        let start = Instant::now();
+        // An order is given under the lock.
+        drop(self.changed.wait_timeout_while(self.slot(), time, |_| !self.called()));
+        start.elapsed()
+    }
+
     /// Takes notice of an order while the thread waits on its lane: it is out of the guest, and calls [`Shared::attend`] before
     /// it enters again.
     pub(crate) fn acknowledge(&self) -> Result<(), Stop> {
@@ -315,9 +323,11 @@ pub(crate) enum Count {
     Unclaimed,
     Failed,
     LineStale,
+    RingFull,
+    StandNs,
 }
 
-const NAMES: [&str; 18] = [
+const NAMES: [&str; 20] = [
     "shim.pio",
     "shim.mmio",
     "shim.msr",
@@ -336,6 +346,8 @@ const NAMES: [&str; 18] = [
     "shim.unclaimed",
     "shim.device_failed",
     "shim.line_stale",
+    "shim.ring_full",
+    "shim.stand_ns",
 ];
 
 impl Counters {
@@ -351,4 +363,4 @@ impl Counters {
     }
 }
 
-const _: () = assert!(Count::LineStale as usize + 1 == NAMES.len());
+const _: () = assert!(Count::StandNs as usize + 1 == NAMES.len());

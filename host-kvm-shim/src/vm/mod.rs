@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use api_channel::Status;
 use api_channel::call::{
-    CreateVm, DirtyFetch, Discard, Extent, IoEvent, Irqchip, LateRun, Memslot, NotifyPage, PAGE, RamRequest, Route,
-    StateRequest, VCPU_ALL, VM, VmCreated,
+    CreateVm, DirtyFetch, DirtyLimit, Discard, Extent, IoEvent, Irqchip, LateRun, Memslot, NotifyPage, PAGE,
+    RamRequest, Route, StateRequest, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Malformed;
 use ioreq_ring::HostLane;
@@ -31,7 +31,7 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use pcie_function::HostFunction;
 
-pub(crate) use dirty::Found;
+pub(crate) use dirty::{Found, Rings};
 pub(crate) use notices::Notices;
 
 use crate::bootstrap::Offer;
@@ -39,7 +39,7 @@ use crate::error::Refusal;
 use crate::host::Host;
 use crate::kvm::{RunPage, StatsFd, enable_cap, stats_fd};
 use crate::vcpu::{Abilities, Command, Handle, Lane, Lanes, Plan, Shared, Spin, Want};
-use dirty::Harvest;
+use dirty::Log;
 use io_events::IoEvents;
 use late::{Lacks, Late};
 use lines::Lines;
@@ -54,6 +54,8 @@ pub(crate) struct Environment {
     pub(crate) lines: Lines,
     pub(crate) posted: Posted,
     pub(crate) notices: Arc<Notices>,
+    /// The vCPUs' dirty rings, if they have any.
+    pub(crate) rings: Option<Arc<Rings>>,
     pub(crate) abilities: Abilities,
 }
 
@@ -75,7 +77,7 @@ pub(crate) struct Machine<F: HostFunction> {
     name: String,
     slots: Slots,
     notify: NotifyPages,
-    harvest: Harvest,
+    log: Log,
     lanes: Lanes<F>,
     rams: BTreeMap<u32, Ram>,
 }
@@ -107,7 +109,7 @@ impl<F: HostFunction + 'static> Machine<F> {
     /// Creates KVM's VM and the lanes. The in-kernel interrupt controllers and the vCPUs come with the first memslots: in that
     /// order it takes 1 ms, the other way round 8 (each new slot then waits for KVM's readers).
     pub(crate) fn new(host: &Host, offer: &mut Offer<F>, create: &CreateVm) -> Result<Self, Refusal> {
-        let CreateVm { vcpus, irqchip, flags, spin_ns, name } = *create;
+        let CreateVm { vcpus, irqchip, flags, dirty_ring, spin_ns, name } = *create;
         if flags & !CreateVm::HV_SYNIC != 0 {
             return Err(Malformed.into());
         }
@@ -134,19 +136,26 @@ impl<F: HostFunction + 'static> Machine<F> {
             abilities = abilities.with_synic();
         }
         let vm = Arc::new(host.kvm().create_vm().map_err(Refusal::kvm("create a VM"))?);
-        let log = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
-        enable_cap(&*vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, [log.into(), 0, 0, 0])
-            .map_err(Refusal::nix("make the dirty log exact"))?;
+        let rings = if dirty_ring == 0 {
+            let log = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+            enable_cap(&*vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, [log.into(), 0, 0, 0])
+                .map_err(Refusal::nix("make the dirty log exact"))?;
+            None
+        } else {
+            Some(Arc::new(Rings::new(&vm, dirty_ring)?))
+        };
         let lanes = Lanes::new(offer, vcpus)?;
         let mut created = lanes.created(host, irqchip);
         let notify = NotifyPages::new(offer.function.notify_pages(), host.most_memslots());
         if notify.count() != 0 {
             created.features |= VmCreated::NOTIFY;
         }
+        let log = Log::new(rings.as_ref());
         let environment = Environment {
             lines: Lines::new(vm.clone()),
             posted: Posted::default(),
             notices: offer.notices.clone(),
+            rings,
             abilities,
         };
         Ok(Self {
@@ -163,7 +172,7 @@ impl<F: HostFunction + 'static> Machine<F> {
             name,
             slots: Slots::new(host.most_memslots() - notify.count()),
             notify,
-            harvest: Harvest::default(),
+            log,
             lanes,
             rams: BTreeMap::new(),
             vm,
@@ -249,12 +258,12 @@ impl<F: HostFunction + 'static> Machine<F> {
             if wanted.is_empty() {
                 return Err(Refusal::argument("the first set of memslots is empty".into()));
             }
-            self.slots.replace(&self.vm, wanted, &self.rams, &mut self.harvest)?;
+            self.slots.replace(&self.vm, wanted, &self.rams, &mut self.log)?;
             // A VM that is left half made by an error can only be destroyed.
             self.create_chips()?;
             return self.create_vcpus(host, offer).inspect_err(|_| self.vcpus.clear());
         }
-        self.with_vcpus_out(|this| this.slots.replace(&this.vm, wanted, &this.rams, &mut this.harvest))
+        self.with_vcpus_out(|this| this.slots.replace(&this.vm, wanted, &this.rams, &mut this.log))
     }
 
     /// Replaces the set of notify pages that the guest sees.
@@ -321,6 +330,9 @@ impl<F: HostFunction + 'static> Machine<F> {
             if self.has_synic() {
                 // Not the newer KVM_CAP_HYPERV_SYNIC2: there nobody clears a page of the guest's that becomes the SynIC's.
                 enable_cap(&fd, KVM_CAP_HYPERV_SYNIC, [0; 4]).map_err(Refusal::nix("give a vCPU its SynIC"))?;
+            }
+            if let Some(rings) = &self.environment.rings {
+                rings.add(&fd)?;
             }
             let page = RunPage::map(&fd, self.vm.run_size()).map_err(Refusal::nix("map a vCPU's run page"))?;
             let shared = Shared::new(index, page, self.environment.notices.clone());
@@ -458,8 +470,27 @@ impl<F: HostFunction + 'static> Machine<F> {
         if self.slots.logging() == on {
             return Ok(());
         }
-        self.harvest.clear();
-        self.with_vcpus_out(|this| this.slots.log(&this.vm, &this.rams, on))
+        self.with_vcpus_out(|this| this.switch_log(on))
+    }
+
+    fn switch_log(&mut self, on: bool) -> Result<(), Refusal> {
+        self.slots.log(&self.vm, &self.rams, on)?;
+        self.log.switched(&self.slots)
+    }
+
+    /// Limits how fast vCPUs write clean pages.
+    pub(crate) fn dirty_limit(&self, limit: &DirtyLimit) -> Result<(), Refusal> {
+        if limit.reserved != 0 {
+            return Err(Malformed.into());
+        }
+        let named = self.named(limit.vcpu)?;
+        let Some(rings) = &self.environment.rings else {
+            return Err(Refusal::unavailable(
+                "the VM was created without dirty rings, so nothing tells which vCPU wrote",
+            ));
+        };
+        named.iter().for_each(|vcpu| rings.limit(vcpu.shared.index, limit.pages));
+        Ok(())
     }
 
     /// These pages come later.
@@ -513,7 +544,11 @@ impl<F: HostFunction + 'static> Machine<F> {
         }
         let ram =
             self.rams.get(&fetch.ram).ok_or_else(|| Refusal::argument(format!("RAM {} does not exist", fetch.ram)))?;
-        dirty::fetch(&self.vm, &self.slots, &mut self.harvest, ram.memory.len() / PAGE, fetch)
+        let pages = ram.memory.len() / PAGE;
+        if self.log.has_lost()? {
+            self.with_vcpus_out(|this| this.switch_log(false).and_then(|()| this.switch_log(true)))?;
+        }
+        self.log.fetch(&self.vm, &self.slots, pages, fetch)
     }
 
     /// Counters of KVM and the shim, of the VM and of each vCPU.
@@ -527,9 +562,15 @@ impl<F: HostFunction + 'static> Machine<F> {
         for vcpu in &self.vcpus {
             kvm(vcpu.shared.index, vcpu.stats.as_ref());
         }
+        if let Some(rings) = &self.environment.rings {
+            tell(VM, "shim.rings_overrun", rings.overruns());
+        }
         for vcpu in &self.vcpus {
             for (name, value) in vcpu.shared.counters.read() {
                 tell(vcpu.shared.index, name, value);
+            }
+            if let Some(rings) = &self.environment.rings {
+                tell(vcpu.shared.index, "shim.dirtied", rings.dirtied(vcpu.shared.index));
             }
         }
     }

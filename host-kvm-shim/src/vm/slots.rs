@@ -8,10 +8,10 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memo
 use kvm_ioctls::VmFd;
 use nix::errno::Errno;
 
-use super::dirty::Harvest;
+use super::dirty::Log;
 use super::ram::Ram;
 use crate::error::Refusal;
-use crate::kvm::{clear_dirty_log, get_dirty_log, set_memory_region};
+use crate::kvm::set_memory_region;
 
 /// A VM's memslots by KVM's slot number.
 #[derive(Debug)]
@@ -43,6 +43,11 @@ impl Slots {
             .iter()
             .filter(move |(_, s)| s.ram == ram && s.flags & SlotFlags::READ_ONLY == 0)
             .map(|(&n, s)| (n, s))
+    }
+
+    /// Those whose writes are logged, by number.
+    pub(crate) fn logged(&self) -> impl Iterator<Item = (u32, &Memslot)> {
+        self.slots.iter().filter(|(_, slot)| self.logs(slot)).map(|(&n, slot)| (n, slot))
     }
 
     /// Whether one has part of these addresses.
@@ -81,21 +86,19 @@ impl Slots {
         Ok(())
     }
 
-    /// Replaces the set, already checked. Every vCPU is out of the guest. Slots that stay are not touched; the dirty pages of those that go are kept in `harvest`.
+    /// Replaces the set, already checked. Every vCPU is out of the guest. Slots that stay are not touched; `log` keeps the dirty pages of those that go.
     pub(crate) fn replace(
         &mut self,
         vm: &VmFd,
         wanted: &[Memslot],
         rams: &BTreeMap<u32, Ram>,
-        harvest: &mut Harvest,
+        log: &mut Log,
     ) -> Result<(), Refusal> {
         let dying: Vec<u32> = self.slots.iter().filter(|(_, s)| !wanted.contains(s)).map(|(&n, _)| n).collect();
         for number in dying {
             let Some(slot) = self.slots.get(&number).copied() else { continue };
             if self.logs(&slot) {
-                let mut bitmap = vec![0; (slot.len / PAGE).div_ceil(64) as usize];
-                get_dirty_log(vm, number, &mut bitmap).map_err(Refusal::nix("read the dirty log"))?;
-                harvest.add(slot.ram, slot.offset / PAGE, &bitmap);
+                log.keep(vm, number, &slot)?;
             }
             set(vm, number, &slot, rams, Change::Delete).map_err(Refusal::nix("delete a memslot"))?;
             self.slots.remove(&number);
@@ -105,14 +108,14 @@ impl Slots {
                 continue;
             }
             let free = (0..).find(|n| !self.slots.contains_key(n)).unwrap_or(u32::MAX);
-            let log = self.logs(slot);
-            set(vm, free, slot, rams, Change::Set { log }).map_err(Refusal::nix("add a memslot"))?;
+            let is_logged = self.logs(slot);
+            set(vm, free, slot, rams, Change::Set { log: is_logged }).map_err(Refusal::nix("add a memslot"))?;
             self.slots.insert(free, *slot);
-            if log {
-                // KVM calls every page of a new slot dirty; what is dirty indeed was harvested.
-                clear_all(vm, free, slot).map_err(Refusal::nix("clear the dirty log"))?;
+            if is_logged {
+                log.begin(vm, free, slot)?;
             }
         }
+        log.shows(self);
         Ok(())
     }
 
@@ -156,14 +159,4 @@ fn set(vm: &impl AsRawFd, number: u32, slot: &Memslot, rams: &BTreeMap<u32, Ram>
     };
     // SAFETY: `check` held the slot within its RAM, whose mapping lives as long as the VM: no call frees a single allocation.
     unsafe { set_memory_region(vm, &region) }
-}
-
-fn clear_all(vm: &VmFd, number: u32, slot: &Memslot) -> Result<(), Errno> {
-    const CHUNK: u64 = 1 << 18;
-    let pages = slot.len / PAGE;
-    let ones = vec![u64::MAX; pages.min(CHUNK).div_ceil(64) as usize];
-    for first in (0..pages).step_by(CHUNK as usize) {
-        clear_dirty_log(vm, number, first, CHUNK.min(pages - first) as u32, &ones)?;
-    }
-    Ok(())
 }

@@ -280,7 +280,14 @@ impl Soc {
 
     /// Creates a VM and its lanes' ends.
     pub fn create_vm(&mut self, vcpus: u32, irqchip: Irqchip) -> VmCreated {
-        let create = CreateVm { vcpus, irqchip: irqchip as u32, flags: 0, spin_ns: 0, name: Name::new("test-vm") };
+        let create = CreateVm {
+            vcpus,
+            irqchip: irqchip as u32,
+            flags: 0,
+            dirty_ring: 0,
+            spin_ns: 0,
+            name: Name::new("test-vm"),
+        };
         let (payload, _) = self.ok(&Call::CreateVm(create));
         let created: VmCreated = Reader::new(&payload).take().unwrap();
         let card = self.function.card_memory();

@@ -76,7 +76,7 @@ fn exits_of_every_kind_allocate_nothing() {
         return;
     }
     let mut soc = Soc::in_process();
-    let created = soc.create(&Shape { vcpus: 1, memory: 1 << 20, irqchip: Irqchip::Full, spin_ns: 0 });
+    let created = soc.create(&Shape { vcpus: 1, memory: 1 << 20, irqchip: Irqchip::Full, spin_ns: 0, dirty_ring: 0 });
     if created.features & VmCreated::POSTING != 0 {
         soc.ok(&Call::PostedRanges(vec![PostedRange { base: 0x92, len: 1, ports: 1 }]));
     }

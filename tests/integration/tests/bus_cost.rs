@@ -32,7 +32,7 @@ type Modelled = Soc<ModelledSoc<LocalSoc>>;
 /// A VM with one vCPU that will run real-mode `code`, across a link that is as slow as that.
 fn vm(code: &[u8], spin_ns: u64, latencies: Latencies) -> (Modelled, Counters, VmCreated) {
     let (mut soc, counters) = Soc::modelled(latencies);
-    let created = soc.create(&Shape { vcpus: 1, memory: 1 << 20, irqchip: Irqchip::Full, spin_ns });
+    let created = soc.create(&Shape { vcpus: 1, memory: 1 << 20, irqchip: Irqchip::Full, spin_ns, dirty_ring: 0 });
     soc.load_real_mode(code);
     (soc, counters, created)
 }

@@ -15,7 +15,7 @@ const READS: [u8; 6] = [0xba, 0x00, 0x03, 0xec, 0xeb, 0xfd];
 /// A vCPU that does so, on a host that spins as long as it may.
 fn vm() -> Soc {
     let mut soc = Soc::start_optimized();
-    soc.create(&Shape { vcpus: 1, memory: 1 << 20, irqchip: Irqchip::Full, spin_ns: 10_000_000 });
+    soc.create(&Shape { vcpus: 1, memory: 1 << 20, irqchip: Irqchip::Full, spin_ns: 10_000_000, dirty_ring: 0 });
     soc.load_real_mode(&READS);
     soc.run();
     serve(&mut soc, 100, || Completion::ok(0));

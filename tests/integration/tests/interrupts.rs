@@ -218,7 +218,7 @@ fn a_line_change_of_a_completion_is_there_before_the_guest_goes_on() {
         return;
     }
     let mut soc = Soc::start(&[]);
-    soc.create(&Shape { vcpus: 1, memory: 1 << 20, irqchip: Irqchip::Full, spin_ns: 0 });
+    soc.create(&Shape { vcpus: 1, memory: 1 << 20, irqchip: Irqchip::Full, spin_ns: 0, dirty_ring: 0 });
     soc.load_real_mode(&raise_and_look());
     soc.run();
     let mut board = Board::default();

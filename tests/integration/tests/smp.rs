@@ -87,7 +87,8 @@ fn sixty_four_vcpus_share_vectors_and_none_misses_an_answer() {
     const VCPUS: u32 = 64;
     let mut soc = Soc::start(&[]);
     // They hardly spin: nearly every answer must wake a vCPU.
-    let created = soc.create(&Shape { vcpus: VCPUS, memory: 1 << 20, irqchip: Irqchip::Full, spin_ns: 1000 });
+    let created =
+        soc.create(&Shape { vcpus: VCPUS, memory: 1 << 20, irqchip: Irqchip::Full, spin_ns: 1000, dirty_ring: 0 });
     assert!(created.lane_vectors < VCPUS, "{} vectors: some lanes share one", created.lane_vectors);
     soc.load_real_mode(&CODE);
     soc.run();

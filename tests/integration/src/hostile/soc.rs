@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use api_channel::Status;
 use api_channel::call::{
-    Call, CpuidEntry, CreateVm, DirtyFetch, Discard, IoEvent, Irqchip, Irqfd, LateRun, Memslot, Msi, Name, NotifyPage,
-    PostedRange, RamRequest, Route, StateRequest, VCPU_ALL, VM, VmCreated,
+    Call, CpuidEntry, CreateVm, DirtyFetch, DirtyLimit, Discard, IoEvent, Irqchip, Irqfd, LateRun, Memslot, Msi, Name,
+    NotifyPage, PostedRange, RamRequest, Route, StateRequest, VCPU_ALL, VM, VmCreated,
 };
 use api_channel::codec::Reader;
 use api_channel::lines::{host as host_words, soc as soc_words};
@@ -153,7 +153,14 @@ impl HostileSoc {
     /// Brings a VM as far as `stage`.
     pub fn reach(&mut self, stage: Stage) {
         if stage >= Stage::Created {
-            let create = CreateVm { vcpus: 2, irqchip: Irqchip::Full as u32, flags: 0, spin_ns: 0, name: Name::NONE };
+            let create = CreateVm {
+                vcpus: 2,
+                irqchip: Irqchip::Full as u32,
+                flags: 0,
+                dirty_ring: 0,
+                spin_ns: 0,
+                name: Name::NONE,
+            };
             let (payload, _) = self.ok(&Call::CreateVm(create));
             self.created = Some(Reader::new(&payload).take().expect("what was created"));
         }
@@ -327,7 +334,8 @@ fn real_mode() -> Vec<u8> {
 /// Opcodes of every call but the one that ends the shim.
 const OPCODES: &[u16] = &[
     0x001, 0x010, 0x011, 0x012, 0x100, 0x101, 0x102, 0x110, 0x111, 0x112, 0x200, 0x201, 0x210, 0x211, 0x300, 0x301,
-    0x302, 0x400, 0x401, 0x402, 0x403, 0x500, 0x501, 0x502, 0x600, 0x601, 0x610, 0x611, 0x612, 0x613, 0x700, 0x8001,
+    0x302, 0x400, 0x401, 0x402, 0x403, 0x500, 0x501, 0x502, 0x600, 0x601, 0x602, 0x610, 0x611, 0x612, 0x613, 0x700,
+    0x8001,
 ];
 
 /// A call that nobody should make: an opcode and a payload, random or nearly right.
@@ -353,7 +361,8 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
         0x100 => Call::CreateVm(CreateVm {
             vcpus: *dice.one(&[0, 1, 2, 3, 1 << 20, u32::MAX]),
             irqchip: *dice.one(&[0, 1, 1, 2, 2, 3]),
-            flags: *dice.one(&[0, 0, 0, CreateVm::HV_SYNIC, 2, u64::MAX]),
+            flags: *dice.one(&[0, 0, 0, CreateVm::HV_SYNIC, 2, u32::MAX]),
+            dirty_ring: *dice.one(&[0, 0, 0, 1024, 1, 1000, 1 << 31, u32::MAX]),
             spin_ns: *dice.one(&[0, 1000, 10_000_001, u64::MAX]),
             name: Name(*dice.one(&[[0; 64], [b'n'; 64], [0x1b; 64], [0xff; 64]])),
         }),
@@ -473,6 +482,11 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
             clear: dice.below(3) as u32,
             first: dice.nasty(),
             pages: dice.nasty(),
+        }),
+        0x602 => Call::DirtyLimit(DirtyLimit {
+            vcpu,
+            reserved: *dice.one(&[0, 0, 0, 1]),
+            pages: *dice.one(&[0, 1, 1 << 20, u64::MAX]),
         }),
         0x610 => Call::CanPostCopy,
         0x611 | 0x613 => {

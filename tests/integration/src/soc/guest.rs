@@ -25,12 +25,14 @@ pub struct Shape {
     pub irqchip: Irqchip,
     /// How long a vCPU spins for an answer, at most; 0: as the host likes.
     pub spin_ns: u64,
+    /// Entries of each vCPU's dirty ring; 0: none.
+    pub dirty_ring: u32,
 }
 
 impl Shape {
     /// For a payload.
     pub fn of(payload: &Payload) -> Self {
-        Self { vcpus: payload.vcpus.into(), memory: 64 << 20, irqchip: Irqchip::Full, spin_ns: 0 }
+        Self { vcpus: payload.vcpus.into(), memory: 64 << 20, irqchip: Irqchip::Full, spin_ns: 0, dirty_ring: 0 }
     }
 }
 
@@ -40,8 +42,8 @@ pub const FLAT_CODE: u64 = 0x1000;
 impl<F: SocFunction> Soc<F> {
     /// Creates a VM of that shape: memory, lanes, CPUID. Nothing is loaded, and nothing runs.
     pub fn create(&mut self, shape: &Shape) -> VmCreated {
-        let Shape { vcpus, memory, irqchip, spin_ns } = *shape;
-        let create = CreateVm { vcpus, irqchip: irqchip as u32, flags: 0, spin_ns, name: Name::NONE };
+        let Shape { vcpus, memory, irqchip, spin_ns, dirty_ring } = *shape;
+        let create = CreateVm { vcpus, irqchip: irqchip as u32, flags: 0, dirty_ring, spin_ns, name: Name::NONE };
         let (payload, _) = self.ok(&Call::CreateVm(create));
         let created: VmCreated = Reader::new(&payload).take().expect("what was created");
         self.created = Some(created);

@@ -16,14 +16,14 @@ use crate::kit::layout::{self, FREE};
 use crate::{Ends, IcedError, Payload, Privilege, ports};
 
 /// Bytes of RAM that belong to one vCPU.
-pub const REGION: u32 = 4 << 20;
+pub const REGION: u32 = 16 << 20;
 /// Writes of one vCPU in one round.
 pub const WRITES: u32 = 200;
 /// The command that ends the payload.
 pub const STOP: u32 = 0x8000_0000;
 
 const FRAME: u32 = 4096;
-const FRAMES: u32 = 512;
+const FRAMES: u32 = 2048;
 const FRAME_STEP: u32 = 7;
 const ROUND_STEP: u32 = 13;
 /// Of each so many writes the last lies across the end of its frame.
