@@ -42,6 +42,10 @@ pub struct Parameters {
     pub throttle_max: u8,
     /// Part of the bytes sent in a round, in percent, that has to become dirty meanwhile for a throttle. QMP `throttle-trigger-threshold`.
     pub throttle_threshold: u8,
+    /// If the guest writes faster than its pages move, limit how fast each vCPU writes instead. QMP capability `dirty-limit`.
+    pub dirty_limit: bool,
+    /// Bytes a second that each vCPU may write then. QMP `vcpu-dirty-limit`.
+    pub write_limit: u64,
     /// Wait for [`crate::Control::go_on`] once the guest stands still. QMP capability `pause-before-switchover`.
     pub pause_before_switchover: bool,
     /// Be ready for [`crate::Control::start_post_copy`]: the destination has to be able to. Read at the start. QMP capability `postcopy-ram`.
@@ -80,6 +84,8 @@ impl Default for Parameters {
             throttle_increment: 10,
             throttle_max: 99,
             throttle_threshold: 50,
+            dirty_limit: false,
+            write_limit: 1 << 20,
             pause_before_switchover: false,
             post_copy: false,
             mapped: false,
@@ -109,6 +115,12 @@ impl Parameters {
         let wrong = |name, value: String, why| Err(MigrationError::Parameter { name, value, why });
         if !(1..=MOST_CONNECTIONS).contains(&self.connections) {
             return wrong("connections", self.connections.to_string(), "there are 1 to 16");
+        }
+        if self.dirty_limit && self.auto_converge {
+            return wrong("dirty_limit", "true".into(), "auto_converge slows the guest as well: take one of them");
+        }
+        if self.write_limit == 0 {
+            return wrong("write_limit", "0".into(), "a vCPU that may write nothing does nothing");
         }
         if let Some(level) = self.zstd.filter(|level| !(1..=3).contains(level)) {
             return wrong("zstd", level.to_string(), "its levels are 1 to 3");

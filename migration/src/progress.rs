@@ -45,6 +45,8 @@ pub struct Progress {
     pub bandwidth: u64,
     /// `cpu-throttle-percentage`.
     pub throttle: u8,
+    /// Bytes a second that each vCPU may write; 0: as many as it can.
+    pub write_limit: u64,
     /// `compression.pages`.
     pub compressed_pages: u64,
     /// `compression.compressed-size`: what became of those.
@@ -71,6 +73,7 @@ pub(crate) struct Meter {
     pub(crate) dirty_rate: AtomicU64,
     pub(crate) bandwidth: AtomicU64,
     pub(crate) throttle: AtomicU64,
+    pub(crate) write_limit: AtomicU64,
     pub(crate) compressed_pages: AtomicU64,
     pub(crate) compressed_bytes: AtomicU64,
     pub(crate) postcopy_requests: AtomicU64,
@@ -160,6 +163,7 @@ impl Meter {
             rate,
             bandwidth,
             throttle: get(&self.throttle) as u8,
+            write_limit: get(&self.write_limit),
             compressed_pages: get(&self.compressed_pages),
             compressed_bytes: get(&self.compressed_bytes),
             precopy_bytes,

@@ -98,6 +98,15 @@ pub trait SourceVm: Send + Sync {
     /// They can't be slowed.
     fn throttle(&self, percent: u8) -> Result<(), VmError>;
 
+    /// From here on each vCPU writes so many bytes a second at most; 0: as many as it can.
+    ///
+    /// # Errors
+    /// Nothing tells which vCPU writes what.
+    fn limit_writes(&self, bytes: u64) -> Result<(), VmError> {
+        _ = bytes;
+        Err("nothing tells here which vCPU writes what".into())
+    }
+
     /// The destination runs the guest: what is left of it here may go.
     fn gone(&self);
 

@@ -180,6 +180,9 @@ impl<'s, 'v: 's> Source<'s, '_, 'v> {
             // Whoever can't slow it any less says so in the log of its own side: the guest is whole.
             _ = self.vm.throttle(0);
         }
+        if self.control.progress().write_limit > 0 {
+            _ = self.vm.limit_writes(0);
+        }
         if self.logs {
             self.vm.stop_log();
         }
@@ -332,6 +335,7 @@ impl<'s, 'v: 's> Source<'s, '_, 'v> {
             match policy.next(&Situation { pending, sent, dirtied, bandwidth }, &self.control.parameters()) {
                 Step::Pause => return Ok(()),
                 Step::Throttle(percent) => self.throttle(percent)?,
+                Step::Limit(bytes) => self.limit_writes(bytes)?,
                 Step::Round => {}
             }
             puts_off = policy::puts_off(look.pending, look.hot);
@@ -416,6 +420,11 @@ impl<'s, 'v: 's> Source<'s, '_, 'v> {
     fn throttle(&self, percent: u8) -> Result<(), MigrationError> {
         Meter::set(&self.control.meter().throttle, percent.into());
         self.vm.throttle(percent).map_err(MigrationError::vm("slowing the guest"))
+    }
+
+    fn limit_writes(&self, bytes: u64) -> Result<(), MigrationError> {
+        Meter::set(&self.control.meter().write_limit, bytes);
+        self.vm.limit_writes(bytes).map_err(MigrationError::vm("limiting what vCPUs write"))
     }
 
     /// Looks at the log, `time` after it was looked at before.

@@ -26,6 +26,8 @@ pub(super) enum Step {
     Round,
     /// Another round, the guest slowed so far.
     Throttle(u8),
+    /// Another round, each vCPU limited to writing so many bytes a second.
+    Limit(u64),
     /// The guest stops.
     Pause,
 }
@@ -36,6 +38,7 @@ pub(super) struct Policy {
     /// Rounds in a row that were not worth it.
     in_vain: u32,
     throttle: u8,
+    limit: Option<u64>,
 }
 
 impl Policy {
@@ -52,7 +55,14 @@ impl Policy {
         let is_in_vain =
             u128::from(now.dirtied) * 100 > u128::from(now.sent) * u128::from(parameters.throttle_threshold);
         self.in_vain = if is_in_vain { self.in_vain + 1 } else { 0 };
-        if !parameters.auto_converge || self.in_vain < PATIENCE {
+        if self.in_vain < PATIENCE {
+            return Step::Round;
+        }
+        if parameters.dirty_limit && self.limit != Some(parameters.write_limit) {
+            (self.in_vain, self.limit) = (0, Some(parameters.write_limit));
+            return Step::Limit(parameters.write_limit);
+        }
+        if !parameters.auto_converge {
             return Step::Round;
         }
         let next = match self.throttle {
@@ -129,6 +139,24 @@ mod tests {
             }
         }
 
+        #[test]
+        fn a_limit_is_set_once_and_anew_where_it_is_another(
+            rounds in prop::collection::vec((situation(), 1..4u64), 1..60), parameters in parameters(),
+        ) {
+            let mut policy = Policy::default();
+            let mut limit = None;
+            for (now, write_limit) in rounds {
+                let parameters = Parameters { dirty_limit: true, auto_converge: false, write_limit, ..parameters.clone() };
+                match policy.next(&now, &parameters) {
+                    Step::Limit(bytes) => {
+                        prop_assert!(bytes == write_limit && limit != Some(bytes));
+                        limit = Some(bytes);
+                    }
+                    step => prop_assert!(!matches!(step, Step::Throttle(_))),
+                }
+            }
+        }
+
         /// A guest that writes faster than its pages move, whatever the numbers: with auto-converge it moves in a bounded number of rounds
         /// if it can at its slowest.
         #[test]
@@ -147,7 +175,7 @@ mod tests {
                 match policy.next(&now, &parameters) {
                     Step::Pause => break,
                     Step::Throttle(percent) => throttle = percent,
-                    Step::Round => {}
+                    Step::Round | Step::Limit(_) => {}
                 }
                 pending = dirtied;
                 rounds += 1;

@@ -17,7 +17,9 @@ use super::iommu::IommuModel;
 use super::numa::NumaNode;
 use super::pool::PoolVerb;
 use super::test_device::TestDevice;
-use super::values::{CpuAffinity, DebugconSpec, DiskSize, FunctionSpec, Memory, QmpSocket, SerialSpec, ValueError};
+use super::values::{
+    CpuAffinity, DebugconSpec, DirtyRing, DiskSize, FunctionSpec, Memory, QmpSocket, SerialSpec, ValueError,
+};
 use super::vhost::{AnyDisk, AnyNet, FsSpec};
 use super::vsock::VsockSpec;
 use crate::control::VmName;
@@ -240,6 +242,9 @@ pub(super) struct RunArgs {
     /// RAM: MiB, or with K, M, G; [,hugepages=2M|1G][,node=N][,prealloc=on] [default: 512M]
     #[arg(long, value_name = "SIZE")]
     pub(super) memory: Option<Memory>,
+    /// Log dirty pages in a ring of each vCPU, of so many entries (a power of two from 1024 to 65536): it tells which vCPU wrote
+    #[arg(long, value_name = "ENTRIES")]
+    pub(super) dirty_ring: Option<DirtyRing>,
     /// A NUMA node: [node=N,]memory=SIZE[,cpus=A-B]…[,host=H[,pin=on]]
     #[arg(long, value_name = "NODE")]
     pub(super) numa: Vec<NumaNode>,

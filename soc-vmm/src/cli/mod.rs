@@ -49,7 +49,7 @@ pub use iommu::IommuModel;
 pub use net::{Mac, NetSpec};
 pub use pool::PoolVerb;
 pub use test_device::TestDevice;
-pub use values::{Bdf, CpuAffinity, DebugconSpec, FunctionSpec, HugePages, Memory, SerialSpec, ValueError};
+pub use values::{Bdf, CpuAffinity, DebugconSpec, DirtyRing, FunctionSpec, HugePages, Memory, SerialSpec, ValueError};
 pub use vhost::{AnyDisk, AnyNet, FsSpec, VhostRole, VhostSpec};
 pub use vsock::VsockSpec;
 
@@ -169,6 +169,8 @@ pub struct RunConfig {
     pub cpu_affinity: CpuAffinity,
     /// RAM.
     pub memory: Memory,
+    /// Entries of the vCPUs' dirty rings.
+    pub dirty_ring: DirtyRing,
     /// NUMA nodes, which are all of RAM and hold each vCPU once; none: the guest is told of none.
     pub numa: Vec<NodeSpec>,
     /// What to boot.
@@ -397,6 +399,7 @@ impl RunConfig {
             cpu: args.cpu,
             cpu_affinity,
             memory,
+            dirty_ring: args.dirty_ring.unwrap_or_default(),
             numa,
             boot,
             disks: args.disk,

@@ -18,6 +18,25 @@ pub(super) fn wrong<T>(why: impl Into<String>) -> Result<T, ValueError> {
     Err(ValueError(why.into()))
 }
 
+/// `--dirty-ring`: entries of each vCPU's dirty ring; 0: none, and dirty pages are logged by bitmap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DirtyRing(pub u32);
+
+impl FromStr for DirtyRing {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text.parse() {
+            Ok(0) => Ok(Self(0)),
+            Ok(entries @ 1024..=65536) if u32::is_power_of_two(entries) => Ok(Self(entries)),
+            _ => wrong(format!(
+                "'{}' is no size of a dirty ring: a power of two from 1024 to 65536, or 0",
+                text.escape_default()
+            )),
+        }
+    }
+}
+
 /// `--memory`: how much RAM, of which pages, where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Memory {

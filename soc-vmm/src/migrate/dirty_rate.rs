@@ -10,11 +10,14 @@ use migration::stream::{PAGE, Run};
 use migration::{Region, SourceVm, VmError};
 use nix::time::{ClockId, clock_gettime};
 
-use super::MigrateError;
+use super::{MigrateError, WritingVcpus, Written};
 use crate::cli::with_causes;
 
 /// Pages of a GiB.
 const OF_GIB: u64 = 1 << 18;
+
+/// How often rings are looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Pages that are looked at in each region, if it has so many, whatever was asked for: fewer tell nothing.
 const FEWEST: u64 = 512;
@@ -27,6 +30,8 @@ pub enum DirtyRateMode {
     PageSampling,
     /// By the log of dirty pages: exact, but one measurement or migration at a time, and the guest is slower.
     DirtyBitmap,
+    /// By the vCPUs' rings of dirty pages, of VMs that have them: for each vCPU. The guest may be moving meanwhile.
+    DirtyRing,
 }
 
 /// What is to be measured.
@@ -53,7 +58,7 @@ pub enum DirtyRateStatus {
 }
 
 /// The last measurement.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct DirtyRate {
     /// How far it is.
     pub status: DirtyRateStatus,
@@ -65,6 +70,8 @@ pub struct DirtyRate {
     pub time: Duration,
     /// Pages of each GiB that were looked at; 0 with another mode.
     pub samples: u64,
+    /// Bytes a second of each vCPU, with [`DirtyRateMode::DirtyRing`].
+    pub vcpus: Vec<f64>,
 }
 
 /// A VM's measurements: one at a time.
@@ -84,7 +91,7 @@ struct State {
 
 impl DirtyRates {
     pub(super) fn last(&self) -> DirtyRate {
-        self.state().last
+        self.state().last.clone()
     }
 
     /// One begins.
@@ -101,10 +108,10 @@ impl DirtyRates {
         let start = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
         let samples = if mode == DirtyRateMode::PageSampling { samples } else { 0 };
         *state = State {
-            last: DirtyRate { status: DirtyRateStatus::Measuring, mode, start, time, samples },
+            last: DirtyRate { status: DirtyRateStatus::Measuring, mode, start, time, samples, vcpus: Vec::new() },
             gives_way: false,
         };
-        Ok(Under { of: self.clone(), measurement, came: None })
+        Ok(Under { of: self.clone(), measurement, came: None, vcpus: Vec::new() })
     }
 
     /// A migration needs the log: who has it ends now, with what it has seen by now. Returns when the log is free.
@@ -130,6 +137,8 @@ pub(super) struct Under {
     measurement: Measurement,
     /// Bytes a second, and how long it took.
     came: Option<(f64, Duration)>,
+    /// Of each vCPU.
+    vcpus: Vec<f64>,
 }
 
 impl Under {
@@ -139,7 +148,7 @@ impl Under {
     /// The log can't be had, and why; or no thread.
     pub(super) fn start(
         mut self,
-        vm: Arc<impl SourceVm + ?Sized + 'static>,
+        vm: Arc<impl SourceVm + WritingVcpus + ?Sized + 'static>,
         has_ended: impl Fn() -> bool + Send + 'static,
     ) -> Result<(), MigrateError> {
         let (sender, begun) = mpsc::sync_channel(1);
@@ -158,6 +167,17 @@ impl Under {
                 }
                 if is_on && !has_ended() {
                     vm.stop_log();
+                }
+            }
+            DirtyRateMode::DirtyRing => {
+                let counts = vm.count_writes(true);
+                let is_on = counts.is_ok();
+                let _ = sender.send(counts);
+                if is_on {
+                    self.watch_rings(&*vm, &has_ended);
+                }
+                if !has_ended() {
+                    _ = vm.count_writes(false);
                 }
             }
         };
@@ -190,10 +210,34 @@ impl Under {
         self.came = Some(((dirty * PAGE) as f64 / time.as_secs_f64(), time));
     }
 
+    fn watch_rings(&mut self, vm: &(impl WritingVcpus + ?Sized), has_ended: &impl Fn() -> bool) {
+        let start = Instant::now();
+        let Some(before) = self.told(vm.written()) else { return };
+        // Each look has the next write to a page logged again.
+        let mut now = before.clone();
+        while start.elapsed() < self.measurement.time {
+            self.wait_until(start, LOOK.min(self.measurement.time.saturating_sub(start.elapsed())) + start.elapsed());
+            if has_ended() {
+                return;
+            }
+            let Some(written) = self.told(vm.written()) else { return };
+            now = written;
+        }
+        let time = start.elapsed();
+        let rate =
+            |(before, now): (&Written, &Written)| now.bytes.saturating_sub(before.bytes) as f64 / time.as_secs_f64();
+        self.vcpus = before.iter().zip(&now).map(rate).collect();
+        self.came = Some((self.vcpus.iter().sum(), time));
+    }
+
     /// Waits until its time is over, or it has to end.
     fn wait(&self, start: Instant) {
+        self.wait_until(start, self.measurement.time);
+    }
+
+    fn wait_until(&self, start: Instant, time: Duration) {
         let state = self.of.state();
-        let rest = self.measurement.time.saturating_sub(start.elapsed());
+        let rest = time.saturating_sub(start.elapsed());
         drop(self.of.changed.wait_timeout_while(state, rest, |state| !state.gives_way));
     }
 
@@ -207,7 +251,10 @@ impl Drop for Under {
     fn drop(&mut self) {
         let last = &mut self.of.state().last;
         match self.came {
-            Some((rate, time)) => (last.status, last.time) = (DirtyRateStatus::Measured(rate), time),
+            Some((rate, time)) => {
+                (last.status, last.time) = (DirtyRateStatus::Measured(rate), time);
+                last.vcpus = std::mem::take(&mut self.vcpus);
+            }
             None => last.status = DirtyRateStatus::Unstarted,
         }
         self.of.changed.notify_all();

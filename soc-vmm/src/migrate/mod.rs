@@ -9,6 +9,7 @@ mod reception;
 mod secure;
 mod settings;
 mod uri;
+mod writes;
 
 use std::fmt;
 use std::path::Path;
@@ -33,6 +34,7 @@ pub use dirty_rate::{DirtyRate, DirtyRateMode, DirtyRateStatus, Measurement};
 pub use secure::Secure;
 pub use settings::{Settings, Step, TlsSettings};
 pub use uri::{FilePlace, Uri, UriError};
+pub use writes::{VcpuWrites, WritingVcpus, Written};
 
 /// How long a disk may take for the last of a guest that is kept in a file, where the VM is to end.
 const LAST_BYTES: Duration = Duration::from_secs(30);
@@ -40,7 +42,7 @@ const LAST_BYTES: Duration = Duration::from_secs(30);
 const HEARD: Duration = Duration::from_secs(1);
 
 /// A VM as a migration has it.
-pub trait Movable: SourceVm + DestinationVm {
+pub trait Movable: SourceVm + DestinationVm + WritingVcpus {
     /// The guest that was to come from elsewhere never will: the VM ends, and says why.
     fn failed(&self, why: String);
 
@@ -405,6 +407,9 @@ impl Migration {
     /// # Errors
     /// It can't be measured now, or not so, and why.
     pub fn measure_dirty_rate(&self, measurement: Measurement) -> Result<(), MigrateError> {
+        if measurement.mode == DirtyRateMode::DirtyRing {
+            self.check_rings()?;
+        }
         let (vm, under) = {
             let state = self.state();
             let vm = state.vm.clone().ok_or(MigrateError::NotBuilt)?;

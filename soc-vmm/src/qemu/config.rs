@@ -116,6 +116,7 @@ fn run(mut line: Line, machine: &MachineOption) -> Result<RunConfig, Wrong> {
     let debug_exit = line.devices.iter().any(|device| device.kind == DeviceKind::DebugExit);
     let (paused, cpu) = (line.paused, line.cpu.take().unwrap_or(crate::cpuid::CpuSpec::HOST));
     let sandbox = line.sandbox.flatten();
+    let dirty_ring = line.dirty_ring.unwrap_or_default();
     let hardware = hardware(line, machine)?;
     Ok(RunConfig {
         name: name.as_deref().and_then(|name| name.parse().ok()).unwrap_or_else(VmName::of_process),
@@ -124,6 +125,7 @@ fn run(mut line: Line, machine: &MachineOption) -> Result<RunConfig, Wrong> {
         cpu,
         cpu_affinity: Default::default(),
         memory,
+        dirty_ring,
         numa,
         boot,
         disks: Vec::new(),

@@ -74,7 +74,6 @@ pub const INERT: &[Inert] = &[
     inert(&["-smp"], "dies", &["1"], "a socket is one die"),
     inert(&["-smp"], "clusters", &["1"], "a die is one cluster"),
     inert(&["-accel"], "kernel-irqchip", &["on"], "the interrupt controllers are KVM's"),
-    inert(&["-accel"], "dirty-ring-size", &["0"], "dirty pages are logged by bitmap"),
     inert(MEMORY, "x-use-canonical-path-for-ramblock-id", &[], "a migration stream is soc-vmm's own"),
     inert(MEMORY, "prealloc-threads", &[], "one thread takes the memory"),
     inert(MEMORY, "share", &[], "guest memory is in files that vhost-user back ends on the same machine may map"),

@@ -8,6 +8,7 @@ use super::machine::{MachineOption, NumaOption};
 use super::options::{self, Takes};
 use super::small::{ActionOption, AddFd, BootOption, FlashDrive, FwCfgFile, Monitor, Outboard, RtcBase, SmbiosSystem};
 use super::{Blockdev, Device, Netdev, Object, Uuid, Wrong};
+use crate::cli::DirtyRing;
 use crate::cpuid::CpuSpec;
 use crate::sandbox::SandboxSpec;
 
@@ -26,6 +27,8 @@ pub struct Line {
     pub memory: Option<u64>,
     /// `-smp`, in the words of `run --cpus`.
     pub processors: Option<String>,
+    /// `-accel`, what is said there of dirty rings.
+    pub dirty_ring: Option<DirtyRing>,
     /// `-numa node`.
     pub numa: Vec<NumaOption>,
     /// `-uuid`.

@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use super::small::stripped;
 use super::{Properties, Size, Switch, Wrong, inert};
+use crate::cli::{DirtyRing, ValueError};
 use crate::cpuid::{CpuSpec, CpuSpecError};
 
 /// `-machine`.
@@ -92,15 +93,19 @@ pub(super) fn check_accel(list: &str) -> Result<(), Wrong> {
     }
 }
 
-/// Reads the value of `-accel`.
-pub(super) fn accel(text: &str) -> Result<(), Wrong> {
+/// Reads the value of `-accel`: what it says of dirty rings.
+pub(super) fn accel(text: &str) -> Result<Option<DirtyRing>, Wrong> {
     #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
     struct Accel {
         accel: String,
+        dirty_ring_size: Option<String>,
     }
-    let Accel { accel } = stripped("-accel", text, Some("accel"))?.read()?;
-    check_accel(&accel)
+    let Accel { accel, dirty_ring_size } = stripped("-accel", text, Some("accel"))?.read()?;
+    check_accel(&accel)?;
+    let ring = dirty_ring_size
+        .map(|size| size.parse().map_err(|e: ValueError| Wrong::new(e.to_string()).at("dirty-ring-size")));
+    ring.transpose()
 }
 
 /// Reads the value of `-cpu`.

@@ -29,7 +29,7 @@ const OPTIONS: &[(&str, Takes)] = &[
     ("-S", Nothing(|line| flag(&mut line.paused))),
     ("-machine", Value(|line, text| once(&mut line.machine, MachineOption::parse(text)?))),
     ("-M", Value(|line, text| once(&mut line.machine, MachineOption::parse(text)?))),
-    ("-accel", Value(|_, text| machine::accel(text))),
+    ("-accel", Value(|line, text| machine::accel(text)?.map_or(Ok(()), |ring| once(&mut line.dirty_ring, ring)))),
     ("-cpu", Value(|line, text| once(&mut line.cpu, machine::cpu(text)?))),
     ("-m", Value(|line, text| once(&mut line.memory, machine::memory(text)?))),
     ("-smp", Value(|line, text| once(&mut line.processors, machine::processors(text)?))),

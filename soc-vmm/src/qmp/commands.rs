@@ -18,9 +18,9 @@ use super::jobs::{
 use super::life::{Cont, Quit, SetAction, Stop, SystemPowerdown, SystemReset};
 use super::machines::{QueryCpuDefinitions, QueryCpuModelExpansion, QueryMachines, QueryTpmModels, QueryTpmTypes};
 use super::migration::{
-    CalcDirtyRate, Migrate, MigrateCancel, MigrateContinue, MigrateIncoming, MigratePause, MigrateRecover,
-    MigrateSetCapabilities, MigrateSetParameters, MigrateStartPostcopy, QueryDirtyRate, QueryMigrate,
-    QueryMigrateCapabilities, QueryMigrateParameters, Save,
+    CalcDirtyRate, CancelVcpuDirtyLimit, Migrate, MigrateCancel, MigrateContinue, MigrateIncoming, MigratePause,
+    MigrateRecover, MigrateSetCapabilities, MigrateSetParameters, MigrateStartPostcopy, QueryDirtyRate, QueryMigrate,
+    QueryMigrateCapabilities, QueryMigrateParameters, QueryVcpuDirtyLimit, Save, SetVcpuDirtyLimit,
 };
 use super::objects::{DeviceListProperties, QomListProperties, QomListTypes};
 use super::options::QueryCommandLineOptions;
@@ -120,6 +120,9 @@ pub const COMMANDS: &[Entry] = &[
     Entry::of::<QueryMigrate>(),
     Entry::of::<CalcDirtyRate>(),
     Entry::of::<QueryDirtyRate>(),
+    Entry::of::<SetVcpuDirtyLimit>(),
+    Entry::of::<CancelVcpuDirtyLimit>(),
+    Entry::of::<QueryVcpuDirtyLimit>(),
     Entry::of::<QueryOutboardVm>(),
     Entry::of::<QueryOutboardCounters>(),
     Entry::of::<Save>(),

@@ -86,7 +86,8 @@ impl<F: SocFunction> HostVm<F> {
         let name = Name::new(config.name.as_str());
         let irqchip = split::irqchip(config);
         let flags = if synic { CreateVm::HV_SYNIC } else { 0 };
-        let create = CreateVm { vcpus, irqchip: irqchip as u32, flags, spin_ns: 0, dirty_ring: 0, name };
+        let create =
+            CreateVm { vcpus, irqchip: irqchip as u32, flags, spin_ns: 0, dirty_ring: config.dirty_ring.0, name };
         let reply = channel.call(&Call::CreateVm(create)).await?;
         let created: VmCreated = Reader::new(&reply.payload).take().map_err(CallError::from)?;
         if !is_sound(&created, vcpus) {

@@ -160,7 +160,8 @@ impl<F: SocFunction> Vm<F> {
         let processor = Processor::new(&supported, &config.cpu, cpuid)?.with_hyperv(hyperv);
         let page = config.memory.hugepages.map_or(PAGE, |pages| pages.size());
         let memory = Memory::new(channel.clone(), host.ram.clone(), arranger.extents(), arranger.roms(), page);
-        let (mover, moves) = Mover::new(memory);
+        let writes = memory.writes(vcpus, config.dirty_ring.0);
+        let (mover, moves) = Mover::new(memory, writes);
         let physical_bits = processor.physical_address_bits();
         layout.check_address_width(physical_bits)?;
         for vcpu in 0..vcpus {

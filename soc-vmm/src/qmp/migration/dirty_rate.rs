@@ -28,7 +28,7 @@ pub(crate) enum DirtyRateMeasureMode {
     /// By some pages, which are looked at twice.
     #[default]
     PageSampling,
-    /// Refused: no host keeps a dirty ring.
+    /// By the vCPUs' dirty rings, where they have any.
     DirtyRing,
     /// By the log of dirty pages.
     DirtyBitmap,
@@ -100,12 +100,7 @@ impl CalcDirtyRate {
         let mode = match self.mode.unwrap_or_default() {
             DirtyRateMeasureMode::PageSampling => DirtyRateMode::PageSampling,
             DirtyRateMeasureMode::DirtyBitmap => DirtyRateMode::DirtyBitmap,
-            DirtyRateMeasureMode::DirtyRing => {
-                return Err(QmpError::generic(
-                    "mode=dirty-ring: a VM's host logs dirty pages by bitmap, which doesn't tell vCPUs apart: use \
-                     dirty-bitmap, or page-sampling",
-                ));
-            }
+            DirtyRateMeasureMode::DirtyRing => DirtyRateMode::DirtyRing,
         };
         if self.sample_pages.is_some() && mode != DirtyRateMode::PageSampling {
             return Err(QmpError::generic("'sample-pages' is for mode=page-sampling alone"));
@@ -145,7 +140,7 @@ pub(crate) struct QueryDirtyRate {
 }
 
 /// QMP `DirtyRateInfo`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct DirtyRateInfo {
     /// MiB a second, once it is measured.
@@ -160,6 +155,18 @@ pub(crate) struct DirtyRateInfo {
     /// Of each GiB; 0 but with page-sampling.
     sample_pages: u64,
     mode: DirtyRateMeasureMode,
+    /// Of each vCPU, with dirty-ring.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vcpu_dirty_rate: Option<Vec<DirtyRateVcpu>>,
+}
+
+/// QMP `DirtyRateVcpu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct DirtyRateVcpu {
+    id: i64,
+    /// MiB a second.
+    dirty_rate: i64,
 }
 
 impl DirtyRateInfo {
@@ -167,7 +174,7 @@ impl DirtyRateInfo {
         let (status, dirty_rate) = match last.status {
             Status::Unstarted => (DirtyRateStatus::Unstarted, None),
             Status::Measuring => (DirtyRateStatus::Measuring, None),
-            Status::Measured(rate) => (DirtyRateStatus::Measured, Some((rate / f64::from(1 << 20)).round() as i64)),
+            Status::Measured(rate) => (DirtyRateStatus::Measured, Some(mebibytes(rate))),
         };
         Self {
             dirty_rate,
@@ -179,9 +186,17 @@ impl DirtyRateInfo {
             mode: match last.mode {
                 DirtyRateMode::PageSampling => DirtyRateMeasureMode::PageSampling,
                 DirtyRateMode::DirtyBitmap => DirtyRateMeasureMode::DirtyBitmap,
+                DirtyRateMode::DirtyRing => DirtyRateMeasureMode::DirtyRing,
             },
+            vcpu_dirty_rate: (!last.vcpus.is_empty()).then(|| {
+                (0..).zip(&last.vcpus).map(|(id, rate)| DirtyRateVcpu { id, dirty_rate: mebibytes(*rate) }).collect()
+            }),
         }
     }
+}
+
+fn mebibytes(rate: f64) -> i64 {
+    (rate / f64::from(1 << 20)).round() as i64
 }
 
 impl Command for QueryDirtyRate {
@@ -213,7 +228,7 @@ mod tests {
             (r#"{"calc-time": 61}"#, "calc-time"),
             (r#"{"calc-time": 9223372036854775807}"#, "calc-time"),
             (r#"{"calc-time": 49, "calc-time-unit": "millisecond"}"#, "calc-time"),
-            (r#"{"calc-time": 1, "mode": "dirty-ring"}"#, "dirty-ring"),
+            (r#"{"calc-time": 1, "sample-pages": 200, "mode": "dirty-ring"}"#, "sample-pages"),
             (r#"{"calc-time": 1, "sample-pages": 127}"#, "sample-pages"),
             (r#"{"calc-time": 1, "sample-pages": 200, "mode": "dirty-bitmap"}"#, "sample-pages"),
         ] {
@@ -230,5 +245,10 @@ mod tests {
         let last = DirtyRate { status, time: Duration::from_millis(1004), ..DirtyRate::default() };
         let told = serde_json::to_value(DirtyRateInfo::of(&last, TimeUnit::Second)).unwrap();
         assert_eq!((&told["dirty-rate"], &told["calc-time"]), (&3.into(), &1.into()));
+        assert!(told.get("vcpu-dirty-rate").is_none());
+        let last = DirtyRate { vcpus: vec![0.0, 2.6 * f64::from(1 << 20)], ..last };
+        let told = serde_json::to_value(DirtyRateInfo::of(&last, TimeUnit::Second)).unwrap();
+        let vcpus = serde_json::json!([{"id": 0, "dirty-rate": 0}, {"id": 1, "dirty-rate": 3}]);
+        assert_eq!(told["vcpu-dirty-rate"], vcpus);
     }
 }

@@ -1,6 +1,7 @@
 //! Commands about a guest's way to another server, and from another one here.
 
 mod capabilities;
+mod dirty_limit;
 mod dirty_rate;
 mod parameters;
 mod query;
@@ -18,6 +19,7 @@ use crate::control::{RunState, VmHandle};
 use crate::migrate::{MigrateError, Secure, Step, TlsSettings, Uri, Way};
 
 pub(super) use capabilities::{MigrateSetCapabilities, QueryMigrateCapabilities};
+pub(super) use dirty_limit::{CancelVcpuDirtyLimit, QueryVcpuDirtyLimit, SetVcpuDirtyLimit};
 pub(super) use dirty_rate::{CalcDirtyRate, QueryDirtyRate};
 pub(super) use parameters::{MigrateSetParameters, QueryMigrateParameters};
 pub(super) use query::QueryMigrate;

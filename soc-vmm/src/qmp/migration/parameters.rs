@@ -49,6 +49,9 @@ pub(crate) struct MigrationParameters {
     /// The last one.
     #[serde(skip_serializing_if = "Option::is_none")]
     max_cpu_throttle: Option<u8>,
+    /// MiB a second that each vCPU may write, with capability dirty-limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vcpu_dirty_limit: Option<u64>,
     /// Connections with capability multifd.
     #[serde(skip_serializing_if = "Option::is_none")]
     multifd_channels: Option<u8>,
@@ -74,6 +77,8 @@ fn text_or_null<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Opt
     Option::deserialize(deserializer).map(|text| Some(text.unwrap_or_default()))
 }
 
+/// The highest limit of a vCPU's writes, in MiB a second: more than memory takes.
+pub(super) const MOST_WRITES: u64 = 1 << 20;
 /// The longest downtime that QEMU takes, in milliseconds.
 const LONGEST_DOWNTIME: u64 = 2_000_000;
 
@@ -89,6 +94,7 @@ impl MigrationParameters {
             cpu_throttle_initial: Some(rest.throttle_initial),
             cpu_throttle_increment: Some(rest.throttle_increment),
             max_cpu_throttle: Some(rest.throttle_max),
+            vcpu_dirty_limit: Some(rest.write_limit >> 20),
             multifd_channels: Some(settings.channels as u8),
             multifd_compression: Some(if settings.zstd { MultiFDCompression::Zstd } else { MultiFDCompression::None }),
             multifd_zstd_level: Some(settings.zstd_level),
@@ -108,6 +114,13 @@ impl MigrationParameters {
                 return Err(MigrateError::Refused(why));
             }
             rest.downtime_limit = Duration::from_millis(limit);
+        }
+        if let Some(limit) = self.vcpu_dirty_limit {
+            if !(1..=MOST_WRITES).contains(&limit) {
+                let why = format!("Parameter 'vcpu-dirty-limit' expects MiB a second, 1 to {MOST_WRITES}");
+                return Err(MigrateError::Refused(why));
+            }
+            rest.write_limit = limit << 20;
         }
         if self.tls_authz.is_some_and(|authz| !authz.is_empty()) {
             let why = "Parameter 'tls-authz' has to be empty: who has a certificate of an authority in ca-cert.pem may bring a guest, \

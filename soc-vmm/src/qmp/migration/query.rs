@@ -1,5 +1,6 @@
 //! How far a migration is.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use migration::Progress;
@@ -12,7 +13,7 @@ use super::super::QmpError;
 use super::super::aside::aside;
 use super::super::command::Command;
 use crate::control::VmHandle;
-use crate::migrate::{Step, failure};
+use crate::migrate::{Migration, Step, failure};
 
 /// How long a VM may take to say why its guest can't be moved: one whose host is silent tells of the rest without that.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -41,8 +42,17 @@ pub(crate) struct MigrationInfo {
     setup_time: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cpu_throttle_percentage: Option<u8>,
+    /// Microseconds that a vCPU stands still for each dirty ring that it fills, at most, with capability dirty-limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dirty_limit_throttle_time_per_round: Option<u64>,
+    /// Microseconds that it takes a vCPU to fill its ring.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dirty_limit_ring_full_time: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error_desc: Option<String>,
+    /// vCPUs are limited.
+    #[serde(skip)]
+    limits: bool,
     /// What keeps the guest here.
     #[serde(skip_serializing_if = "Option::is_none")]
     blocked_reasons: Option<Vec<String>>,
@@ -88,8 +98,27 @@ impl MigrationInfo {
             downtime: is_over.then(|| milliseconds(progress.downtime)),
             setup_time: Some(milliseconds(progress.setup_time)),
             cpu_throttle_percentage: (progress.throttle > 0).then_some(progress.throttle),
+            limits: !is_over && progress.write_limit != 0,
+            dirty_limit_throttle_time_per_round: None,
+            dirty_limit_ring_full_time: None,
             error_desc: why.map(str::to_owned),
             blocked_reasons: None,
+        }
+    }
+}
+
+impl MigrationInfo {
+    /// And how vCPUs fare with their limits, where the host tells that soon.
+    async fn with_limits(self, migration: Arc<Migration>) -> Self {
+        let limited = timeout(PATIENCE, aside(move || Ok(migration.limited_vcpus()?))).await;
+        let limited = limited.ok().and_then(Result::ok).unwrap_or_default();
+        let microseconds = |time: Duration| time.as_micros() as u64;
+        let filling: Vec<_> =
+            limited.iter().map(|vcpu| microseconds(vcpu.fills_ring)).filter(|time| *time != 0).collect();
+        Self {
+            dirty_limit_throttle_time_per_round: limited.iter().map(|vcpu| microseconds(vcpu.stands)).max(),
+            dirty_limit_ring_full_time: filling.iter().sum::<u64>().checked_div(filling.len() as u64),
+            ..self
         }
     }
 }
@@ -125,6 +154,7 @@ impl Command for QueryMigrate {
     async fn run(self, vm: VmHandle) -> Result<MigrationInfo, QmpError> {
         let migration = vm.migration().clone();
         let info = migration.progress().map_or_else(MigrationInfo::default, |progress| MigrationInfo::of(&progress));
+        let info = if info.limits { info.with_limits(migration.clone()).await } else { info };
         // Who looks how far it is needs no thread for that, which may be lacking.
         let blocker = if migration.is_under_way() {
             None

@@ -9,6 +9,8 @@ use migration::Region;
 use migration::stream::Run;
 use pcie_function::{BusError, SocFunction};
 
+use super::log::{HostLog, User};
+use super::writes::Writes;
 use crate::link::{CallError, Channel};
 use crate::vm::late::Late;
 use crate::vm::ram::GuestRam;
@@ -22,6 +24,7 @@ const RUNS_A_CALL: usize = 1024;
 #[derive(Clone, Debug)]
 pub(in crate::vm) struct Memory<F: SocFunction> {
     channel: Channel<F>,
+    log: HostLog<F>,
     ram: Arc<GuestRam<F>>,
     /// Each allocation as DMA reaches it.
     extents: Arc<[(u32, Vec<Extent>)]>,
@@ -64,7 +67,13 @@ impl<F: SocFunction> Memory<F> {
         let late = Arc::new(Late::default());
         let hears: Weak<Late> = Arc::downgrade(&late);
         channel.on_wanted(hears);
-        Self { channel, ram, extents: extents.into(), roms: roms.into(), unit: page / PAGE, late }
+        let log = HostLog::new(channel.clone());
+        Self { channel, log, ram, extents: extents.into(), roms: roms.into(), unit: page / PAGE, late }
+    }
+
+    /// What each of so many vCPUs writes, of a host that keeps rings of so many entries, or none.
+    pub(in crate::vm) fn writes(&self, vcpus: u32, ring: u32) -> Writes<F> {
+        Writes::new(self.channel.clone(), self.log.clone(), vcpus, ring)
     }
 
     /// Whether it is ROM.
@@ -93,7 +102,7 @@ impl<F: SocFunction> Memory<F> {
 
     async fn try_start_log(&self) -> Result<(), MoveError> {
         self.ram.log_writes(&self.extents)?;
-        self.channel.call(&Call::DirtyLog(true)).await?;
+        self.log.begin(User::Reader).await?;
         // At first every page counts as written.
         for region in self.regions() {
             self.take_dirty(region.id).await?;
@@ -107,8 +116,7 @@ impl<F: SocFunction> Memory<F> {
     /// Notes nothing any more.
     pub(super) async fn stop_log(&self) {
         self.ram.end_log();
-        // A lost host is reported on its own.
-        let _ = self.channel.call(&Call::DirtyLog(false)).await;
+        self.log.end(User::Reader).await;
     }
 
     /// The pages of an allocation that were written since the last call, and forgets them.

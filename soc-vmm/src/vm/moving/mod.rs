@@ -2,7 +2,9 @@
 
 pub(super) mod clock;
 mod description;
+mod log;
 mod memory;
+mod writes;
 
 use std::time::Duration;
 
@@ -12,11 +14,12 @@ use pcie_function::SocFunction;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::migrate::Movable;
+use crate::migrate::{Movable, VcpuWrites, WritingVcpus, Written};
 use crate::persist::{Saved, States};
 
 pub(super) use description::Description;
 pub(super) use memory::Memory;
+pub(super) use writes::Writes;
 
 /// What the control loop is to do; it answers by what it did, or why it couldn't.
 #[derive(Debug)]
@@ -59,15 +62,16 @@ const QUEUED: usize = 4;
 #[derive(Debug)]
 pub(super) struct Mover<F: SocFunction> {
     memory: Memory<F>,
+    writes: Writes<F>,
     orders: mpsc::Sender<MoveOrder>,
     runtime: Handle,
 }
 
 impl<F: SocFunction> Mover<F> {
-    /// A VM with this memory, and where its control loop finds the orders. Called within a runtime.
-    pub(super) fn new(memory: Memory<F>) -> (Self, mpsc::Receiver<MoveOrder>) {
+    /// A VM with this memory, whose vCPUs write so, and where its control loop finds the orders. Called within a runtime.
+    pub(super) fn new(memory: Memory<F>, writes: Writes<F>) -> (Self, mpsc::Receiver<MoveOrder>) {
         let (orders, receiver) = mpsc::channel(QUEUED);
-        (Self { memory, orders, runtime: Handle::current() }, receiver)
+        (Self { memory, writes, orders, runtime: Handle::current() }, receiver)
     }
 
     fn order<T>(&self, order: impl FnOnce(Reply<T>) -> MoveOrder) -> Result<T, VmError> {
@@ -121,6 +125,10 @@ impl<F: SocFunction> SourceVm for Mover<F> {
 
     fn throttle(&self, percent: u8) -> Result<(), VmError> {
         self.order(|reply| MoveOrder::Throttle(percent, reply))
+    }
+
+    fn limit_writes(&self, bytes: u64) -> Result<(), VmError> {
+        Ok(self.runtime.block_on(self.writes.limit(None, bytes))?)
     }
 
     fn gone(&self) {
@@ -211,6 +219,28 @@ impl<F: SocFunction> Movable for Mover<F> {
 
     fn post_copy_blocker(&self) -> Option<String> {
         self.order(MoveOrder::PostCopyBlocker).unwrap_or_default()
+    }
+}
+
+impl<F: SocFunction> WritingVcpus for Mover<F> {
+    fn tells_vcpus_apart(&self) -> bool {
+        self.writes.are_told()
+    }
+
+    fn count_writes(&self, on: bool) -> Result<(), VmError> {
+        Ok(self.runtime.block_on(self.writes.count(on))?)
+    }
+
+    fn written(&self) -> Result<Vec<Written>, VmError> {
+        Ok(self.runtime.block_on(self.writes.so_far())?)
+    }
+
+    fn limit_vcpu(&self, vcpu: Option<u32>, bytes: u64) -> Result<(), VmError> {
+        Ok(self.runtime.block_on(self.writes.limit(vcpu, bytes))?)
+    }
+
+    fn limited_vcpus(&self) -> Result<Vec<VcpuWrites>, VmError> {
+        Ok(self.runtime.block_on(self.writes.limited())?)
     }
 }
 
