@@ -194,6 +194,9 @@ pub struct MigrateArgs {
     /// Slow a guest down that writes faster than its pages move: on, off
     #[arg(long, value_name = "on|off", default_value = "on", value_parser = ["on", "off"])]
     pub(super) auto_converge: String,
+    /// Instead have each vCPU of such a guest write so many MiB a second at most: of VMs with --dirty-ring
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20), conflicts_with = "auto_converge")]
+    pub(super) dirty_limit: Option<u64>,
     /// Compress pages
     #[arg(long)]
     pub(super) zstd: bool,
@@ -207,7 +210,7 @@ pub struct MigrateArgs {
     #[arg(long, conflicts_with_all = ["detach", "resume"])]
     pub(super) postcopy: bool,
     /// Go on with such a move whose connection broke, as it began
-    #[arg(long, conflicts_with_all = ["connections", "bandwidth", "downtime", "auto_converge", "zstd"])]
+    #[arg(long, conflicts_with_all = ["connections", "bandwidth", "downtime", "auto_converge", "dirty_limit", "zstd"])]
     pub(super) resume: bool,
     /// Return as soon as it has begun
     #[arg(long)]

@@ -73,12 +73,14 @@ pub(super) fn migrate(
     let capabilities = [
         capability("return-path", true),
         capability("multifd", connections > 1),
-        capability("auto-converge", args.auto_converge == "on"),
+        capability("auto-converge", args.auto_converge == "on" && args.dirty_limit.is_none()),
+        capability("dirty-limit", args.dirty_limit.is_some()),
         capability("pause-before-switchover", false),
         capability("postcopy-ram", args.postcopy),
     ];
     client.execute_with::<Empty>("migrate-set-capabilities", &json!({ "capabilities": capabilities }))?;
     let parameters = json!({
+        "vcpu-dirty-limit": args.dirty_limit.unwrap_or(1),
         "downtime-limit": args.downtime,
         "max-bandwidth": args.bandwidth.map_or(0, |size| size.0),
         "multifd-channels": connections,
@@ -287,9 +289,13 @@ fn write_progress(out: &mut dyn Write, status: &str, told: &Value) -> io::Result
         0 => String::new(),
         percent => format!(", vCPUs slowed by {percent} %"),
     };
+    let stands = match number(told, "dirty-limit-throttle-time-per-round") {
+        0 => "",
+        _ => ", vCPUs limited",
+    };
     writeln!(
         out,
-        "{}: {:.1} MiB left of {:.1}, {:.1} MiB/s{expected}{round}{throttle}",
+        "{}: {:.1} MiB left of {:.1}, {:.1} MiB/s{expected}{round}{throttle}{stands}",
         one_line(status),
         mebibytes(number(ram, "remaining")),
         mebibytes(number(ram, "total")),

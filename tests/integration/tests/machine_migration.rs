@@ -27,7 +27,7 @@ fn linux_moves() {
     }
     let dir = TempDir::new().unwrap();
     let beds = ["migration-a", "migration-b"].map(|name| BedConfig::new(name, 1).start().unwrap());
-    let vm = VmConfig::new(NAME, 0);
+    let vm = with_rings(NAME);
     let mut vmm = Vmm::run(&beds[0], &vm).unwrap();
     vmm.expect(&format!("{UP_MARK}{}", vm.cpus), BOOT_LIMIT).unwrap();
     vmm.expect("# ", ANSWER_LIMIT).unwrap();
@@ -50,12 +50,17 @@ fn linux_moves() {
     assert_eq!(vmm.wait_for_exit(ANSWER_LIMIT).unwrap(), Status::Code(0));
 }
 
-/// Moves the guest to a function of `bed`; the second time by post-copy.
+/// A VM whose host logs dirty pages in rings.
+fn with_rings(name: &str) -> VmConfig {
+    VmConfig { args: vec!["--dirty-ring".into(), "1024".into()], ..VmConfig::new(name, 0) }
+}
+
+/// Moves the guest to a function of `bed`: with a limit for what its vCPUs write, the second time by post-copy.
 fn moved<'a>(mut from: Vmm<'_>, bed: &'a Bed, dir: &TempDir, number: usize) -> Vmm<'a> {
     // So slowly that what the guest writes in a round takes longer than a look at whether that is over.
     let post_copy = ["--postcopy", "--downtime", "0", "--bandwidth", "16M"];
-    let how: &[&str] = if number == 1 { &post_copy } else { &[] };
-    let there = VmConfig::new(&format!("{NAME}-{number}"), 0);
+    let how: &[&str] = if number == 1 { &post_copy } else { &["--dirty-limit", "1", "--downtime", "10"] };
+    let there = with_rings(&format!("{NAME}-{number}"));
     let (mut to, told) = from.move_to(bed, &there, dir.path(), how).unwrap();
     println!("{told}");
     assert_eq!(told.contains("while it ran there"), number == 1, "{told}");

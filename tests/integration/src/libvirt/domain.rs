@@ -15,6 +15,8 @@ pub struct Domain {
     pub vcpus: (u32, u32),
     /// The element of its processor. That is the host's unless it is said.
     pub cpu: String,
+    /// Elements of its features, beside ACPI and APIC.
+    pub features: String,
     /// What it starts by.
     pub boot: Boot,
     /// Disks and interfaces, each in XML of its own.
@@ -48,6 +50,7 @@ impl Domain {
             memory: 64,
             vcpus: (1, 1),
             cpu: "<cpu mode=\"host-passthrough\"/>".to_owned(),
+            features: String::new(),
             boot,
             devices: Vec::new(),
             more: String::new(),
@@ -84,6 +87,7 @@ impl Domain {
   <features>
     <acpi/>
     <apic/>
+    {features}
   </features>
   {cpu}
   <clock offset="utc">
@@ -99,6 +103,7 @@ impl Domain {
   <devices>
     <emulator>{emulator}</emulator>
 "#,
+            features = self.features,
             cpu = self.cpu,
             more = self.more,
             uuid = uuid(name),
