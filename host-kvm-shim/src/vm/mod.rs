@@ -545,7 +545,7 @@ impl<F: HostFunction + 'static> Machine<F> {
         let ram =
             self.rams.get(&fetch.ram).ok_or_else(|| Refusal::argument(format!("RAM {} does not exist", fetch.ram)))?;
         let pages = ram.memory.len() / PAGE;
-        if self.log.has_lost()? {
+        if self.log.read()? {
             self.with_vcpus_out(|this| this.switch_log(false).and_then(|()| this.switch_log(true)))?;
         }
         self.log.fetch(&self.vm, &self.slots, pages, fetch)

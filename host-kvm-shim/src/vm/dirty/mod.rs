@@ -90,9 +90,11 @@ impl Log {
         }
     }
 
-    /// Whether KVM has lost pages, so that the log has to be switched off and on.
-    pub(super) fn has_lost(&self) -> Result<bool, Refusal> {
+    /// Reads what vCPUs have written, before it is fetched; whether KVM has lost some of that, so that the log has to be switched off and
+    /// on.
+    pub(super) fn read(&self) -> Result<bool, Refusal> {
         match self {
+            // It is read as it is fetched.
             Self::Bitmaps(_) => Ok(false),
             Self::Rings(rings) => {
                 rings.gather()?;
@@ -101,7 +103,8 @@ impl Log {
         }
     }
 
-    /// Fetches dirty pages of an allocation of `pages` pages; with `clear`, their next write is logged again before this returns.
+    /// Fetches dirty pages of an allocation of `pages` pages, as they were last read; with `clear`, their next write is logged again
+    /// before this returns.
     pub(super) fn fetch(
         &mut self,
         vm: &VmFd,
@@ -112,7 +115,7 @@ impl Log {
         let window = Window::new(pages, wanted)?;
         match self {
             Self::Bitmaps(harvest) => bitmaps::fetch(vm, slots, harvest, &window),
-            Self::Rings(rings) => rings.fetch(&window),
+            Self::Rings(rings) => Ok(rings.fetch(&window)),
         }
     }
 }

@@ -152,16 +152,15 @@ impl Rings {
         Ok(())
     }
 
-    pub(super) fn fetch(&self, window: &Window) -> Result<Found, Refusal> {
+    pub(super) fn fetch(&self, window: &Window) -> Found {
         let mut state = self.state();
-        state.gather(&self.vm)?;
         let mut bits = window.bits();
         state.harvest.pages(window).for_each(|page| window.mark(&mut bits, page));
         let found = runs(&bits, window.first, window.end);
         if window.clear {
             state.harvest.forget(window, &found);
         }
-        Ok(found)
+        found
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
