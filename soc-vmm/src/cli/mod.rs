@@ -4,6 +4,7 @@ mod args;
 mod balloon;
 mod channel;
 mod client;
+mod clone;
 mod cpu;
 mod disk;
 mod entropy;
@@ -25,7 +26,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use tracing::level_filters::LevelFilter;
 
-use args::{CommandLine, LATER_COMMANDS, RunArgs, TargetArgs};
+use args::{CommandLine, RunArgs, TargetArgs};
 
 use crate::boot::BootSource;
 use crate::control::VmName;
@@ -41,6 +42,7 @@ pub use args::{Keeps, MigrateArgs};
 pub use balloon::BalloonSpec;
 pub use channel::ChannelSpec;
 pub use client::{list, perform, print};
+pub use clone::Original;
 pub use disk::{CdromSpec, DiskSpec, DiskTuning};
 pub use entropy::EntropySpec;
 pub use exit::{ExitStatus, Failure};
@@ -209,6 +211,8 @@ pub struct RunConfig {
     pub paused: bool,
     /// Where its guest comes from; none: it is a new one.
     pub incoming: Option<Uri>,
+    /// The VM whose guest it is to have too, if it is a clone: `incoming` is told later then.
+    pub original: Option<VmName>,
     /// The certificates for that, if they are needed.
     pub tls_dir: Option<PathBuf>,
     /// What to log.
@@ -304,6 +308,13 @@ impl Invocation {
         use args::Command;
         Ok(match command {
             Command::Run(args) => Self::Run(Box::new(RunConfig::check(*args)?)),
+            Command::Clone { original, run } => {
+                if run.incoming.is_some() {
+                    return usage(format!("--incoming: the guest is that of {original}: leave it out"));
+                }
+                let config = RunConfig::check(RunArgs { incoming: Some(Uri::Defer), ..*run })?;
+                Self::Run(Box::new(RunConfig { original: Some(original), ..config }))
+            }
             Command::Host { function, json } => Self::Host { function, json },
             Command::List { json } => Self::List { json },
             Command::Pool(verb) => Self::Pool(verb),
@@ -331,10 +342,7 @@ impl Invocation {
             Command::Quit(target) => Self::Perform(Verb::Quit, target.into()),
             Command::Other(words) => {
                 let name = words.first().map(|word| word.to_string_lossy()).unwrap_or_default();
-                return usage(match LATER_COMMANDS.iter().find(|(later, _)| *later == name) {
-                    Some((_, meanwhile)) => format!("{name} is not there yet: take {meanwhile}"),
-                    None => format!("there is no command '{name}'; see soc-vmm --help"),
-                });
+                return usage(format!("there is no command '{name}'; see soc-vmm --help"));
             }
         })
     }
@@ -417,6 +425,7 @@ impl RunConfig {
             sandbox: args.sandbox.0,
             paused: args.paused,
             incoming: args.incoming,
+            original: None,
             tls_dir: args.tls_dir,
             log: args.log,
             machine: MachineConfig::default(),
