@@ -23,7 +23,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Parser;
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use tracing::level_filters::LevelFilter;
 
 use args::{CommandLine, RunArgs, TargetArgs};
@@ -300,7 +300,7 @@ impl Invocation {
                 usage(format!("{command}: no command; see soc-vmm {command} --help"))
             }
             Err(e) if e.kind() == ErrorKind::InvalidUtf8 => usage(not_utf8(&args)),
-            Err(e) => usage(in_one_line(&e)),
+            Err(e) => usage(slip(&args, &e).unwrap_or_else(|| in_one_line(&e))),
         }
     }
 
@@ -488,6 +488,21 @@ fn not_utf8(args: &[OsString]) -> String {
         "no UTF-8: {}; give another name (paths of their own, as of --kernel, may be so)",
         named.collect::<Vec<_>>().join(", ")
     )
+}
+
+/// What somebody meant whose line isn't understood, where that is plain.
+fn slip(args: &[OsString], e: &clap::Error) -> Option<String> {
+    let words: Vec<&str> = args.iter().skip(1).filter_map(|arg| arg.to_str()).collect();
+    let (command, rest) = words.split_first()?;
+    let is_uri = |word: &str| word.parse::<Uri>().is_ok_and(|uri| uri != Uri::Defer);
+    let uri_is_wrong = matches!(e.get(ContextKind::InvalidArg), Some(ContextValue::String(arg)) if arg == "<URI>");
+    rest.windows(2).find_map(|two| match (*command, two) {
+        ("migrate", [name, uri]) if uri_is_wrong && name.parse::<VmName>().is_ok() && is_uri(uri) => {
+            Some(format!("'{name}' comes where the guest is to go: say soc-vmm migrate {uri} {name}"))
+        }
+        ("save", ["--keep", keeps @ ("running" | "paused")]) => Some(format!("--keep {keeps}: say --keep={keeps}")),
+        _ => None,
+    })
 }
 
 /// What clap says, without its tips and its usage.

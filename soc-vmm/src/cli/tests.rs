@@ -47,6 +47,17 @@ fn what_is_missing_is_shown_where_all_is() {
 }
 
 #[test]
+fn a_place_and_a_name_that_changed_places_are_known() {
+    for line in [&["web", "tcp:a:1"][..], &["--zstd", "web", "tcp:a:1"], &["web", "tcp:a:1", "--downtime", "9"]] {
+        let why = refusal(&[&["migrate"], line].concat());
+        assert!(why.ends_with("say soc-vmm migrate tcp:a:1 web"), "{why}");
+    }
+    for line in [&["web"][..], &["web", "defer"], &["web", "tcp:a"], &["--tls-hostname", "web", "tls:a:1"]] {
+        assert!(!refusal(&[&["migrate"], line].concat()).contains("say soc-vmm migrate t"), "{line:?}");
+    }
+}
+
+#[test]
 fn everything_at_once() {
     let config = run(&[
         "--name",
@@ -110,6 +121,9 @@ fn a_guest_is_kept_by_the_name_or_the_socket_of_its_vm() {
     assert_eq!(saved(&["--keep", "web", "f"]), (named(), "f".into(), Some(Keeps::Running)));
     assert_eq!(saved(&["web", "f", "--keep=paused"]), (named(), "f".into(), Some(Keeps::Paused)));
     assert_eq!(saved(&["f", "--qmp", "s"]), (Target::Socket("s".into()), "f".into(), None));
+    for line in [&["web", "f", "--keep", "paused"], &["--keep", "paused", "web", "f"]] {
+        assert_eq!(refusal(&[&["save"][..], line].concat()), "--keep paused: say --keep=paused");
+    }
     for line in [&["save"][..], &["save", "f"], &["save", "web", "f", "--keep=off"]] {
         refusal(line);
     }
