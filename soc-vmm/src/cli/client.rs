@@ -241,8 +241,8 @@ fn list_in(dir: &RunDir, json: bool, out: &mut dyn Write) -> Result<(), Failure>
     for (name, asked) in names.iter().zip(ask_all(dir, &names)) {
         match asked {
             Some(Ok(vm)) => vms.push(vm),
-            Some(Err(ClientError::Connect(e)))
-                if matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {}
+            // A VM that just ends hangs up.
+            Some(Err(ClientError::Connect(e) | ClientError::Lost(e))) if is_gone(e.kind()) => {}
             _ => silent.push(name.to_string()),
         }
     }
@@ -252,6 +252,12 @@ fn list_in(dir: &RunDir, json: bool, out: &mut dyn Write) -> Result<(), Failure>
         return written(write_json(out, &all));
     }
     written(write_table(out, &vms, &silent))
+}
+
+/// Whether nobody is there any more.
+fn is_gone(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof};
+    matches!(kind, BrokenPipe | ConnectionRefused | ConnectionReset | NotFound | UnexpectedEof)
 }
 
 /// What `list --json` prints of a VM.
@@ -434,6 +440,8 @@ mod tests {
         let dead = std::os::unix::net::UnixListener::bind(place.path().join("dead.qmp")).unwrap();
         drop(dead);
         let _silent = std::os::unix::net::UnixListener::bind(place.path().join("silent.qmp")).unwrap();
+        let ends = std::os::unix::net::UnixListener::bind(place.path().join("ends.qmp")).unwrap();
+        let _hangs_up = std::thread::spawn(move || ends.incoming().for_each(drop));
 
         let (mut table, mut json) = (Vec::new(), Vec::new());
         tokio::task::block_in_place(|| {
