@@ -254,7 +254,8 @@ impl Migration {
             self.spawn_writer(move || match send(&*vm, &mut |connection| dialer.dial(connection), &job.control) {
                 Ok(_) => tracing::info!(file = %written.path().display(), "the guest is kept"),
                 Err(error) => {
-                    tracing::warn!("the guest was not kept as wanted: {}", error.one_line());
+                    let file = written.path().display();
+                    tracing::warn!(%file, "the guest was not kept as wanted: {}", error.one_line());
                     written.remove_after(&error);
                 }
             });

@@ -116,7 +116,8 @@ fn a_snapshot_s_guest_goes_on_and_two_others_run_from_it() {
     save(&vm, &live, &["--keep"]).unwrap();
     assert!(vm.command(&["status"]).contains("running"));
     assert!(save(&vm, &live, &["--keep"]).unwrap_err().contains("is there already"));
-    save(&vm, &still, &["--keep=paused"]).unwrap();
+    let said = save(&vm, &still, &["--keep=paused"]).unwrap();
+    assert!(said.contains("the guest stands still until soc-vmm resume"), "{said}");
     assert!(vm.command(&["status"]).contains("postmigrate"));
     let again = dir.path().join("again");
     save(&vm, &again, &["--keep=paused"]).unwrap();
@@ -329,7 +330,8 @@ fn a_guest_whose_file_can_t_grow_goes_on() {
     limit("4194304");
     for how in [&[][..], &["--keep"], &["--keep=paused"]] {
         let why = save(&vm, &file, how).unwrap_err();
-        assert!(why.contains("File too large") && why.lines().count() == 1, "{why}");
+        let words = ["File too large", "the guest runs on here", file.to_str().unwrap()];
+        assert!(words.iter().all(|word| why.contains(word)) && why.lines().count() == 1, "{why}");
         assert!(vm.command(&["status"]).contains("running"));
         // It goes a moment after it is told.
         vm.wait_until("no half of a guest is left", |_| !file.exists());
