@@ -147,7 +147,7 @@ pub enum MigrationError {
     },
     /// Connections that the source announced and never made.
     #[error(
-        "{came} of {announced} connections came within {} ms: is something between the sides that stops them?",
+        "{came} of {announced} connections came within {} ms: is something between the sides that stops them, or does the destination lack threads or files, as its log says?",
         limit.as_millis()
     )]
     Connections {
