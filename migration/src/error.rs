@@ -147,7 +147,7 @@ pub enum MigrationError {
     },
     /// Connections that the source announced and never made.
     #[error(
-        "{came} of {announced} connections came within {} ms: is something between the sides that stops them?",
+        "{came} of {announced} connections came within {} ms: is something between the sides that stops them, or does the destination lack threads or files, as its log says?",
         limit.as_millis()
     )]
     Connections {
@@ -224,7 +224,7 @@ pub enum MigrationError {
         pages: u64,
     },
     /// The destination can't run the guest, and says why.
-    #[error("the destination refused: {0}")]
+    #[error("the destination refused: {}", if .0.is_empty() { "it doesn't say why; look at its log" } else { .0 })]
     Refused(String),
     /// The destination had everything, but nobody told it to start.
     #[error("the source was lost before it gave the guest away: the guest did not start here, and never will")]
@@ -297,4 +297,15 @@ impl MigrationError {
 /// Whether it ends a line or turns the direction of what follows (Unicode's LS and PS; UAX #9 §2).
 fn ends_or_turns(c: char) -> bool {
     matches!(c, '\u{200e}' | '\u{200f}' | '\u{061c}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_refuses_without_a_reason_is_told_of_all_the_same() {
+        assert_eq!(MigrationError::Refused("no".into()).one_line(), "the destination refused: no");
+        assert!(MigrationError::Refused(String::new()).one_line().contains("look at its log"));
+    }
 }

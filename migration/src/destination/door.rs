@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, Scope};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use super::Accept;
 use super::fate::Fate;
 use super::hall::{Hall, Open, Visit};
 use super::pages::Putter;
-use crate::ending::caught;
+use crate::ending::{caught, lock};
 use crate::progress::Meter;
 use crate::session::Session;
 use crate::stream::{Features, Kind, Preamble, Record, Sender, VERSIONS};
@@ -40,9 +40,14 @@ impl<'s, 'e: 's, 'v: 's> Door<'s, 'e, 'v> {
     /// Until the hall is shut, or nobody can come.
     pub(super) fn stand(&self, accept: &mut Accept<'_>) {
         let mut told = HashSet::new();
+        // Who is here, and has no thread yet.
+        let mut waits = None;
         while let Some(visit) = self.hall.admits() {
-            let came = match accept(SLICE) {
-                Ok(Some(connection)) => self.welcome(connection, visit),
+            let came = match waits.take().map_or_else(|| accept(SLICE), |connection| Ok(Some(connection))) {
+                Ok(Some(connection)) => self.welcome(connection, visit).map_err(|(error, connection)| {
+                    waits = connection;
+                    error
+                }),
                 Ok(None) => Ok(()),
                 Err(error) => {
                     drop(visit);
@@ -67,17 +72,25 @@ impl<'s, 'e: 's, 'v: 's> Door<'s, 'e, 'v> {
         }
     }
 
-    /// Has a thread of its own find out who that is: nobody waits for a stranger who says nothing.
-    fn welcome(&self, connection: Connection, visit: Visit<'e, 'v>) -> io::Result<()> {
+    /// Has a thread of its own find out who that is: nobody waits for a stranger who says nothing. Where there is none for it, the
+    /// connection is given back.
+    fn welcome(&self, connection: Connection, visit: Visit<'e, 'v>) -> Result<(), (io::Error, Option<Connection>)> {
         let door = self.clone();
+        let here = Arc::new(Mutex::new(Some(connection)));
+        let came = Arc::clone(&here);
         let greets = move || {
             // Whoever is let in has somebody who notices.
             _ = caught(|| {
-                door.greet(connection, visit);
+                let connection = lock(&came).take();
+                // It was given back where there is no thread for this.
+                if let Some(connection) = connection {
+                    door.greet(connection, visit);
+                }
                 Ok(())
             });
         };
-        thread::Builder::new().spawn_scoped(self.scope, greets).map(drop)
+        let spawned = thread::Builder::new().spawn_scoped(self.scope, greets);
+        spawned.map(drop).map_err(|error| (error, lock(&here).take()))
     }
 
     /// Strangers are let go: they have no part in the migration, so they don't end it either.

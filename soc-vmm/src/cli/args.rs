@@ -39,6 +39,15 @@ pub(super) struct CommandLine {
 pub(super) enum Command {
     /// Runs a VM until it powers off
     Run(Box<RunArgs>),
+    /// Runs a second VM whose guest is another one's as it is just now; that one goes on
+    #[command(override_usage = "soc-vmm clone <NAME> [OPTIONS]")]
+    Clone {
+        /// The VM whose guest it is; the options are those that it was started with, but for a name of its own
+        #[arg(value_name = "NAME")]
+        original: VmName,
+        #[command(flatten)]
+        run: Box<RunArgs>,
+    },
     /// Shows the server's inventory, by its host function
     Host {
         /// The host function: local, unix:SOCKET, card:SOCKET, pci:BDF
@@ -360,10 +369,6 @@ impl LaterArgs {
         later.into_iter().chain(never).find(|(values, _)| !values.is_empty()).map(|(_, line)| line)
     }
 }
-
-/// Commands of which the interface is fixed and the work isn't there, and what does it meanwhile.
-pub(super) const LATER_COMMANDS: [(&str, &str); 1] =
-    [("clone", "save --keep NAME FILE, and run --incoming file:FILE with the same options")];
 
 /// The text of a disk or an interface: good by itself, and for the VM to read.
 #[derive(Clone, Debug)]

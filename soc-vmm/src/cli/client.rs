@@ -50,22 +50,7 @@ pub fn perform(verb: &Verb, target: &Target, out: &mut dyn Write) -> Result<(), 
         Target::Name(name) => (name.to_string(), socket_of(&run_dir()?, name)?),
         Target::Socket(path) => (path.display().to_string(), without_scheme(path)),
     };
-    let failed = |e: ClientError| {
-        let (status, advice) = match e {
-            ClientError::Refused(_) => (ExitStatus::Failed, ""),
-            ClientError::Connect(ref e) if e.kind() == io::ErrorKind::NotFound => {
-                let why = format!("{shown}: no such VM runs here; soc-vmm list shows what runs");
-                return Failure::new(ExitStatus::Unavailable, why);
-            }
-            ClientError::Connect(_) => (ExitStatus::Unavailable, "; soc-vmm list shows what runs"),
-            ClientError::Lost(ref e) if e.kind() == io::ErrorKind::TimedOut => (
-                ExitStatus::Unavailable,
-                "; if its soc-vmm is stopped, kill -CONT lets it go on; if it hangs, kill -KILL ends it",
-            ),
-            ClientError::Lost(_) | ClientError::NotQmp(_) => (ExitStatus::Unavailable, ""),
-        };
-        Failure::new(status, format!("{}{advice}", Failure::of(status, &shown, &e)))
-    };
+    let failed = |e| failure(&shown, &e);
     let mut client = Client::connect(&socket, GREETING).map_err(failed)?.with_patience(PATIENCE);
     let command = match *verb {
         Verb::Status { json } => {
@@ -143,6 +128,31 @@ pub fn perform(verb: &Verb, target: &Target, out: &mut dyn Write) -> Result<(), 
         client.wait_for_end(PATIENCE).map_err(failed)?;
     }
     Ok(())
+}
+
+/// A connection to the VM of that name.
+pub(super) fn connect(name: &VmName) -> Result<Client, Failure> {
+    let socket = socket_of(&run_dir()?, name)?;
+    let connected = Client::connect(&socket, GREETING).map_err(|e| failure(name.as_str(), &e))?;
+    Ok(connected.with_patience(PATIENCE))
+}
+
+/// Why the VM `shown` can't be asked, or refused.
+pub(super) fn failure(shown: &str, e: &ClientError) -> Failure {
+    let (status, advice) = match e {
+        ClientError::Refused(_) => (ExitStatus::Failed, ""),
+        ClientError::Connect(e) if e.kind() == io::ErrorKind::NotFound => {
+            let why = format!("{shown}: no such VM runs here; soc-vmm list shows what runs");
+            return Failure::new(ExitStatus::Unavailable, why);
+        }
+        ClientError::Connect(_) => (ExitStatus::Unavailable, "; soc-vmm list shows what runs"),
+        ClientError::Lost(e) if e.kind() == io::ErrorKind::TimedOut => (
+            ExitStatus::Unavailable,
+            "; if its soc-vmm is stopped, kill -CONT lets it go on; if it hangs, kill -KILL ends it",
+        ),
+        ClientError::Lost(_) | ClientError::NotQmp(_) => (ExitStatus::Unavailable, ""),
+    };
+    Failure::new(status, format!("{}{advice}", Failure::of(status, shown, e)))
 }
 
 /// The devices of a VM; none as long as it is being built.
@@ -231,8 +241,8 @@ fn list_in(dir: &RunDir, json: bool, out: &mut dyn Write) -> Result<(), Failure>
     for (name, asked) in names.iter().zip(ask_all(dir, &names)) {
         match asked {
             Some(Ok(vm)) => vms.push(vm),
-            Some(Err(ClientError::Connect(e)))
-                if matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {}
+            // A VM that just ends hangs up.
+            Some(Err(ClientError::Connect(e) | ClientError::Lost(e))) if is_gone(e.kind()) => {}
             _ => silent.push(name.to_string()),
         }
     }
@@ -242,6 +252,12 @@ fn list_in(dir: &RunDir, json: bool, out: &mut dyn Write) -> Result<(), Failure>
         return written(write_json(out, &all));
     }
     written(write_table(out, &vms, &silent))
+}
+
+/// Whether nobody is there any more.
+fn is_gone(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof};
+    matches!(kind, BrokenPipe | ConnectionRefused | ConnectionReset | NotFound | UnexpectedEof)
 }
 
 /// What `list --json` prints of a VM.
@@ -424,6 +440,8 @@ mod tests {
         let dead = std::os::unix::net::UnixListener::bind(place.path().join("dead.qmp")).unwrap();
         drop(dead);
         let _silent = std::os::unix::net::UnixListener::bind(place.path().join("silent.qmp")).unwrap();
+        let ends = std::os::unix::net::UnixListener::bind(place.path().join("ends.qmp")).unwrap();
+        let _hangs_up = std::thread::spawn(move || ends.incoming().for_each(drop));
 
         let (mut table, mut json) = (Vec::new(), Vec::new());
         tokio::task::block_in_place(|| {

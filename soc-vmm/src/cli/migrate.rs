@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use serde_json::{Value, json};
 
 use super::args::{Keeps, MigrateArgs};
@@ -54,7 +55,11 @@ pub(super) fn migrate(
     out: &mut dyn Write,
 ) -> Result<(), Trouble> {
     let place = args.uri.to_string();
-    let watched = Watched { shown, post_copy: args.postcopy, leaves: true, place: &place };
+    let file = match &args.uri {
+        Uri::File(place) => place.path.to_str(),
+        _ => None,
+    };
+    let watched = Watched { shown, post_copy: args.postcopy, leaves: true, place: &place, file };
     if args.resume {
         begin(client, args)?;
         return if args.detach { Ok(()) } else { watched.watch(client, out, write_result) };
@@ -117,8 +122,15 @@ pub(super) fn save(
         Some(Keeps::Paused) => "pause",
     };
     client.execute_with::<Empty>("x-outboard-save", &json!({ "file": file, "then": then }))?;
-    let watched = Watched { shown, post_copy: false, leaves: keep.is_none(), place: file };
-    if detach { Ok(()) } else { watched.watch(client, out, write_saved) }
+    let watched = Watched { shown, post_copy: false, leaves: keep.is_none(), place: file, file: Some(file) };
+    let result = |out: &mut dyn Write, told: &Value| {
+        write_saved(out, told)?;
+        if keep == Some(Keeps::Paused) {
+            writeln!(out, "the guest stands still until soc-vmm resume: copy the images of its disks before")?;
+        }
+        Ok(())
+    };
+    if detach { Ok(()) } else { watched.watch(client, out, result) }
 }
 
 /// Ends what is under way in the VM `shown`.
@@ -157,6 +169,8 @@ struct Watched<'a> {
     leaves: bool,
     /// Where the guest goes.
     place: &'a str,
+    /// Where that is a file: its path.
+    file: Option<&'a str>,
 }
 
 impl Watched<'_> {
@@ -167,7 +181,7 @@ impl Watched<'_> {
         out: &mut dyn Write,
         write_result: impl Fn(&mut dyn Write, &Value) -> io::Result<()>,
     ) -> Result<(), Trouble> {
-        let Self { shown, post_copy, leaves, place } = *self;
+        let Self { shown, post_copy, leaves, place, file } = *self;
         let mut wants_post_copy = post_copy;
         let mut looks = 0;
         loop {
@@ -208,7 +222,13 @@ impl Watched<'_> {
                         Err(e) => return Err(e.into()),
                     }
                 }
-                "failed" => return failed(one_line(told["error-desc"].as_str().unwrap_or("the move failed"))),
+                "failed" => {
+                    let why = one_line(told["error-desc"].as_str().unwrap_or("the move failed"));
+                    return failed(match file {
+                        Some(file) => of_file(file, &why, runs(client)),
+                        None => why,
+                    });
+                }
                 _ => {}
             }
             if looks % A_LINE == 0 {
@@ -218,6 +238,21 @@ impl Watched<'_> {
             std::thread::sleep(LOOK);
         }
     }
+}
+
+/// Why a guest didn't come into that file, where the VM says `why`, and whether it runs on.
+fn of_file(file: &str, why: &str, runs: bool) -> String {
+    // Of the one connection that a file is nobody knows.
+    let connection = ["connection 0 can't be opened: ", "connection 0: the connection failed: ", "connection 0: "];
+    let why = connection.iter().find_map(|words| why.strip_prefix(words)).unwrap_or(why);
+    let named = if why.contains(file) { String::new() } else { format!("{file}: ") };
+    let has_no_room = [Errno::ENOSPC, Errno::EDQUOT].iter().any(|errno| why.contains(errno.desc()));
+    let advice = if has_no_room { ": free some space there, or take another place" } else { "" };
+    format!("{named}{why}{advice}{}", if runs { "; the guest runs on here" } else { "" })
+}
+
+fn runs(client: &mut Client) -> bool {
+    client.execute::<Value>("query-status").is_ok_and(|vm| vm["status"] == "running")
 }
 
 /// Has it begin, with certificates that the VM has for that alone.
@@ -332,4 +367,28 @@ fn write_result(out: &mut dyn Write, told: &Value) -> io::Result<()> {
         rate(ram),
         number(told, "downtime"),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_can_t_be_written_is_named_with_what_to_do() {
+        for (told, runs, said) in [
+            (
+                "connection 0: the connection failed: No space left on device (os error 28)",
+                true,
+                "/f: No space left on device (os error 28): free some space there, or take another place; the guest runs on here",
+            ),
+            ("connection 0 can't be opened: file:/f: is busy", false, "file:/f: is busy"),
+            (
+                "writing pages into the file failed: no",
+                true,
+                "/f: writing pages into the file failed: no; the guest runs on here",
+            ),
+        ] {
+            assert_eq!(of_file("/f", told, runs), said);
+        }
+    }
 }

@@ -4,6 +4,7 @@ mod args;
 mod balloon;
 mod channel;
 mod client;
+mod clone;
 mod cpu;
 mod disk;
 mod entropy;
@@ -22,10 +23,10 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Parser;
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use tracing::level_filters::LevelFilter;
 
-use args::{CommandLine, LATER_COMMANDS, RunArgs, TargetArgs};
+use args::{CommandLine, RunArgs, TargetArgs};
 
 use crate::boot::BootSource;
 use crate::control::VmName;
@@ -41,6 +42,7 @@ pub use args::{Keeps, MigrateArgs};
 pub use balloon::BalloonSpec;
 pub use channel::ChannelSpec;
 pub use client::{list, perform, print};
+pub use clone::Original;
 pub use disk::{CdromSpec, DiskSpec, DiskTuning};
 pub use entropy::EntropySpec;
 pub use exit::{ExitStatus, Failure};
@@ -211,6 +213,8 @@ pub struct RunConfig {
     pub paused: bool,
     /// Where its guest comes from; none: it is a new one.
     pub incoming: Option<Uri>,
+    /// The VM whose guest it is to have too, if it is a clone: `incoming` is told later then.
+    pub original: Option<VmName>,
     /// The certificates for that, if they are needed.
     pub tls_dir: Option<PathBuf>,
     /// What to log.
@@ -298,7 +302,7 @@ impl Invocation {
                 usage(format!("{command}: no command; see soc-vmm {command} --help"))
             }
             Err(e) if e.kind() == ErrorKind::InvalidUtf8 => usage(not_utf8(&args)),
-            Err(e) => usage(in_one_line(&e)),
+            Err(e) => usage(slip(&args, &e).unwrap_or_else(|| in_one_line(&e))),
         }
     }
 
@@ -306,6 +310,13 @@ impl Invocation {
         use args::Command;
         Ok(match command {
             Command::Run(args) => Self::Run(Box::new(RunConfig::check(*args)?)),
+            Command::Clone { original, run } => {
+                if run.incoming.is_some() {
+                    return usage(format!("--incoming: the guest is that of {original}: leave it out"));
+                }
+                let config = RunConfig::check(RunArgs { incoming: Some(Uri::Defer), ..*run })?;
+                Self::Run(Box::new(RunConfig { original: Some(original), ..config }))
+            }
             Command::Host { function, json } => Self::Host { function, json },
             Command::List { json } => Self::List { json },
             Command::Pool(verb) => Self::Pool(verb),
@@ -333,10 +344,7 @@ impl Invocation {
             Command::Quit(target) => Self::Perform(Verb::Quit, target.into()),
             Command::Other(words) => {
                 let name = words.first().map(|word| word.to_string_lossy()).unwrap_or_default();
-                return usage(match LATER_COMMANDS.iter().find(|(later, _)| *later == name) {
-                    Some((_, meanwhile)) => format!("{name} is not there yet: take {meanwhile}"),
-                    None => format!("there is no command '{name}'; see soc-vmm --help"),
-                });
+                return usage(format!("there is no command '{name}'; see soc-vmm --help"));
             }
         })
     }
@@ -420,6 +428,7 @@ impl RunConfig {
             sandbox: args.sandbox.0,
             paused: args.paused,
             incoming: args.incoming,
+            original: None,
             tls_dir: args.tls_dir,
             log: args.log,
             machine: MachineConfig::default(),
@@ -482,6 +491,21 @@ fn not_utf8(args: &[OsString]) -> String {
         "no UTF-8: {}; give another name (paths of their own, as of --kernel, may be so)",
         named.collect::<Vec<_>>().join(", ")
     )
+}
+
+/// What somebody meant whose line isn't understood, where that is plain.
+fn slip(args: &[OsString], e: &clap::Error) -> Option<String> {
+    let words: Vec<&str> = args.iter().skip(1).filter_map(|arg| arg.to_str()).collect();
+    let (command, rest) = words.split_first()?;
+    let is_uri = |word: &str| word.parse::<Uri>().is_ok_and(|uri| uri != Uri::Defer);
+    let uri_is_wrong = matches!(e.get(ContextKind::InvalidArg), Some(ContextValue::String(arg)) if arg == "<URI>");
+    rest.windows(2).find_map(|two| match (*command, two) {
+        ("migrate", [name, uri]) if uri_is_wrong && name.parse::<VmName>().is_ok() && is_uri(uri) => {
+            Some(format!("'{name}' comes where the guest is to go: say soc-vmm migrate {uri} {name}"))
+        }
+        ("save", ["--keep", keeps @ ("running" | "paused")]) => Some(format!("--keep {keeps}: say --keep={keeps}")),
+        _ => None,
+    })
 }
 
 /// What clap says, without its tips and its usage.

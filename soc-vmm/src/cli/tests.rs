@@ -47,6 +47,17 @@ fn what_is_missing_is_shown_where_all_is() {
 }
 
 #[test]
+fn a_place_and_a_name_that_changed_places_are_known() {
+    for line in [&["web", "tcp:a:1"][..], &["--zstd", "web", "tcp:a:1"], &["web", "tcp:a:1", "--downtime", "9"]] {
+        let why = refusal(&[&["migrate"], line].concat());
+        assert!(why.ends_with("say soc-vmm migrate tcp:a:1 web"), "{why}");
+    }
+    for line in [&["web"][..], &["web", "defer"], &["web", "tcp:a"], &["--tls-hostname", "web", "tls:a:1"]] {
+        assert!(!refusal(&[&["migrate"], line].concat()).contains("say soc-vmm migrate t"), "{line:?}");
+    }
+}
+
+#[test]
 fn everything_at_once() {
     let config = run(&[
         "--name",
@@ -110,9 +121,27 @@ fn a_guest_is_kept_by_the_name_or_the_socket_of_its_vm() {
     assert_eq!(saved(&["--keep", "web", "f"]), (named(), "f".into(), Some(Keeps::Running)));
     assert_eq!(saved(&["web", "f", "--keep=paused"]), (named(), "f".into(), Some(Keeps::Paused)));
     assert_eq!(saved(&["f", "--qmp", "s"]), (Target::Socket("s".into()), "f".into(), None));
+    for line in [&["web", "f", "--keep", "paused"], &["--keep", "paused", "web", "f"]] {
+        assert_eq!(refusal(&[&["save"][..], line].concat()), "--keep paused: say --keep=paused");
+    }
     for line in [&["save"][..], &["save", "f"], &["save", "web", "f", "--keep=off"]] {
         refusal(line);
     }
+}
+
+#[test]
+fn a_clone_is_run_as_its_original_was() {
+    let config = match parse(&["clone", "web", "--kernel", "k", "--name", "twin"]) {
+        Ok(Invocation::Run(config)) => *config,
+        other => panic!("{other:?}"),
+    };
+    let original = Some("web".parse().unwrap());
+    assert_eq!(config, RunConfig { original, ..run(&["--kernel", "k", "--name", "twin", "--incoming", "defer"]) });
+    let said = refusal(&["clone", "web", "--kernel", "k", "--incoming", "tcp::1"]);
+    assert!(said.starts_with("--incoming: ") && said.contains("web"), "{said}");
+    let said = refusal(&["clone", "--kernel", "k"]);
+    assert!(said.ends_with("say soc-vmm clone <NAME> [OPTIONS]"), "{said}");
+    assert!(refusal(&["clone", "web"]).contains("--kernel"));
 }
 
 #[test]
@@ -120,9 +149,6 @@ fn what_is_not_there_yet_is_refused_by_name() {
     assert_eq!(refusal(&["run", "--kernel", "k", "--vfio", "-x"]), "--vfio is not there yet");
     for (option, what) in [("--tpm", "TPM"), ("--secure-boot=on", "Secure Boot"), ("--smm", "System Management Mode")] {
         assert!(refusal(&["run", "--firmware", "f", option]).contains(&format!("has no {what}")), "{option}");
-    }
-    for (command, meanwhile) in LATER_COMMANDS {
-        assert_eq!(refusal(&[command, "a", "--b"]), format!("{command} is not there yet: take {meanwhile}"));
     }
     // QEMU's way of writing.
     for (first, said) in [

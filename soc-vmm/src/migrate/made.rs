@@ -39,6 +39,8 @@ impl Made {
         match self.identity.remove(&self.path) {
             Ok(true) => {}
             Ok(false) => tracing::warn!("{path}: it is another file by now, and stays; what was written has no guest"),
+            // Somebody was first.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => (),
             Err(e) => tracing::warn!("{path}: it has no guest, and stays: {e}"),
         }
     }

@@ -12,6 +12,7 @@ mod uri;
 mod writes;
 
 use std::fmt;
+use std::fs::File;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -26,6 +27,7 @@ use connect::{Dialer, Door};
 use dirty_rate::DirtyRates;
 use made::Made;
 
+use crate::cli::{Failure, with_causes};
 use crate::control::{Event, EventKind, Heard, ListeningSocket};
 use crate::virtio::complaint::Rarely;
 
@@ -254,7 +256,8 @@ impl Migration {
             self.spawn_writer(move || match send(&*vm, &mut |connection| dialer.dial(connection), &job.control) {
                 Ok(_) => tracing::info!(file = %written.path().display(), "the guest is kept"),
                 Err(error) => {
-                    tracing::warn!("the guest was not kept as wanted: {}", error.one_line());
+                    let file = written.path().display();
+                    tracing::warn!(%file, "the guest was not kept as wanted: {}", error.one_line());
                     written.remove_after(&error);
                 }
             });
@@ -266,10 +269,23 @@ impl Migration {
     /// # Errors
     /// See [`MigrateError`].
     pub fn come(&self, way: Way) -> Result<(), MigrateError> {
+        self.come_from(way.place(), way)
+    }
+
+    /// Has the guest come out of the file that `fetch` brings, which takes its time; the VM ends if there is none. `from` says whose guest it is.
+    pub fn come_by(&self, from: &str, fetch: impl FnOnce() -> Result<File, Failure>) {
+        let come = |file: File| self.come_from(from.to_owned(), Way::Fd(file.into())).map_err(|e| with_causes(&e));
+        let came = fetch().map_err(|failure| failure.to_string()).and_then(come);
+        let vm = self.state().vm.clone();
+        if let (Err(why), Some(vm)) = (came, vm) {
+            vm.failed(why);
+        }
+    }
+
+    fn come_from(&self, from: String, way: Way) -> Result<(), MigrateError> {
         let parameters = Parameters { pages_first: way.reads_first(), ..self.settings().parameters() };
         let Begun { vm, job, before } = self.begin(false, parameters)?;
         let is_two_way = way.is_two_way();
-        let from = way.place();
         place(&job).clone_from(&from);
         let door = self.opened(way).inspect_err(|_| self.state().job = before)?;
         let (asked, can_post_copy) = (Arc::clone(&vm), OnceLock::new());

@@ -146,6 +146,7 @@ fn run(mut line: Line, machine: &MachineOption) -> Result<RunConfig, Wrong> {
         sandbox,
         paused,
         incoming,
+        original: None,
         tls_dir: None,
         log,
         machine: config,

@@ -12,7 +12,7 @@ use super::life::{Blueprint, LifeError, Streams, Vm};
 use super::media;
 use super::worker::Waker;
 use crate::chardev::ChardevError;
-use crate::cli::{ExitStatus, Failure, RunConfig};
+use crate::cli::{ExitStatus, Failure, Original, RunConfig};
 use crate::console::{Attached, ConsoleError, DebugconBackend, SerialBackend};
 use crate::control::{self, Claim, RunDir, RunDirError, VmControl, VmInfo, VmName};
 use crate::daemon::{PidFile, Side, detach};
@@ -43,6 +43,7 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         Some(Side::Back(ready)) => Some(ready),
         None => None,
     };
+    let original = config.original.as_ref().map(Original::find).transpose()?;
     let info = VmInfo {
         name: config.process.guest.clone().unwrap_or_else(|| config.name.to_string()),
         cpus: config.cpus,
@@ -101,6 +102,8 @@ pub fn run(config: &RunConfig) -> Result<ExitStatus, Failure> {
         let greet = if config.process.emulator { qmp::Greet::WhenBuilt } else { qmp::Greet::AtOnce };
         let mut monitors =
             qmp::Server::start(&handle, sockets, greet).map_err(|e| unavailable("can't serve QMP", &e))?;
+
+        let _on_its_way = original.map(|original| original.follows(handle.migration())).transpose()?;
 
         let waker = Waker::new().map_err(|e| unavailable("can't start", &e))?;
         let (output, reader) = output_pipe(SERIAL_QUEUE, waker.clone());

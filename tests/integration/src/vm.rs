@@ -36,6 +36,15 @@ pub struct Ended {
 impl Vm {
     /// Runs a payload with the test devices, on as many vCPUs as it wants and in 64 MiB unless `more` says otherwise.
     pub fn payload(payload: &Payload, more: &[&str]) -> Self {
+        Self::started(&["run"], None, payload, more)
+    }
+
+    /// The same by `soc-vmm clone` of this one, which is called so.
+    pub fn cloned(&self, name: &str, payload: &Payload, more: &[&str]) -> Self {
+        Self::started(&["clone", name], Some(self.directory.path()), payload, more)
+    }
+
+    fn started(command: &[&str], runtime: Option<&Path>, payload: &Payload, more: &[&str]) -> Self {
         let directory = TempDir::new().expect("a temporary directory");
         let (option, bytes) = payload.file();
         let image = directory.path().join(payload.name);
@@ -51,23 +60,24 @@ impl Vm {
             args.extend(["--memory", "64M"]);
         }
         args.extend(more);
-        Self::run_in(directory, &args)
+        Self::start_in(directory, command, runtime, &args)
     }
 
     /// Runs `soc-vmm run ARGS…`; serial port and debug console go to files.
     pub fn run(args: &[&str]) -> Self {
-        Self::run_in(TempDir::new().expect("a temporary directory"), args)
+        Self::start_in(TempDir::new().expect("a temporary directory"), &["run"], None, args)
     }
 
-    fn run_in(directory: TempDir, args: &[&str]) -> Self {
+    fn start_in(directory: TempDir, command: &[&str], runtime: Option<&Path>, args: &[&str]) -> Self {
         let at = |name: &str| directory.path().join(name).display().to_string();
         let child = Command::new(program("soc-vmm"))
-            .arg("run")
+            .args(command)
             .args(["--serial", &format!("file:{}", at("serial"))])
             .args(["--debugcon", &format!("file:{}", at("debugcon"))])
             .args(["--qmp", &format!("unix:{}", at("qmp"))])
             .args(args)
-            .env("XDG_RUNTIME_DIR", directory.path())
+            .env("XDG_RUNTIME_DIR", runtime.unwrap_or(directory.path()))
+            .env("TMPDIR", directory.path())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

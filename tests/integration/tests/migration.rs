@@ -356,3 +356,34 @@ fn disk_image(path: &Path, format: &str, bytes: u64) {
 fn monitor(vm: &Vm) -> Monitor {
     Monitor::connect(&vm.file("qmp"))
 }
+
+/// Its connection isn't closed meanwhile, which the source would take for a lost one.
+#[test]
+fn a_source_waits_for_a_thread_that_the_destination_lacks() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let (dir, payload) = (TempDir::new().unwrap(), scribe().payload().unwrap());
+    let door = dir.path().join("door");
+    let uri = format!("unix:{}", door.display());
+    let mut vm = Vm::payload(&payload, &["--name", &unique("m")]);
+    vm.debugcon_has("scribe");
+    let mut next = Vm::payload(&payload, &["--name", &unique("m"), "--incoming", &uri]);
+    next.wait_until("it waits", |_| is_listened_on(&door));
+    let pid = next.pid().to_string();
+    let limit = |bytes: &str| {
+        let set = Command::new("prlimit").args(["--pid", &pid, &format!("--as={bytes}:")]).status();
+        assert!(set.unwrap().success());
+    };
+    let has_open = || std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    // No room for a thread's stack.
+    let pages = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap();
+    let pages: u64 = pages.split(' ').next().unwrap().parse().unwrap();
+    limit(&(pages * 4096 + (1 << 20)).to_string());
+    let before = has_open();
+    vm.command(&["migrate", &uri, "--detach"]);
+    next.wait_until("somebody is there", |_| has_open() > before);
+    limit("unlimited");
+    assert_eq!(vm.wait().status.code(), Some(0));
+    next.passes("it came");
+}

@@ -116,7 +116,8 @@ fn a_snapshot_s_guest_goes_on_and_two_others_run_from_it() {
     save(&vm, &live, &["--keep"]).unwrap();
     assert!(vm.command(&["status"]).contains("running"));
     assert!(save(&vm, &live, &["--keep"]).unwrap_err().contains("is there already"));
-    save(&vm, &still, &["--keep=paused"]).unwrap();
+    let said = save(&vm, &still, &["--keep=paused"]).unwrap();
+    assert!(said.contains("the guest stands still until soc-vmm resume"), "{said}");
     assert!(vm.command(&["status"]).contains("postmigrate"));
     let again = dir.path().join("again");
     save(&vm, &again, &["--keep=paused"]).unwrap();
@@ -126,6 +127,54 @@ fn a_snapshot_s_guest_goes_on_and_two_others_run_from_it() {
     all.into_iter().for_each(passes);
     arrives(restored(&again, ""), "paused");
     passes(vm);
+}
+
+#[test]
+fn a_clone_runs_beside_its_original() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let (payload, [name, first, second]) = (scribe().payload().unwrap(), [(); 3].map(|()| unique("s")));
+    let mut vm = Vm::payload(&payload, &["--name", &name]);
+    vm.debugcon_has("scribe");
+    let cloned = |vm: &Vm, twin: &str| {
+        let mut twin = vm.cloned(&name, &payload, &["--name", twin]);
+        completes(&mut twin);
+        // Its guest is in no file that could be found.
+        let entries = fs::read_dir(twin.file("")).unwrap().map(|entry| entry.unwrap().file_name());
+        let left: Vec<_> = entries.filter(|name| name.to_string_lossy().contains("clone")).collect();
+        assert!(left.is_empty(), "{left:?}");
+        twin
+    };
+    let twins = [cloned(&vm, &first), cloned(&vm, &second)];
+    assert!(vm.command(&["status"]).contains("running"));
+    passes(vm);
+    twins.into_iter().for_each(passes);
+}
+
+#[test]
+fn what_can_t_be_cloned_goes_on() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let image = dir.path().join("disk");
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let disk = format!("file={}", image.display());
+    let (payload, [name, writes]) = (scribe().payload().unwrap(), [(); 2].map(|()| unique("s")));
+    let mut vm = Vm::payload(&payload, &["--name", &name]);
+    let mut writer = Vm::payload(&payload, &["--name", &writes, "--disk", &disk]);
+    [&mut vm, &mut writer].into_iter().for_each(|vm| vm.debugcon_has("scribe"));
+    for (original, of, options, status, why) in [
+        (&writer, &writes, &["--disk", &disk][..], 6, "save --keep=paused"),
+        (&vm, &name, &["--memory", "128M"], 6, "memory"),
+        (&vm, &unique("s"), &[], 4, "no such VM runs here"),
+    ] {
+        let ended = original.cloned(of, &payload, &[&["--name", &unique("s")], options].concat()).wait();
+        assert_eq!(ended.status.code(), Some(status), "{}", ended.stderr);
+        assert!(ended.stderr.contains(why) && ended.stderr.lines().count() == 1, "{}", ended.stderr);
+    }
+    [vm, writer].into_iter().for_each(|vm| vm.passes("it never left"));
 }
 
 /// A guest that stands still where it was restored is there, and is nothing else.
@@ -281,7 +330,8 @@ fn a_guest_whose_file_can_t_grow_goes_on() {
     limit("4194304");
     for how in [&[][..], &["--keep"], &["--keep=paused"]] {
         let why = save(&vm, &file, how).unwrap_err();
-        assert!(why.contains("File too large") && why.lines().count() == 1, "{why}");
+        let words = ["File too large", "the guest runs on here", file.to_str().unwrap()];
+        assert!(words.iter().all(|word| why.contains(word)) && why.lines().count() == 1, "{why}");
         assert!(vm.command(&["status"]).contains("running"));
         // It goes a moment after it is told.
         vm.wait_until("no half of a guest is left", |_| !file.exists());

@@ -75,8 +75,8 @@ fn changes_no_disk(slots: &SlotsHandle) -> Result<(), QmpError> {
         return Ok(());
     }
     Err(QmpError::generic(format!(
-        "the guest would go on to write to {}, which the guest in the file counts on: have it stand still instead (--keep=paused), copy what it writes \
-         to, and resume it",
+        "the guest would go on to write to {}, which the guest in the file counts on: have it stand still instead (soc-vmm save --keep=paused), copy \
+         what it writes to, and resume it",
         changed.join(", ")
     )))
 }
