@@ -1,6 +1,7 @@
 //! Dirty pages that KVM doesn't tell of any more, as bitmaps by allocation; and what is done with bitmaps.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use api_channel::bulk;
 use api_channel::call::DirtyRun;
@@ -28,6 +29,15 @@ impl Harvest {
             mine.resize(word + 1, 0);
         }
         mine[word] |= 1 << bit;
+    }
+
+    /// Adds pages in a row, of which there may be very many.
+    pub(super) fn mark_all(&mut self, ram: u32, pages: &Range<u64>) {
+        self.reserve(ram, pages.end);
+        let mine = self.0.entry(ram).or_default();
+        for (i, word) in mine.iter_mut().enumerate().skip((pages.start / 64) as usize) {
+            *word |= mask(i as u64, pages.start, pages.end);
+        }
     }
 
     /// Takes the memory for an allocation's pages before `end`, so that nobody takes it when they are added.
@@ -161,6 +171,8 @@ mod tests {
         assert_eq!(harvest.pages(&window(65, 72)).collect::<Vec<_>>(), [65, 70]);
         harvest.forget(&window(65, 72), &Found { runs: Vec::new(), next: 66 });
         assert_eq!(harvest.pages(&window(0, 1000)).collect::<Vec<_>>(), [64, 70, 72]);
-        assert_eq!(harvest.pages(&Window { ram: 4, ..window(0, 1000) }).count(), 0);
+        harvest.mark_all(4, &(60..200));
+        assert!(harvest.pages(&Window { ram: 4, ..window(0, 1000) }).eq(60..200));
+        assert_eq!(harvest.pages(&Window { ram: 5, ..window(0, 1000) }).count(), 0);
     }
 }

@@ -147,7 +147,7 @@ impl Rings {
         state.shows(slots);
         let State { slots, harvest, .. } = &mut *state;
         for (ram, pages) in slots.values() {
-            pages.clone().for_each(|page| harvest.mark(*ram, page));
+            harvest.mark_all(*ram, pages);
         }
         Ok(())
     }
