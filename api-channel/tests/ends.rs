@@ -279,7 +279,7 @@ fn calls() -> impl Strategy<Value = Call> {
             Call::SetMemslots(slots.into_iter().map(slot).collect())
         }),
         any::<[u64; 3]>().prop_map(|[base, len, ports]| Call::PostedRanges(vec![PostedRange { base, len, ports }])),
-        any::<[u64; 2]>().prop_map(|[first, pages]| Call::DirtyFetch(DirtyFetch { ram: 0, clear: 1, first, pages })),
+        any::<[u64; 2]>().prop_map(|[first, pages]| Call::DirtyFetch(DirtyFetch { ram: 0, flags: 1, first, pages })),
         prop::collection::vec(any::<[u64; 2]>(), 0..9).prop_map(|runs| {
             let run = |[first, pages]: [u64; 2]| LateRun { ram: 2, reserved: 0, first, pages };
             Call::Placed(runs.into_iter().map(run).collect())

@@ -103,7 +103,10 @@ fn calls_about_interrupts_and_notifications() {
 fn calls_of_the_dirty_log() {
     call("dirty-log", &Call::DirtyLog(true));
     call("dirty-limit", &Call::DirtyLimit(DirtyLimit { vcpu: 1, reserved: 0, pages: 2560 }));
-    call("dirty-fetch", &Call::DirtyFetch(DirtyFetch { ram: 0, clear: 1, first: 0x100, pages: 0x8000 }));
+    call(
+        "dirty-fetch",
+        &Call::DirtyFetch(DirtyFetch { ram: 0, flags: DirtyFetch::CLEAR, first: 0x100, pages: 0x8000 }),
+    );
 }
 
 #[test]

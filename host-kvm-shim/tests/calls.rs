@@ -62,7 +62,7 @@ fn of_a_vm() -> Vec<Call> {
         Call::PostedRanges(vec![]),
         Call::NotifyPages(vec![]),
         Call::DirtyLog(true),
-        Call::DirtyFetch(DirtyFetch { ram: 0, clear: 0, first: 0, pages: 1 }),
+        Call::DirtyFetch(DirtyFetch { ram: 0, flags: 0, first: 0, pages: 1 }),
         Call::Statistics,
     ]
 }
@@ -306,14 +306,13 @@ fn arguments_out_of_range_are_refused_by_name() {
         assert_eq!(status, Status::ARGUMENT, "{bad:?}: {why}");
     }
     soc.ok(&Call::DirtyLog(true));
-    for bad in [
-        DirtyFetch { ram: 1, clear: 0, first: 0, pages: 1 },
-        DirtyFetch { ram: 0, clear: 2, first: 0, pages: 1 },
-        DirtyFetch { ram: 0, clear: 0, first: 257, pages: 1 },
-    ] {
+    for bad in
+        [DirtyFetch { ram: 1, flags: 0, first: 0, pages: 1 }, DirtyFetch { ram: 0, flags: 0, first: 257, pages: 1 }]
+    {
         assert_eq!(soc.refused(&Call::DirtyFetch(bad)).0, Status::ARGUMENT, "{bad:?}");
     }
     let malformed = [
+        Call::DirtyFetch(DirtyFetch { ram: 0, flags: 4, first: 0, pages: 1 }),
         Call::GetState(StateRequest { reserved: 1, ..state(0) }),
         Call::SetState { target: 0, records: vec![1; 7] },
         Call::SetState {

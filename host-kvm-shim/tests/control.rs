@@ -228,7 +228,7 @@ fn two_vcpus_pause_run_and_are_kicked_apart() {
 
 /// The runs of a fetch over all of RAM 0.
 fn fetch(soc: &mut Soc, clear: u32) -> Vec<(u64, u64)> {
-    let (payload, bulk) = soc.ok(&Call::DirtyFetch(DirtyFetch { ram: 0, clear, first: 0, pages: u64::MAX }));
+    let (payload, bulk) = soc.ok(&Call::DirtyFetch(DirtyFetch { ram: 0, flags: clear, first: 0, pages: u64::MAX }));
     let next: u64 = Reader::new(&payload).take().unwrap();
     assert_eq!(next, 256);
     let runs: Vec<DirtyRun> = Reader::new(&bulk).list(1 << 16).unwrap();
@@ -247,7 +247,8 @@ fn the_dirty_log_is_exact_and_survives_the_slots_it_was_kept_for() {
     let pages = std::rc::Rc::new(std::cell::RefCell::new(std::collections::VecDeque::new()));
     let todo = pages.clone();
     soc.handler = Box::new(move |_, _| todo.borrow_mut().pop_front().map(|page: u64| Completion::ok(page << 8)));
-    let (status, _) = soc.refused(&Call::DirtyFetch(DirtyFetch { ram: 0, clear: 1, first: 0, pages: 1 }));
+    let (status, _) =
+        soc.refused(&Call::DirtyFetch(DirtyFetch { ram: 0, flags: DirtyFetch::CLEAR, first: 0, pages: 1 }));
     assert_eq!(status, Status::STATE, "no log is kept yet");
     soc.run();
     soc.until("asks", |soc| soc.seen.len() == 1);
@@ -288,7 +289,7 @@ fn the_dirty_log_is_exact_and_survives_the_slots_it_was_kept_for() {
     assert_eq!((exit.address, exit.direction, exit.length), (120 << 12, Direction::Write, 1));
     assert_eq!(fetch(&mut soc, 1), []);
     soc.ok(&Call::DirtyLog(false));
-    soc.refused(&Call::DirtyFetch(DirtyFetch { ram: 0, clear: 1, first: 0, pages: 1 }));
+    soc.refused(&Call::DirtyFetch(DirtyFetch { ram: 0, flags: DirtyFetch::CLEAR, first: 0, pages: 1 }));
     assert!(soc.shut_down().success());
 }
 

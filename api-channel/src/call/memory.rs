@@ -79,8 +79,8 @@ pub struct Discard {
 pub struct DirtyFetch {
     /// The allocation.
     pub ram: u32,
-    /// 1: clear what is fetched, so that the next write is logged again.
-    pub clear: u32,
+    /// [`DirtyFetch::CLEAR`], [`DirtyFetch::AS_READ`].
+    pub flags: u32,
     /// First page of the allocation to look at.
     pub first: u64,
     /// How many pages to look at.
@@ -96,6 +96,14 @@ pub struct DirtyRun {
     pub first: u64,
     /// How many.
     pub pages: u64,
+}
+
+impl DirtyFetch {
+    /// [`DirtyFetch::flags`]: clear what is fetched, so that the next write is logged again.
+    pub const CLEAR: u32 = 1;
+    /// [`DirtyFetch::flags`]: of dirty rings, tell what was last read from them, and leave them as they are: a look at all of memory takes
+    /// several fetches, and gives each vCPU a ring to fill once.
+    pub const AS_READ: u32 = 2;
 }
 
 /// How fast a vCPU may write pages that were clean, of a VM with dirty rings while its dirty log is on. Where it writes faster it stands

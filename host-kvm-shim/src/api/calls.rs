@@ -1,6 +1,6 @@
 //! The calls, one by one.
 
-use api_channel::call::{Call, CreateVm, Irqfd, Statistic};
+use api_channel::call::{Call, CreateVm, DirtyFetch, Irqfd, Statistic};
 use api_channel::codec::Writer;
 use api_channel::{bulk, call};
 use ioreq_ring::LineChange;
@@ -9,6 +9,7 @@ use pcie_function::{HostFunction, State};
 
 use super::Session;
 use crate::error::Refusal;
+use crate::serve::Level;
 use crate::vm::{Machine, lines};
 
 /// What a call is answered with.
@@ -76,6 +77,14 @@ impl<F: HostFunction + 'static> Session<'_, F> {
                         }
                         machine.environment.posted.replace(ranges).map(Into::into)
                     }
+                    Call::DirtyFetch(fetch) => {
+                        let overruns = machine.overruns();
+                        let reply = dirty_fetch(machine, &fetch);
+                        if overruns == 0 && machine.overruns() != 0 {
+                            session.log(Level::Warn, OVERRUN);
+                        }
+                        reply
+                    }
                     call => on_vm(machine, call),
                 }
             }
@@ -140,16 +149,21 @@ fn on_vm<F: HostFunction + 'static>(machine: &mut Machine<F>, call: Call) -> Res
         Call::Lines(words) => set_lines(machine, &words).map(Into::into),
         Call::DirtyLog(on) => machine.dirty_log(on).map(Into::into),
         Call::DirtyLimit(limit) => machine.dirty_limit(&limit).map(Into::into),
-        Call::DirtyFetch(fetch) => {
-            let found = machine.dirty_fetch(&fetch)?;
-            let bulk = Writer::default().list(&found.runs).done();
-            Ok(Reply { payload: Writer::default().put(&found.next).done(), bulk })
-        }
         Call::Lacks(runs) => machine.lacks(&runs).map(Into::into),
         Call::Placed(runs) => machine.placed(&runs).map(Into::into),
         Call::Statistics => Ok(Reply::bulk(statistics(machine))),
         _ => Err(Refusal { status: api_channel::Status::UNKNOWN, why: "this call belongs elsewhere".into() }),
     }
+}
+
+/// What a VM's log says once.
+const OVERRUN: &str = "KVM overran a vCPU's dirty ring: no page is lost, but each time all count as written, and rates and limits of vCPUs \
+                       mean nothing; start the VM without --dirty-ring on this host";
+
+fn dirty_fetch<F: HostFunction + 'static>(machine: &mut Machine<F>, fetch: &DirtyFetch) -> Result<Reply, Refusal> {
+    let found = machine.dirty_fetch(fetch)?;
+    let bulk = Writer::default().list(&found.runs).done();
+    Ok(Reply { payload: Writer::default().put(&found.next).done(), bulk })
 }
 
 fn set_lines<F: HostFunction + 'static>(machine: &Machine<F>, words: &[u64]) -> Result<(), Refusal> {

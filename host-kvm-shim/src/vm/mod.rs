@@ -537,6 +537,11 @@ impl<F: HostFunction + 'static> Machine<F> {
         }
     }
 
+    /// How often the log began anew, every page written, because KVM had lost some.
+    pub(crate) fn overruns(&self) -> u64 {
+        self.environment.rings.as_ref().map_or(0, |rings| rings.overruns())
+    }
+
     /// Fetches dirty pages.
     pub(crate) fn dirty_fetch(&mut self, fetch: &DirtyFetch) -> Result<Found, Refusal> {
         if !self.slots.logging() {
@@ -545,7 +550,7 @@ impl<F: HostFunction + 'static> Machine<F> {
         let ram =
             self.rams.get(&fetch.ram).ok_or_else(|| Refusal::argument(format!("RAM {} does not exist", fetch.ram)))?;
         let pages = ram.memory.len() / PAGE;
-        if self.log.read()? {
+        if fetch.flags & DirtyFetch::AS_READ == 0 && self.log.read()? {
             self.with_vcpus_out(|this| this.switch_log(false).and_then(|()| this.switch_log(true)))?;
         }
         self.log.fetch(&self.vm, &self.slots, pages, fetch)

@@ -195,6 +195,7 @@ where
         self.session.ending.says(move |why| {
             // Only if it is true, whatever comes: the source acts on it.
             if let (Some(false), Some(line)) = (fate.runs(FAREWELL), says) {
+                let why = if *why == MigrationError::Cancelled.one_line() { ENDED } else { why };
                 refuse(&line, why);
             }
         });
@@ -376,6 +377,9 @@ impl Main {
         }
     }
 }
+
+/// What a source hears where nobody there was asked.
+const ENDED: &str = "the VM that waited there was told to end, or to take no guest";
 
 /// Tells the source why.
 fn refuse(line: &Line, why: &str) {

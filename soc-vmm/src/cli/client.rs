@@ -363,8 +363,8 @@ fn row(vm: &OutboardVm) -> (String, String, u16, String, String, u32) {
 
 /// `comes`: its guest isn't here yet, and only its source knows what is left.
 fn shown_migration(migration: &OutboardMigration, comes: bool) -> String {
-    let OutboardMigration { status, error_desc, door, remaining, total, transferred, rate, rounds, expected_downtime } =
-        migration;
+    let OutboardMigration { status, error_desc, door, remaining, total, transferred, rate, rounds, .. } = migration;
+    let OutboardMigration { expected_downtime, throttle, limit, .. } = migration;
     if let (Step::Setup, Some(door)) = (status, door) {
         return format!("waits for its guest at {}", one_line(door));
     }
@@ -385,8 +385,13 @@ fn shown_migration(migration: &OutboardMigration, comes: bool) -> String {
         (Step::Active, ms) => format!(", round {}, expected downtime {ms} ms", rounds + 1),
         _ => String::new(),
     };
+    let slowed = match (status, throttle, limit) {
+        (Step::Active, 0, 1..) => format!(", vCPUs limited to {limit} MiB/s"),
+        (Step::Active, 1.., _) => format!(", vCPUs slowed by {throttle} %"),
+        _ => String::new(),
+    };
     let why = error_desc.as_ref().map_or(String::new(), |why| format!(": {}", one_line(why)));
-    format!("migration {status}{figures}{rate}{round}{why}")
+    format!("migration {status}{figures}{rate}{round}{slowed}{why}")
 }
 
 /// Bytes as `--memory` takes them, in the largest unit that divides them.
@@ -551,6 +556,8 @@ mod tests {
             rate: 0,
             rounds: 3,
             expected_downtime: 0,
+            throttle: 0,
+            limit: 0,
         };
         let moving = OutboardVm { migration: Some(migration), ..vm.clone() };
         let shown = |write: &dyn Fn(&mut Vec<u8>) -> io::Result<()>| {
@@ -584,6 +591,8 @@ mod tests {
             rate: 7 << 20,
             rounds,
             expected_downtime,
+            throttle: 0,
+            limit: 0,
         };
         let shown = |status, comes, text: &str| assert_eq!(shown_migration(&of(status, 1, 4), comes), text);
         let active = "migration active, 3.0 MiB left of 1024.0, 7.0 MiB/s, round 2, expected downtime 4 ms";
@@ -595,6 +604,9 @@ mod tests {
         assert_eq!(shown_migration(&waits, true), "waits for its guest at unix:/d");
         let first = shown_migration(&of(Step::Active, 0, 0), false);
         assert_eq!(first, "migration active, 3.0 MiB left of 1024.0, 7.0 MiB/s, round 1");
+        let slowed = |throttle, limit| OutboardMigration { throttle, limit, ..of(Step::Active, 0, 0) };
+        assert_eq!(shown_migration(&slowed(20, 0), false), format!("{first}, vCPUs slowed by 20 %"));
+        assert_eq!(shown_migration(&slowed(0, 5), false), format!("{first}, vCPUs limited to 5 MiB/s"));
     }
 
     #[test]

@@ -324,9 +324,9 @@ fn write_progress(out: &mut dyn Write, status: &str, told: &Value) -> io::Result
         0 => String::new(),
         percent => format!(", vCPUs slowed by {percent} %"),
     };
-    let stands = match number(told, "dirty-limit-throttle-time-per-round") {
-        0 => "",
-        _ => ", vCPUs limited",
+    let stands = match told["dirty-limit-throttle-time-per-round"].is_null() {
+        true => "",
+        false => ", vCPUs limited",
     };
     writeln!(
         out,

@@ -226,7 +226,7 @@ impl Under {
         let time = start.elapsed();
         let rate =
             |(before, now): (&Written, &Written)| now.bytes.saturating_sub(before.bytes) as f64 / time.as_secs_f64();
-        self.vcpus = before.iter().zip(&now).map(rate).collect();
+        self.vcpus = before.vcpus.iter().zip(&now.vcpus).map(rate).collect();
         self.came = Some((self.vcpus.iter().sum(), time));
     }
 

@@ -36,7 +36,7 @@ pub use dirty_rate::{DirtyRate, DirtyRateMode, DirtyRateStatus, Measurement};
 pub use secure::Secure;
 pub use settings::{Settings, Step, TlsSettings};
 pub use uri::{FilePlace, Uri, UriError};
-pub use writes::{VcpuWrites, WritingVcpus, Written};
+pub use writes::{AllWritten, VcpuWrites, WritingVcpus, Written};
 
 /// How long a disk may take for the last of a guest that is kept in a file, where the VM is to end.
 const LAST_BYTES: Duration = Duration::from_secs(30);
@@ -80,6 +80,8 @@ struct Job {
     control: Control,
     /// The guest leaves.
     leaves: bool,
+    /// Or is kept in a file, which is done as it began.
+    is_kept: bool,
     /// How it goes on once its connection broke.
     dialer: Next<Dialer>,
     door: Next<Door>,
@@ -118,6 +120,15 @@ pub enum MigrateError {
     /// There are no more threads.
     #[error("no thread is left for a migration")]
     Thread(#[source] std::io::Error),
+}
+
+/// What went wrong, in a line. A file has no connections.
+fn told(error: &MigrationError, is_file: bool) -> String {
+    let line = error.one_line();
+    match line.strip_prefix("connection 0: ").filter(|_| is_file) {
+        Some(rest) => rest.to_owned(),
+        None => line,
+    }
 }
 
 /// A migration that begins.
@@ -169,7 +180,7 @@ impl Migration {
             ..parameters.clone()
         };
         others.check()?;
-        if let Some(job) = &state.job {
+        if let Some(job) = state.job.as_ref().filter(|job| !job.is_kept) {
             // What is read at the start alone stays as it was.
             job.control.set_parameters(parameters)?;
         }
@@ -233,7 +244,7 @@ impl Migration {
             match &sent {
                 Ok(_) => tracing::info!("the guest has left"),
                 Err(MigrationError::Cancelled) => tracing::info!("the migration was cancelled"),
-                Err(error) => tracing::warn!("the migration failed: {}", error.one_line()),
+                Err(error) => tracing::warn!("the migration failed: {}", told(error, is_file)),
             }
             if let Err(error) = sent {
                 written.iter().for_each(|file| file.remove_after(&error));
@@ -249,7 +260,7 @@ impl Migration {
     /// # Errors
     /// See [`MigrateError`].
     pub fn save(&self, file: &Path, after: After) -> Result<(), MigrateError> {
-        let Begun { vm, job, before } = self.begin(true, self.settings().keeping(after))?;
+        let Begun { vm, job, before } = self.begin_as(true, true, self.settings().keeping(after))?;
         let (way, made) = Way::new_file(file.to_owned()).inspect_err(|_| self.state().job = before)?;
         let (mut dialer, written) = (Dialer::new(way, false), made.clone());
         let spawned =
@@ -257,7 +268,7 @@ impl Migration {
                 Ok(_) => tracing::info!(file = %written.path().display(), "the guest is kept"),
                 Err(error) => {
                     let file = written.path().display();
-                    tracing::warn!(%file, "the guest was not kept as wanted: {}", error.one_line());
+                    tracing::warn!(%file, "the guest was not kept as wanted: {}", told(&error, true));
                     written.remove_after(&error);
                 }
             });
@@ -285,7 +296,7 @@ impl Migration {
     fn come_from(&self, from: String, way: Way) -> Result<(), MigrateError> {
         let parameters = Parameters { pages_first: way.reads_first(), ..self.settings().parameters() };
         let Begun { vm, job, before } = self.begin(false, parameters)?;
-        let is_two_way = way.is_two_way();
+        let (is_two_way, is_file) = (way.is_two_way(), way.is_file());
         place(&job).clone_from(&from);
         let door = self.opened(way).inspect_err(|_| self.state().job = before)?;
         let (asked, can_post_copy) = (Arc::clone(&vm), OnceLock::new());
@@ -293,7 +304,7 @@ impl Migration {
         let mut accept = again::standing(door, job.door.clone(), may_go_on);
         self.spawn(move || {
             if let Err(error) = receive(&*vm, &mut accept, &job.control) {
-                vm.failed(format!("{from}: {}", error.one_line()));
+                vm.failed(format!("{from}: {}", told(&error, is_file)));
             }
         })
     }
@@ -437,7 +448,9 @@ impl Migration {
                     );
                 }
                 if measurement.mode == DirtyRateMode::DirtyBitmap {
-                    return refused("the guest is just being moved, which needs the dirty log: use mode=page-sampling");
+                    return refused(
+                        "the guest is just being moved, which needs the dirty log: use mode=page-sampling, or dirty-ring where there are rings",
+                    );
                 }
             }
             // Under the lock: a migration that begins finds it.
@@ -468,6 +481,10 @@ impl Migration {
     }
 
     fn begin(&self, leaves: bool, parameters: Parameters) -> Result<Begun, MigrateError> {
+        self.begin_as(leaves, false, parameters)
+    }
+
+    fn begin_as(&self, leaves: bool, is_kept: bool, parameters: Parameters) -> Result<Begun, MigrateError> {
         let mut state = self.state();
         let vm = state.vm.clone().ok_or(MigrateError::NotBuilt)?;
         if state.ends {
@@ -485,7 +502,7 @@ impl Migration {
         }
         let control = self.control(parameters);
         let (dialer, door) = (Next::default(), Next::default());
-        let job = Job { control, leaves, dialer, door, place: Arc::default(), over: None };
+        let job = Job { control, leaves, is_kept, dialer, door, place: Arc::default(), over: None };
         let before = state.job.replace(job.clone());
         drop(state);
         self.dirty_rates.give_way();

@@ -64,7 +64,9 @@ impl FromStr for Uri {
         }
         match scheme {
             "tcp" | "tls" => {
-                let (host, port) = rest.rsplit_once(':').ok_or_else(|| wrong("it has no port"))?;
+                let (host, port) = rest
+                    .rsplit_once(':')
+                    .ok_or_else(|| wrong("write tcp:HOST:PORT; where a VM waits the host may be empty, tcp::PORT"))?;
                 let port = port.parse().map_err(|_| wrong("its port is no number from 0 to 65535"))?;
                 let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
                 if bare.is_none() && host.contains(':') {

@@ -22,7 +22,7 @@ pub trait WritingVcpus: Send + Sync {
     ///
     /// # Errors
     /// Its host doesn't tell.
-    fn written(&self) -> Result<Vec<Written>, VmError>;
+    fn written(&self) -> Result<AllWritten, VmError>;
 
     /// Limits a vCPU, or all, to so many bytes a second; 0: no longer.
     ///
@@ -44,6 +44,15 @@ pub struct Written {
     pub bytes: u64,
     /// For how long it stood still because of its limit.
     pub stood: Duration,
+}
+
+/// What all vCPUs have written, in all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AllWritten {
+    /// Each, by its number.
+    pub vcpus: Vec<Written>,
+    /// How often KVM has overrun a ring: what vCPUs have written is unknown from then on.
+    pub overruns: u64,
 }
 
 /// A vCPU's writing just now.

@@ -39,6 +39,8 @@ impl Command for QueryOutboardVm {
                 rate: progress.rate,
                 rounds: progress.rounds,
                 expected_downtime: progress.expected_downtime.as_millis() as u64,
+                throttle: progress.throttle,
+                limit: progress.write_limit >> 20,
             }),
         })
     }

@@ -160,6 +160,12 @@ pub struct OutboardMigration {
     /// How long the guest would stand still, were it to stop now, in milliseconds; 0: nobody knows yet.
     #[serde(rename = "expected-downtime", default)]
     pub expected_downtime: u64,
+    /// The part of their time that vCPUs stand still, in percent.
+    #[serde(rename = "cpu-throttle-percentage", default)]
+    pub throttle: u8,
+    /// What each vCPU may write, in MiB a second; 0: as much as it can.
+    #[serde(rename = "vcpu-dirty-limit", default)]
+    pub limit: u64,
 }
 
 /// The first object on a monitor.

@@ -74,7 +74,11 @@ impl Rounds {
 
     /// Fetches runs of `pages` pages from `first` on; frames, and where to go on.
     fn fetch(&mut self, first: u64, pages: u64, clear: bool) -> (Frames, u64) {
-        let fetch = DirtyFetch { ram: 0, clear: clear.into(), first, pages };
+        self.fetch_by(if clear { DirtyFetch::CLEAR } else { 0 }, first, pages)
+    }
+
+    fn fetch_by(&mut self, flags: u32, first: u64, pages: u64) -> (Frames, u64) {
+        let fetch = DirtyFetch { ram: 0, flags, first, pages };
         let (payload, bulk) = self.soc.ok(&Call::DirtyFetch(fetch));
         let runs: Vec<DirtyRun> = Reader::new(&bulk).list(1 << 16).unwrap();
         for pair in runs.windows(2) {
@@ -186,14 +190,19 @@ fn a_vcpu_makes_room_in_its_ring_and_one_that_has_a_limit_stands_still_for_it() 
         let own = rounds_of(vcpu, ROUNDS);
         assert!(dirtied >= own.len() as u64, "vCPU {vcpu} wrote {} pages, and was counted with {dirtied}", own.len());
     }
+    // As rings were last read: what was written since is told when they are read again.
+    let written = rounds.round(ROUNDS + 1);
+    let pages = rounds.memory / FRAME;
+    assert_eq!(rounds.fetch_by(DirtyFetch::CLEAR | DirtyFetch::AS_READ, 0, pages), (Frames::new(), pages));
+    assert_eq!(rounds.fetch_all(true), written);
     // A limit that is taken back, and a log that ends.
     rounds.soc.ok(&Call::DirtyLimit(DirtyLimit { vcpu: VCPU_ALL, reserved: 0, pages: 0 }));
-    rounds.round(ROUNDS + 1);
-    rounds.soc.ok(&Call::DirtyLog(false));
     rounds.round(ROUNDS + 2);
+    rounds.soc.ok(&Call::DirtyLog(false));
+    rounds.round(ROUNDS + 3);
     rounds.soc.ok(&Call::DirtyLog(true));
     rounds.fetch_all(true);
-    let written = rounds.round(ROUNDS + 3);
+    let written = rounds.round(ROUNDS + 4);
     assert_eq!(rounds.fetch_all(true), written);
     rounds.end();
 }

@@ -132,7 +132,7 @@ fn the_command_limits_them_too() {
 }
 
 #[test]
-fn a_move_that_is_cancelled_leaves_no_limit() {
+fn a_move_that_is_cancelled_leaves_limits_as_they_were() {
     if !kvm(&test_name()) {
         return;
     }
@@ -144,10 +144,33 @@ fn a_move_that_is_cancelled_leaves_no_limit() {
     let on = json!([{ "capability": "dirty-limit", "state": true }, { "capability": "return-path", "state": true }]);
     qmp.does("migrate-set-capabilities", json!({ "capabilities": on }));
     qmp.does("migrate-set-parameters", json!({ "max-bandwidth": 16 << 20, "downtime-limit": 1 }));
+    qmp.does("set-vcpu-dirty-limit", json!({ "cpu-index": 1, "dirty-rate": 300 }));
     qmp.does("migrate", json!({ "uri": uri }));
     until(&mut qmp, "query-vcpu-dirty-limit", |told| told.as_array().is_some_and(|told| told.len() == 2));
     qmp.does("migrate_cancel", json!({}));
     until(&mut qmp, "query-migrate", |told| told["status"] == "cancelled");
+    let told = qmp.does("query-vcpu-dirty-limit", json!({}));
+    assert_eq!(
+        (told.as_array().unwrap().len(), &told[0]["cpu-index"], &told[0]["limit-rate"]),
+        (1, &1.into(), &300.into())
+    );
+    passes(here);
+}
+
+#[test]
+fn a_guest_that_is_kept_in_a_file_gets_no_limit_by_that() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let (here, mut qmp) = writing(RINGS);
+    let on = json!([{ "capability": "dirty-limit", "state": true }]);
+    qmp.does("migrate-set-capabilities", json!({ "capabilities": on }));
+    qmp.does("x-outboard-save", json!({ "file": dir.path().join("kept"), "then": "run" }));
+    // What is said of moves is said of the next one.
+    let said = json!({ "throttle-trigger-threshold": 1, "downtime-limit": 0, "max-bandwidth": 10 << 20 });
+    qmp.does("migrate-set-parameters", said);
+    until(&mut qmp, "query-migrate", |told| told["status"] == "completed");
     assert_eq!(qmp.does("query-vcpu-dirty-limit", json!({})), json!([]));
     passes(here);
 }

@@ -15,6 +15,8 @@ const MOST: Duration = Duration::from_millis(20);
 pub(super) struct Limit {
     /// Pages a second; 0: none.
     pages: u64,
+    /// Pages that are enough to go on with: less than a ring has.
+    enough: u64,
     /// What was earned before this is used.
     since: Instant,
 }
@@ -29,14 +31,14 @@ pub(super) enum Turn {
 }
 
 impl Limit {
-    /// None.
-    pub(super) fn none(now: Instant) -> Self {
-        Self { pages: 0, since: now }
+    /// None, of a vCPU whose ring has so many entries.
+    pub(super) fn none(entries: u32, now: Instant) -> Self {
+        Self { pages: 0, enough: u64::from(entries / 2).max(1), since: now }
     }
 
     /// So many pages a second from now on; 0: no limit.
     pub(super) fn set(&mut self, pages: u64, now: Instant) {
-        *self = Self { pages, since: now };
+        *self = Self { pages, since: now, ..*self };
     }
 
     /// The vCPU's ring is full.
@@ -44,7 +46,7 @@ impl Limit {
         if self.pages == 0 {
             return Turn::Room(u32::MAX);
         }
-        let wanted = self.earned(SLICE).max(1);
+        let wanted = self.earned(SLICE).clamp(1, self.enough);
         let passed = now.saturating_duration_since(self.since);
         let earned = self.earned(passed.min(MOST.max(self.takes(wanted))));
         if earned < wanted {
@@ -72,10 +74,12 @@ mod tests {
 
     use super::*;
 
+    const RING: u32 = 1024;
+
     #[test]
     fn without_a_limit_nobody_stands() {
         let now = Instant::now();
-        assert_eq!(Limit::none(now).turn(now), Turn::Room(u32::MAX));
+        assert_eq!(Limit::none(1024, now).turn(now), Turn::Room(u32::MAX));
     }
 
     proptest! {
@@ -84,12 +88,13 @@ mod tests {
         fn a_limit_is_kept(pages in prop_oneof![1..100u64, 100..1_000_000u64], stops in prop::collection::vec(0..50u64, 0..50)) {
             let start = Instant::now();
             let (mut now, mut wrote) = (start, 0u64);
-            let mut limit = Limit::none(start);
+            let mut limit = Limit::none(RING, start);
             limit.set(pages, start);
             let mut stops = stops.into_iter();
             while now - start < Duration::from_secs(10) {
                 match limit.turn(now) {
-                    Turn::Room(room) => wrote += u64::from(room),
+                    // Its ring has no more.
+                    Turn::Room(room) => wrote += u64::from(room.min(RING)),
                     Turn::Stand(time) => {
                         prop_assert!(time <= SLICE.max(Duration::from_secs(1).div_f64(pages as f64)) + Duration::from_micros(1));
                         now += time + Duration::from_millis(stops.next().unwrap_or(0));

@@ -10,6 +10,7 @@ mod rings;
 use std::sync::Arc;
 
 use api_channel::call::{DirtyFetch, DirtyRun, Memslot, PAGE};
+use api_channel::codec::Malformed;
 use kvm_ioctls::VmFd;
 
 pub(crate) use rings::Rings;
@@ -122,12 +123,15 @@ impl Log {
 
 impl Window {
     fn new(ram_pages: u64, wanted: &DirtyFetch) -> Result<Self, Refusal> {
-        let DirtyFetch { ram, clear, first, pages } = *wanted;
-        if clear > 1 || first > ram_pages {
+        let DirtyFetch { ram, flags, first, pages } = *wanted;
+        if flags & !(DirtyFetch::CLEAR | DirtyFetch::AS_READ) != 0 {
+            return Err(Malformed.into());
+        }
+        if first > ram_pages {
             return Err(Refusal::argument(format!("page {first} of RAM {ram}, which has {ram_pages}")));
         }
         let end = first.saturating_add(pages.min(MOST_PAGES)).min(ram_pages);
-        Ok(Self { ram, first, end, clear: clear == 1 })
+        Ok(Self { ram, first, end, clear: flags & DirtyFetch::CLEAR != 0 })
     }
 
     /// A bit for each of its pages.

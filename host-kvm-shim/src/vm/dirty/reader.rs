@@ -54,6 +54,11 @@ impl Reader {
         reading
     }
 
+    /// How many entries wait to be read.
+    pub(super) fn waiting(&self) -> u32 {
+        (0..self.ring.entries()).take_while(|&ahead| self.is_dirty(ahead)).count() as u32
+    }
+
     /// Whether what was read is not all KVM's again, though it was told to reset its rings.
     pub(super) fn is_behind(&self) -> bool {
         !self.ring.is_free(self.at.wrapping_sub(1))

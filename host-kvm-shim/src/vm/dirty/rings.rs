@@ -47,8 +47,10 @@ struct State {
 struct Vcpu {
     reader: Reader,
     limit: Limit,
-    /// Pages that it wrote.
+    /// Pages that it wrote, of those that were read.
     dirtied: u64,
+    /// The last of them.
+    last: Option<(u32, u64)>,
     /// Its ring was full and nothing in it, when all had been read so often.
     empty: Option<u64>,
 }
@@ -86,8 +88,8 @@ impl Rings {
     /// The next vCPU has come.
     pub(crate) fn add(&self, vcpu: &VcpuFd) -> Result<(), Refusal> {
         let ring = DirtyRing::map(vcpu, self.entries).map_err(Refusal::nix("map a vCPU's dirty ring"))?;
-        let limit = Limit::none(Instant::now());
-        self.state().vcpus.push(Vcpu { reader: Reader::new(ring), limit, dirtied: 0, empty: None });
+        let limit = Limit::none(self.entries, Instant::now());
+        self.state().vcpus.push(Vcpu { reader: Reader::new(ring), limit, dirtied: 0, last: None, empty: None });
         Ok(())
     }
 
@@ -117,7 +119,7 @@ impl Rings {
 
     /// How many pages a vCPU wrote, each time that it was logged.
     pub(crate) fn dirtied(&self, vcpu: u32) -> u64 {
-        self.state().vcpus.get(vcpu as usize).map_or(0, |vcpu| vcpu.dirtied)
+        self.state().vcpus.get(vcpu as usize).map_or(0, |vcpu| vcpu.dirtied + u64::from(vcpu.reader.waiting()))
     }
 
     /// How often the log began anew, every page written, because KVM had lost some.
@@ -216,8 +218,10 @@ impl State {
 
     fn read(&mut self, vcpu: usize, most: u32) -> u32 {
         let Self { vcpus, harvest, slots, lost, .. } = self;
-        let Vcpu { reader, dirtied, .. } = &mut vcpus[vcpu];
+        let Vcpu { reader, dirtied, last, .. } = &mut vcpus[vcpu];
         let reading = reader.read(most, |slot, page| {
+            // A KVM that writes for the guest says so at each write.
+            *dirtied += u64::from(last.replace((slot, page)) != Some((slot, page)));
             // Of a slot that isn't logged any more nobody wants to know.
             let place =
                 slots.get(&slot).and_then(|(ram, pages)| Some((*ram, pages.start.checked_add(page)?, pages.end)));
@@ -226,7 +230,6 @@ impl State {
             }
         });
         *lost |= reading.overrun;
-        *dirtied += u64::from(reading.count);
         reading.count
     }
 

@@ -122,9 +122,6 @@ impl Command for MigrateSetCapabilities {
     type Reply = Empty;
 
     async fn run(self, vm: VmHandle) -> Result<Empty, QmpError> {
-        if vm.migration().is_under_way() {
-            return Err(MigrateError::Busy.into());
-        }
         let wants = |capability| self.capabilities.iter().any(|wanted| wanted.capability == capability && wanted.state);
         if wants(MigrationCapability::DirtyLimit) {
             let migration = vm.migration().clone();
@@ -138,6 +135,9 @@ impl Command for MigrateSetCapabilities {
             let migration = vm.migration().clone();
             migration.built().await;
             aside(move || Ok(migration.check_post_copy()?)).await?;
+        }
+        if vm.migration().is_under_way() {
+            return Err(MigrateError::Busy.into());
         }
         vm.migration().change(|settings| {
             self.capabilities.iter().try_for_each(|wanted| wanted.capability.set(settings, wanted.state))

@@ -2,12 +2,14 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
 
 use super::super::QmpError;
 use super::super::aside::aside;
 use super::super::command::Command;
 use super::super::types::Empty;
 use super::parameters::MOST_WRITES;
+use super::query::PATIENCE;
 use crate::control::VmHandle;
 use crate::migrate::VcpuWrites;
 
@@ -90,8 +92,14 @@ async fn limit(cpu: Option<i64>, bytes: u64, vm: VmHandle) -> Result<Empty, QmpE
             QmpError::generic(format!("'cpu-index' {cpu} is no vCPU's: they are 0 to {}", count.saturating_sub(1)))
         })?),
     };
-    aside(move || Ok(migration.limit_vcpu(vcpu, bytes)?)).await?;
+    soon(aside(move || Ok(migration.limit_vcpu(vcpu, bytes)?))).await?;
     Ok(Empty {})
+}
+
+/// A monitor doesn't wait for a host that is silent.
+pub(super) async fn soon<T>(work: impl Future<Output = Result<T, QmpError>>) -> Result<T, QmpError> {
+    let silent = || QmpError::generic("the VM's host has not answered for 10 s: see what became of its host-kvm-shim");
+    timeout(PATIENCE, work).await.unwrap_or_else(|_| Err(silent()))
 }
 
 impl Command for QueryVcpuDirtyLimit {
@@ -101,7 +109,7 @@ impl Command for QueryVcpuDirtyLimit {
     async fn run(self, vm: VmHandle) -> Result<Vec<DirtyLimitInfo>, QmpError> {
         let migration = vm.migration().clone();
         migration.built().await;
-        let limited = aside(move || Ok(migration.limited_vcpus()?)).await?;
+        let limited = soon(aside(move || Ok(migration.limited_vcpus()?))).await?;
         Ok(limited.iter().map(DirtyLimitInfo::of).collect())
     }
 }

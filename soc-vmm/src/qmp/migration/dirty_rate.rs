@@ -9,6 +9,7 @@ use super::super::QmpError;
 use super::super::aside::aside;
 use super::super::command::Command;
 use super::super::types::Empty;
+use super::dirty_limit::soon;
 use crate::control::{RunState, VmHandle};
 use crate::migrate::{DirtyRate, DirtyRateMode, DirtyRateStatus as Status, Measurement};
 
@@ -125,7 +126,7 @@ impl Command for CalcDirtyRate {
         }
         let migration = vm.migration().clone();
         migration.built().await;
-        aside(move || Ok(migration.measure_dirty_rate(measurement)?)).await?;
+        soon(aside(move || Ok(migration.measure_dirty_rate(measurement)?))).await?;
         Ok(Empty {})
     }
 }

@@ -16,7 +16,7 @@ use crate::control::VmHandle;
 use crate::migrate::{Migration, Step, failure};
 
 /// How long a VM may take to say why its guest can't be moved: one whose host is silent tells of the rest without that.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// QMP `query-migrate`.
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]

@@ -41,16 +41,23 @@ impl<F: SocFunction> HostLog<F> {
     /// Somebody needs it from now on.
     ///
     /// # Errors
-    /// It can't be had; it has to be ended all the same.
+    /// It can't be had.
     pub(super) async fn begin(&self, user: User) -> Result<(), CallError> {
         let mut users = self.users.lock().await;
         users.insert(user);
-        self.channel.call(&Call::DirtyLog(true)).await.map(drop)
+        let begun = self.channel.call(&Call::DirtyLog(true)).await.map(drop);
+        if begun.is_err() {
+            self.leaves(&mut users, user).await;
+        }
+        begun
     }
 
     /// Somebody needs it no longer.
     pub(super) async fn end(&self, user: User) {
-        let mut users = self.users.lock().await;
+        self.leaves(&mut *self.users.lock().await, user).await;
+    }
+
+    async fn leaves(&self, users: &mut BTreeSet<User>, user: User) {
         if users.remove(&user) && users.is_empty() {
             // A lost host is reported on its own.
             let _ = self.channel.call(&Call::DirtyLog(false)).await;

@@ -119,7 +119,7 @@ impl<F: SocFunction> Memory<F> {
         self.log.end(User::Reader).await;
     }
 
-    /// The pages of an allocation that were written since the last call, and forgets them.
+    /// The pages of an allocation that were written since the last call, and forgets them; of others than the first, since that was asked.
     ///
     /// # Errors
     /// There is no log.
@@ -127,8 +127,11 @@ impl<F: SocFunction> Memory<F> {
         let pages = self.pages(region)?;
         let mut runs = self.ram.take_written(region);
         let mut first = 0;
+        // Rings are read once in a look at all allocations, which begins with the first.
+        let is_first = self.extents.first().is_some_and(|(ram, _)| *ram == region);
         while first < pages {
-            let fetch = DirtyFetch { ram: region, clear: 1, first, pages: pages - first };
+            let as_read = if is_first && first == 0 { 0 } else { DirtyFetch::AS_READ };
+            let fetch = DirtyFetch { ram: region, flags: DirtyFetch::CLEAR | as_read, first, pages: pages - first };
             let reply = self.channel.call(&Call::DirtyFetch(fetch)).await?;
             runs.extend(Reader::new(&reply.bulk).list::<DirtyRun>(RUNS).map_err(CallError::from)?);
             let next: u64 = Reader::new(&reply.payload).take().map_err(CallError::from)?;

@@ -14,7 +14,7 @@ use pcie_function::SocFunction;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::migrate::{Movable, VcpuWrites, WritingVcpus, Written};
+use crate::migrate::{AllWritten, Movable, VcpuWrites, WritingVcpus};
 use crate::persist::{Saved, States};
 
 pub(super) use description::Description;
@@ -128,7 +128,7 @@ impl<F: SocFunction> SourceVm for Mover<F> {
     }
 
     fn limit_writes(&self, bytes: u64) -> Result<(), VmError> {
-        Ok(self.runtime.block_on(self.writes.limit(None, bytes))?)
+        Ok(self.runtime.block_on(self.writes.limit_move(bytes))?)
     }
 
     fn gone(&self) {
@@ -231,7 +231,7 @@ impl<F: SocFunction> WritingVcpus for Mover<F> {
         Ok(self.runtime.block_on(self.writes.count(on))?)
     }
 
-    fn written(&self) -> Result<Vec<Written>, VmError> {
+    fn written(&self) -> Result<AllWritten, VmError> {
         Ok(self.runtime.block_on(self.writes.so_far())?)
     }
 

@@ -479,7 +479,7 @@ fn nearly_right(dice: &mut Dice, opcode: u16) -> Call {
         0x600 => Call::DirtyLog(dice.below(2) == 0),
         0x601 => Call::DirtyFetch(DirtyFetch {
             ram: *dice.one(&[0, 0, 1, 64]),
-            clear: dice.below(3) as u32,
+            flags: dice.below(5) as u32,
             first: dice.nasty(),
             pages: dice.nasty(),
         }),
