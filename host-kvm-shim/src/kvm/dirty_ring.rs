@@ -27,7 +27,7 @@ pub(crate) struct DirtyRing {
     entries: u32,
 }
 
-// SAFETY: the mapping belongs to no thread; who reads entries is one thread at a time (the methods say so), KVM the other side.
+// SAFETY: the mapping belongs to no thread. It isn't Sync: who reads entries has it for himself, and KVM is the other side.
 unsafe impl Send for DirtyRing {}
 
 impl DirtyRing {

@@ -324,10 +324,7 @@ fn write_progress(out: &mut dyn Write, status: &str, told: &Value) -> io::Result
         0 => String::new(),
         percent => format!(", vCPUs slowed by {percent} %"),
     };
-    let stands = match told["dirty-limit-throttle-time-per-round"].is_null() {
-        true => "",
-        false => ", vCPUs limited",
-    };
+    let stands = if told["dirty-limit-throttle-time-per-round"].is_null() { "" } else { ", vCPUs limited" };
     writeln!(
         out,
         "{}: {:.1} MiB left of {:.1}, {:.1} MiB/s{expected}{round}{throttle}{stands}",

@@ -20,6 +20,15 @@ fn writing(more: &[&str]) -> (Vm, Monitor) {
     (vm, qmp)
 }
 
+/// A VM that waits for the guest of `here`, and where.
+fn waiting(here: &mut Vm, dir: &TempDir, more: &[&str]) -> (Vm, String) {
+    let door = dir.path().join("there");
+    let uri = format!("unix:{}", door.display());
+    let there = Vm::payload(&SCRIBE.payload().unwrap(), &[more, &["--incoming", &uri]].concat());
+    here.wait_until("it waits", |_| is_listened_on(&door));
+    (there, uri)
+}
+
 /// Asks until it is so.
 fn until(qmp: &mut Monitor, query: &str, mut is_so: impl FnMut(&Value) -> bool) -> Value {
     loop {
@@ -83,9 +92,7 @@ fn a_guest_that_writes_too_fast_moves_once_its_vcpus_are_limited() {
     }
     let dir = TempDir::new().unwrap();
     let (mut here, mut qmp) = writing(RINGS);
-    let uri = format!("unix:{}", dir.path().join("there").display());
-    let there = Vm::payload(&SCRIBE.payload().unwrap(), &["--dirty-ring", "4096", "--incoming", &uri]);
-    here.wait_until("it waits", |_| is_listened_on(&dir.path().join("there")));
+    let (there, uri) = waiting(&mut here, &dir, &["--dirty-ring", "4096"]);
 
     let set = |capability: &str, state: bool| json!({ "capability": capability, "state": state });
     let both = json!({ "capabilities": [set("dirty-limit", true), set("auto-converge", true)] });
@@ -121,9 +128,7 @@ fn the_command_limits_them_too() {
     }
     let dir = TempDir::new().unwrap();
     let (mut here, _qmp) = writing(RINGS);
-    let uri = format!("unix:{}", dir.path().join("there").display());
-    let there = Vm::payload(&SCRIBE.payload().unwrap(), &["--incoming", &uri]);
-    here.wait_until("it waits", |_| is_listened_on(&dir.path().join("there")));
+    let (there, uri) = waiting(&mut here, &dir, &[]);
     let slow = ["--bandwidth", "16M", "--connections", "1", "--downtime", "900", "--dirty-limit", "1"];
     let told = here.command(&[&["migrate"], &slow[..], &[&uri]].concat());
     assert!(told.contains("vCPUs limited"), "{told}");
@@ -138,9 +143,7 @@ fn a_move_that_is_cancelled_leaves_limits_as_they_were() {
     }
     let dir = TempDir::new().unwrap();
     let (mut here, mut qmp) = writing(RINGS);
-    let uri = format!("unix:{}", dir.path().join("there").display());
-    let _there = Vm::payload(&SCRIBE.payload().unwrap(), &["--incoming", &uri]);
-    here.wait_until("it waits", |_| is_listened_on(&dir.path().join("there")));
+    let (_there, uri) = waiting(&mut here, &dir, &[]);
     let on = json!([{ "capability": "dirty-limit", "state": true }, { "capability": "return-path", "state": true }]);
     qmp.does("migrate-set-capabilities", json!({ "capabilities": on }));
     qmp.does("migrate-set-parameters", json!({ "max-bandwidth": 16 << 20, "downtime-limit": 1 }));
