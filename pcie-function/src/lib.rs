@@ -12,6 +12,7 @@ mod mapped;
 pub mod modelled;
 pub mod regions;
 mod state;
+mod string_copy;
 pub mod vfio;
 
 pub use function::{Bell, Doorbell, FunctionError, HostFunction, Iova, MemoryFile, SocFunction, Windowed};

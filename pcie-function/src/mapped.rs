@@ -1,6 +1,6 @@
 //! Memory mapped into this process that another side writes too: a BAR, a mailbox.
 //!
-//! `unsafe`: mmap, and accesses through raw pointers. No reference into the memory is ever made: words go through atomics, since
+//! `unsafe`: mmap, and accesses through raw pointers. No reference into the memory is ever made but to atomics, since
 //! the other side is another CPU or a device.
 #![allow(unsafe_code)]
 
@@ -16,7 +16,7 @@ use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::fault::Guard;
-use crate::{FunctionError, Windowed};
+use crate::{FunctionError, Windowed, string_copy};
 
 /// Where mapped memory is, seen from this CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +145,25 @@ impl Window {
         let first = (self.address() + offset as u64) as *mut libc::c_void;
         // SAFETY: the range is of this mapping, which lives as long as this window; no byte of it changes.
         Errno::result(unsafe { libc::madvise(first, len, libc::MADV_POPULATE_WRITE) }).map(drop)
+    }
+
+    /// Whether the system has all pages of a range: to read one that it hasn't would take it. Whether this process's page table has them too, it
+    /// doesn't say.
+    ///
+    /// # Panics
+    /// The range is not all within.
+    pub(crate) fn has_pages(&self, offset: usize, len: usize) -> bool {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "{len} bytes at {offset}");
+        // SAFETY: it asks for a number.
+        let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+        let address = self.address() as usize + offset;
+        let first = address / page * page;
+        let mut there = [0u8; 512];
+        let pages = (address + len).div_ceil(page) - first / page;
+        // SAFETY: the pages are of this mapping, which lives as long as this window, and there is a byte for each.
+        pages <= there.len()
+            && unsafe { libc::mincore(first as *mut libc::c_void, pages * page, there.as_mut_ptr()) } == 0
+            && there[..pages].iter().all(|page| page & 1 == 1)
     }
 
     /// Copies out from any byte, which [`BusMemory::copy_out`] can't. The other side may write meanwhile.
@@ -284,8 +303,12 @@ impl BusMemory for Window {
 
     fn copy_in(&self, offset: usize, data: &[u8]) {
         let (words, tail) = data.as_chunks::<8>();
-        for (to, word) in self.words(offset, words.len()).iter().zip(words) {
-            to.store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+        let to = self.words(offset, words.len());
+        // A device takes words.
+        if self.mapping.reach == Reach::Bus || !string_copy::copy_in(to, words) {
+            for (to, word) in to.iter().zip(words) {
+                to.store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+            }
         }
         if !tail.is_empty() {
             let mut last = [0; 8];
@@ -297,8 +320,11 @@ impl BusMemory for Window {
     fn copy_out(&self, offset: usize, data: &mut [u8]) {
         let (words, tail) = data.as_chunks_mut::<8>();
         let whole = words.len() * 8;
-        for (word, from) in words.iter_mut().zip(self.words(offset, whole / 8)) {
-            *word = from.load(Ordering::Relaxed).to_ne_bytes();
+        let from = self.words(offset, words.len());
+        if self.mapping.reach == Reach::Bus || !string_copy::copy_out(words, from) {
+            for (word, from) in words.iter_mut().zip(from) {
+                *word = from.load(Ordering::Relaxed).to_ne_bytes();
+            }
         }
         if !tail.is_empty() {
             let last = self.word(offset + whole).load(Ordering::Relaxed).to_ne_bytes();

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep, spawn};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, send, socket, socketpair};
 use pcie_function::local::{LocalHost, LocalSoc, sealed_memfd};
@@ -116,6 +117,28 @@ fn memory_is_taken_before_it_is_used() {
     soc.take_pages(0, LEN).unwrap();
     assert_eq!(taken(), LEN);
     assert!(soc.take_pages(1, LEN).is_err(), "beyond its end");
+}
+
+#[test]
+fn what_was_taken_and_given_back_is_not_taken_by_who_reads_it() {
+    const LEN: u64 = 1 << 20;
+    let (mut host, soc) = function();
+    let ram = sealed_memfd("ram", LEN).unwrap();
+    host.map_ram(ram.as_fd(), 0, 0, LEN, true).unwrap();
+    soc.take_pages(0, LEN).unwrap();
+    let mut bytes: Vec<u8> = (0..LEN).map(|at| (at / 8 % 251) as u8).collect();
+    soc.write(0, &bytes).unwrap();
+    let read = || {
+        let mut read = vec![0; LEN as usize];
+        soc.read(0, &mut read).unwrap();
+        read
+    };
+    assert!(read() == bytes);
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&ram, hole, 0x3000, 0x2000).unwrap();
+    bytes[0x3000..0x5000].fill(0);
+    assert!(read() == bytes);
+    assert_eq!(nix::sys::stat::fstat(&ram).unwrap().st_blocks as u64 * 512, LEN - 0x2000);
 }
 
 #[test]

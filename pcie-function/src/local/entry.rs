@@ -9,7 +9,8 @@ use nix::sys::uio::pread;
 
 use crate::{BusMemory, MemoryFile, Window};
 
-/// Copies out from this length on go by the memory's file: they need no page table of this process, whose faults cost more than the copying.
+/// Copies out from this length on go by the memory's file, where nobody had all pages taken before: they need no page table of this process,
+/// whose faults cost more than the copying, and take no page that nobody has written.
 const BY_FILE: usize = 32 << 10;
 
 /// A mapping that the host announced, until it is revoked.
@@ -24,6 +25,8 @@ pub(super) struct Entry {
     file: Arc<OwnedFd>,
     offset: u64,
     device_writes: bool,
+    /// This process's page table has all of it, but for what was given back since.
+    is_taken: AtomicBool,
     revoked: AtomicBool,
     users: AtomicU32,
 }
@@ -40,8 +43,8 @@ impl Drop for User<'_> {
 impl Entry {
     /// Of memory of `file` from `offset` on.
     pub(super) fn new(window: Window, file: OwnedFd, offset: u64, device_writes: bool) -> Self {
-        let (file, revoked, users) = (Arc::new(file), AtomicBool::new(false), AtomicU32::new(0));
-        Self { window, file, offset, device_writes, revoked, users }
+        let (is_taken, revoked, users) = (AtomicBool::new(false), AtomicBool::new(false), AtomicU32::new(0));
+        Self { window, file: Arc::new(file), offset, device_writes, is_taken, revoked, users }
     }
 
     /// Bytes.
@@ -74,10 +77,22 @@ impl Entry {
     /// Copies out; `None` if it is revoked, or the host took the pages away.
     pub(super) fn read(&self, offset: usize, data: &mut [u8]) -> Option<()> {
         self.access(|window| {
+            let is_mapped = || self.is_taken.load(Ordering::Relaxed) && window.has_pages(offset, data.len());
             // What the file refuses, the mapping tells of.
-            if data.len() < BY_FILE || self.read_file(offset, data).is_err() {
+            if data.len() < BY_FILE || is_mapped() || self.read_file(offset, data).is_err() {
                 window.read_bytes(offset, data);
             }
+        })
+    }
+
+    /// Has the system give pages now; `None` if it is revoked, or the host took them away.
+    pub(super) fn take_pages(&self, offset: usize, len: usize) -> Option<Result<(), Errno>> {
+        self.access(|window| {
+            window.take_pages(offset, len)?;
+            if len == self.len() {
+                self.is_taken.store(true, Ordering::Relaxed);
+            }
+            Ok(())
         })
     }
 

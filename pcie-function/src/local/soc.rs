@@ -316,7 +316,7 @@ impl SocFunction for LocalSoc {
         let gone = || FunctionError::Unusable(format!("the host has no memory at {iova:#x}"));
         let bytes = usize::try_from(len).map_err(|_| gone())?;
         let (entry, offset) = self.shared.find(iova, bytes).map_err(|_| gone())?;
-        let taken = entry.access(|window| window.take_pages(offset, bytes)).ok_or_else(gone)?;
+        let taken = entry.take_pages(offset, bytes).ok_or_else(gone)?;
         taken.map_err(|e| FunctionError::Os("take the guest's memory", e))
     }
 
