@@ -148,7 +148,8 @@ fn ones_at(page: usize, size: usize) -> bool {
         unsafe { ones.cast::<u64>().add(word).write(u64::MAX) };
     }
     let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-    // SAFETY: moves the page to where a guarded mapping's is, whose users reach it by atomics only: they see the device or ones.
+    // SAFETY: moves the page to where a guarded mapping's is, whose users reach it by atomics, or by one
+    // instruction, which goes on where it faulted: they see the device or ones.
     let moved = unsafe { libc::mremap(ones, size, size, how, page as *mut c_void) };
     if moved == libc::MAP_FAILED {
         // SAFETY: still where it was, and nobody knows it.
@@ -216,6 +217,26 @@ mod tests {
         drop(bar);
         let again = Mapping::device(file.as_fd(), 0, PAGE).unwrap().window();
         assert!(!again.is_lost());
+    }
+
+    #[test]
+    fn a_long_copy_goes_on_where_memory_vanished() {
+        const PAGE: usize = 0x1_0000;
+        let file = memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap();
+        ftruncate(&file, 4 * PAGE as i64).unwrap();
+        let ram = Mapping::guarded(file.as_fd(), 0, 4 * PAGE, crate::Reach::Local).unwrap().window();
+        ram.copy_in(0, &vec![7; 4 * PAGE]);
+        ftruncate(&file, PAGE as i64).unwrap();
+        let mut copy = vec![0; 4 * PAGE];
+        ram.copy_out(0, &mut copy);
+        assert!(copy[..PAGE].iter().all(|byte| *byte == 7) && copy[PAGE..].iter().all(|byte| *byte == 0xff));
+        assert!(ram.is_lost());
+
+        let ram = Mapping::guarded(file.as_fd(), 0, 4 * PAGE, crate::Reach::Local).unwrap().window();
+        ram.copy_in(0, &vec![9; 4 * PAGE]);
+        let mut first = vec![0; PAGE];
+        ram.copy_out(0, &mut first);
+        assert!(first.iter().all(|byte| *byte == 9) && ram.is_lost());
     }
 
     /// Runs itself once more, as the process that is to end.

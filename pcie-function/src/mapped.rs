@@ -18,6 +18,9 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use crate::fault::Guard;
 use crate::{FunctionError, Windowed, string_copy};
 
+/// Pages, which are 2 MiB of x86's.
+const MOST_LOOKED_AT: usize = 512;
+
 /// Where mapped memory is, seen from this CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
@@ -37,7 +40,7 @@ pub struct Mapping {
     guard: Option<Guard>,
 }
 
-// SAFETY: the mapping is plain memory reached by atomics only; nothing about it belongs to a thread.
+// SAFETY: the mapping is plain memory reached by atomics and `string_copy` only; nothing about it belongs to a thread.
 unsafe impl Send for Mapping {}
 // SAFETY: as above; every access through `&Mapping` is atomic or tolerates tearing.
 unsafe impl Sync for Mapping {}
@@ -148,7 +151,7 @@ impl Window {
     }
 
     /// Whether the system has all pages of a range: to read one that it hasn't would take it. Whether this process's page table has them too, it
-    /// doesn't say.
+    /// doesn't say. No range of more than [`MOST_LOOKED_AT`] pages is looked at: it has not.
     ///
     /// # Panics
     /// The range is not all within.
@@ -158,7 +161,7 @@ impl Window {
         let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
         let address = self.address() as usize + offset;
         let first = address / page * page;
-        let mut there = [0u8; 512];
+        let mut there = [0u8; MOST_LOOKED_AT];
         let pages = (address + len).div_ceil(page) - first / page;
         // SAFETY: the pages are of this mapping, which lives as long as this window, and there is a byte for each.
         pages <= there.len()
@@ -304,7 +307,7 @@ impl BusMemory for Window {
     fn copy_in(&self, offset: usize, data: &[u8]) {
         let (words, tail) = data.as_chunks::<8>();
         let to = self.words(offset, words.len());
-        // A device takes words.
+        // The order of string instructions is promised of memory; a device is given words.
         if self.mapping.reach == Reach::Bus || !string_copy::copy_in(to, words) {
             for (to, word) in to.iter().zip(words) {
                 to.store(u64::from_ne_bytes(*word), Ordering::Relaxed);

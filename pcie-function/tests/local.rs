@@ -135,10 +135,10 @@ fn what_was_taken_and_given_back_is_not_taken_by_who_reads_it() {
     };
     assert!(read() == bytes);
     let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    fallocate(&ram, hole, 0x3000, 0x2000).unwrap();
-    bytes[0x3000..0x5000].fill(0);
+    fallocate(&ram, hole, 0x3_0000, 0x2_0000).unwrap();
+    bytes[0x3_0000..0x5_0000].fill(0);
     assert!(read() == bytes);
-    assert_eq!(nix::sys::stat::fstat(&ram).unwrap().st_blocks as u64 * 512, LEN - 0x2000);
+    assert_eq!(nix::sys::stat::fstat(&ram).unwrap().st_blocks as u64 * 512, LEN - 0x2_0000);
 }
 
 #[test]

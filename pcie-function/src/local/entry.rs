@@ -77,6 +77,7 @@ impl Entry {
     /// Copies out; `None` if it is revoked, or the host took the pages away.
     pub(super) fn read(&self, offset: usize, data: &mut [u8]) -> Option<()> {
         self.access(|window| {
+            // What is given back between the look and the copy is taken again, and is zeros either way.
             let is_mapped = || self.is_taken.load(Ordering::Relaxed) && window.has_pages(offset, data.len());
             // What the file refuses, the mapping tells of.
             if data.len() < BY_FILE || is_mapped() || self.read_file(offset, data).is_err() {

@@ -24,7 +24,7 @@ pub(crate) fn map(file: &File) -> io::Result<Arc<Mapping>> {
     Mapping::new(file.as_fd(), 0, len, Reach::Local).map_err(io::Error::other)
 }
 
-/// Stores `data` as aligned words ascending, bytes where it isn't aligned; what comes last in it after all before it, and after every
+/// Stores `data` as aligned words, up to 63 of them ascending, bytes where it isn't aligned; what comes last in it after all before it, and after every
 /// earlier store.
 pub(crate) fn store(memory: &Window, offset: usize, data: &[u8]) {
     match data.split_last_chunk::<8>() {
