@@ -154,6 +154,25 @@ fn the_destination_dies() {
 }
 
 #[test]
+fn one_of_two_connections_is_closed_or_dies_with_its_process() {
+    if !kvm(&test_name()) {
+        return;
+    }
+    for (kind, record, act, place) in [
+        (Kind::Pages, Dropped, Act::Cut, Here),
+        (Kind::Pages, Passes, Act::Cut, Here),
+        // One that is closed behind it has done its work.
+        (Kind::LastPage, Dropped, Act::Cut, Here),
+        (Kind::Pages, Passes, Act::Vmm(Side::Source), Lost),
+        (Kind::Pages, Passes, Act::Shim(Side::Source), Lost),
+        (Kind::Pages, Passes, Act::Vmm(Side::Destination), Here),
+        (Kind::Pages, Passes, Act::Shim(Side::Destination), Here),
+    ] {
+        journey_by(Ways::SECOND, kind, record, act, place);
+    }
+}
+
+#[test]
 fn the_other_side_is_of_another_version() {
     if !kvm(&test_name()) {
         return;
@@ -179,8 +198,11 @@ fn the_other_side_is_of_another_version() {
                 preamble.versions = versions.clone();
             }
         };
-        let pair = Pair::new(|_| Script { change: Some(Box::new(change)), ..Script::default() });
-        let mut qmp = pair.migrate();
+        let pair = Pair::new(|_| {
+            let change = Some(Box::new(change) as _);
+            Script { ways: Ways::ONE, moment: None, victim: None, change, is_over: AtomicBool::new(false) }
+        });
+        let mut qmp = pair.migrate(Ways::ONE);
         match why {
             None => pair.goes_there(&what, Some(0)),
             Some(why) => {
@@ -222,7 +244,11 @@ fn a_file_system_without_room_keeps_the_guest_where_it_is() {
 
 /// A guest goes from one VM to another one; at the first record of that kind something happens.
 fn journey(kind: Kind, record: Record, act: Act, place: Place) {
-    let what = format!("{act:?} at {kind:?}, which is {record:?}");
+    journey_by(Ways::ONE, kind, record, act, place);
+}
+
+fn journey_by(ways: Ways, kind: Kind, record: Record, act: Act, place: Place) {
+    let what = format!("{act:?} at {kind:?}, which is {record:?}, {ways:?}");
     let mut pair = Pair::new(|[here, there]| {
         let victim = match act {
             Act::Cut => None,
@@ -231,7 +257,7 @@ fn journey(kind: Kind, record: Record, act: Act, place: Place) {
             Act::Shim(Side::Source) => Some(here.shim()),
             Act::Shim(Side::Destination) => Some(there.shim()),
         };
-        Script { moment: Some((kind, record)), victim, change: None, is_over: AtomicBool::new(false) }
+        Script { ways, moment: Some((kind, record)), victim, change: None, is_over: AtomicBool::new(false) }
     });
     let dead = match act {
         Act::Cut => None,
@@ -239,7 +265,7 @@ fn journey(kind: Kind, record: Record, act: Act, place: Place) {
     };
     // Shown if the test fails: not all that may fail here knows which journey it belongs to.
     println!("{what}");
-    let mut qmp = pair.migrate();
+    let mut qmp = pair.migrate(ways);
     match place {
         // It was told nothing, so it would wait a minute to be asked.
         Here => drop(pair.stays_here(&what, kind == Kind::Loaded && record == Dropped && act == Act::Cut)),
@@ -278,11 +304,13 @@ impl Pair {
         Self { here, there, pids, proxy, _dir: dir }
     }
 
-    /// Begins, by one connection.
-    fn migrate(&self) -> Monitor {
+    /// Begins.
+    fn migrate(&self, ways: Ways) -> Monitor {
         let mut qmp = Monitor::connect(&self.here.file("qmp"));
-        let on = json!({ "capability": "return-path", "state": true });
-        qmp.does("migrate-set-capabilities", json!({ "capabilities": [on] }));
+        let set = |capability: &str, state: bool| json!({ "capability": capability, "state": state });
+        let both = [set("return-path", true), set("multifd", ways.count > 1)];
+        qmp.does("migrate-set-capabilities", json!({ "capabilities": both }));
+        qmp.does("migrate-set-parameters", json!({ "multifd-channels": ways.count }));
         qmp.does("migrate", json!({ "uri": format!("unix:{}", self.proxy.display()) }));
         qmp
     }
@@ -395,9 +423,22 @@ impl Pair {
     }
 }
 
+/// By how many connections a guest goes.
+#[derive(Clone, Copy, Debug)]
+struct Ways {
+    count: usize,
+    /// Which of them is read, in the order in which they are made.
+    read: usize,
+}
+
+impl Ways {
+    const ONE: Self = Self { count: 1, read: 0 };
+    const SECOND: Self = Self { count: 2, read: 1 };
+}
+
 /// What the proxy does.
-#[derive(Default)]
 struct Script {
+    ways: Ways,
     /// At which record, and what becomes of that.
     moment: Option<(Kind, Record)>,
     /// Who dies then; none: the network does.
@@ -433,7 +474,7 @@ impl Script {
     }
 }
 
-/// Passes on what comes, by the first connection record by record, until the test is over.
+/// Passes on what comes, by one connection record by record, until the test is over.
 fn relay(listener: &UnixListener, there: &Path, script: &Arc<Script>) {
     for (number, from) in listener.incoming().enumerate() {
         let from = from.unwrap();
@@ -443,9 +484,10 @@ fn relay(listener: &UnixListener, there: &Path, script: &Arc<Script>) {
             let (mut from, mut to, script) = (from.try_clone().unwrap(), to.try_clone().unwrap(), script.clone());
             thread::spawn(move || {
                 // An end is an end, whatever its reason.
-                let _ = match number {
-                    0 => pass_records(&mut from, &mut to, side, &script),
-                    _ => io::copy(&mut from, &mut to).map(drop),
+                let _ = if number == script.ways.read {
+                    pass_records(&mut from, &mut to, side, &script)
+                } else {
+                    io::copy(&mut from, &mut to).map(drop)
                 };
                 for end in [from, to] {
                     let _ = end.shutdown(Shutdown::Both);
