@@ -150,6 +150,9 @@ impl Place<'_> {
         };
         self.end(&mut source)?;
         let cpu_ms = cpu(destination.process.id()) + cpu_of_ended() - cpu_before;
+        // Killed, it would leave its sockets behind.
+        destination.monitor.execute("quit", &json!({}))?;
+        destination.process.wait(END_LIMIT)?;
         let lost = if before.work > 0.0 { (1.0 - during.work / before.work) * 100.0 } else { 0.0 };
         Ok(Outcome {
             total_ms: left.max(here).saturating_sub(clock) as f64 / 1e3,
