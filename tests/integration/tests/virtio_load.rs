@@ -48,7 +48,8 @@ fn a_request_at_a_time_costs_at_most_a_kick_and_an_interrupt() {
     }
     for write in [false, true] {
         for round in rounds(Load { write, depth: 1, count: 300, rounds: 3, sleeps: true }) {
-            assert!(round.kicks <= round.requests && round.interrupts <= round.requests, "{round:?}");
+            // The interrupt of the last request of a round may come in the next one, where the guest saw its end before.
+            assert!(round.kicks <= round.requests && round.interrupts <= round.requests + 1, "{round:?}");
         }
     }
 }
