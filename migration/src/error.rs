@@ -50,6 +50,9 @@ pub enum MigrationError {
     /// Somebody comes who goes on with a migration that is not this one.
     #[error("a connection of a migration that began elsewhere: its destination is another process, or is gone")]
     NotBegun,
+    /// Somebody brings a guest where one comes already.
+    #[error("the source of another guest, while one is on its way here already: it has to find a VM of its own")]
+    Taken,
     /// Somebody comes who can't be answered, where who comes can be.
     #[error("a stream without a way back by a socket that others come to: pass a file, or a descriptor by fd:")]
     Mute,

@@ -199,6 +199,30 @@ fn who_begins_no_migration_ends_no_wait() {
     assert_eq!(control.events().iter().filter(|event| matches!(event, Event::TurnedAway(_))).count(), 3);
 }
 
+/// A door is one guest's: the source of a second one learns why nobody answers it, and the destination's log has it.
+#[test]
+fn a_second_guest_is_told_apart_and_the_first_comes() {
+    let (peer, mut accepts) = Peer::new(1, Features::default());
+    let control = Watched::new(parameters());
+    thread::scope(|scope| {
+        let receives = scope.spawn(|| receive(&Destination::new(&[128]), &mut accepts, &control));
+        let mut line = peer.starts();
+        let second = Source::new(Ram::filled(&[128]));
+        let sent = send(&second, &mut |_| Connection::unix(peer.knocks()), &Control::new(parameters()));
+        let Err(error @ MigrationError::Lost { connection: 0, .. }) = sent else { panic!("{sent:?}") };
+        assert!(error.one_line().contains("another guest may be on its way there") && second.runs(), "{error}");
+        line.say(&[zeros(0, 128), Record::LastPage, Record::StateEnds]);
+        line.hears(&Record::Loaded);
+        line.say(&[Record::Go]);
+        line.hears(&Record::Runs);
+        line.say(&[Record::Gone]);
+        receives.join().unwrap().unwrap();
+    });
+    let events = control.events();
+    let told: Vec<_> = events.iter().filter(|event| matches!(event, Event::TurnedAway(_))).collect();
+    assert!(matches!(told[..], [Event::TurnedAway(why)] if why.starts_with("the source of another guest")), "{told:?}");
+}
+
 /// However many knock, few are let in at a time: the others wait where they cost nothing.
 #[test]
 fn few_are_let_in_at_a_time() {

@@ -132,6 +132,10 @@ impl<'s, 'e: 's, 'v: 's> Door<'s, 'e, 'v> {
 
     /// Somebody beside the first.
     fn let_in(&self, connection: Connection, offer: Preamble, visit: Visit<'e, 'v>) {
+        if begins(&offer) {
+            self.control.turned_away(&MigrationError::Taken);
+            return;
+        }
         let Some(open) = self.hall.job() else { return };
         let main = &open.main;
         if offer.id != main.id || offer.connections != main.connections {

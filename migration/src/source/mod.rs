@@ -30,12 +30,14 @@ use crate::connection::Place;
 use crate::ending::{Ending, caught};
 use crate::progress::{Meter, per_second};
 use crate::session::{Session, spawned};
-use crate::stream::{Features, PAGE, Preamble, Record, VERSIONS};
+use crate::stream::{Features, PAGE, Preamble, Record, StreamError, VERSIONS};
 use crate::watch::{Line, LineReceiver, within};
 use crate::{After, Connection, Control, MigrationError, Parameters, Phase, SourceVm, State, Summary, VmError};
 
 /// Most answers that nobody has waited for yet: each comes when this side does, but for a refusal.
 const MOST_ANSWERS: usize = 4;
+/// When a connection ended that nobody wants at the destination.
+const UNANSWERED: &str = "before it answered: another guest may be on its way there, or its log says why";
 
 /// Opens the connection of that number; [`io::ErrorKind::Unsupported`]: it can't be opened (again).
 pub type Open<'a> = dyn FnMut(u16) -> io::Result<Connection> + 'a;
@@ -407,7 +409,10 @@ impl<'s, 'v: 's> Source<'s, '_, 'v> {
             }
             Preamble::read_from(&mut connection.reader)
         });
-        let answer = answer.map_err(MigrationError::stream(number))?;
+        let answer = answer.map_err(|error| match error {
+            StreamError::Truncated => MigrationError::Lost { connection: number, when: UNANSWERED },
+            error => MigrationError::stream(number)(error),
+        })?;
         if !is_one_way {
             offer.accept(&answer)?;
         }
