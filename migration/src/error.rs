@@ -140,7 +140,9 @@ pub enum MigrationError {
         why: &'static str,
     },
     /// A running guest's pages can't be read.
-    #[error("{pages} pages of the guest that runs here can't be had: the guest is lost, its file is as it was")]
+    #[error(
+        "a page can't be read while {pages} of the running guest's are still to be: the guest is lost, its file is as it was"
+    )]
     Unreadable {
         /// How many.
         pages: u64,

@@ -250,7 +250,7 @@ fn shown(figures: &Figures) -> String {
         row(&["MiB sent", "move.sent"]),
         row(&["downtime as soc-vmm has it, ms", "move.downtime"]),
         row(&["longest gap of the guest's clock, ms", "guest.gap"]),
-        row(&["the same of 5 s before, ms", "guest.gap.before"]),
+        row(&["such a gap in the 5 s before, ms", "guest.gap.before"]),
     ];
     let mut tables = vec![&times[..], &exits, &bus, &cost];
     if figures.value("move.total").is_some() {

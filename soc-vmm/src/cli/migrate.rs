@@ -311,10 +311,10 @@ fn write_progress(out: &mut dyn Write, status: &str, told: &Value) -> io::Result
         writeln!(out, "setup")?;
         return out.flush();
     }
-    let expected = match number(told, "expected-downtime") {
-        // The first round tells it.
-        0 => String::new(),
-        ms => format!(", expected downtime {ms} ms"),
+    let expected = match (status, number(told, "expected-downtime")) {
+        // The first round tells it; later it is no longer expected.
+        ("active", ms @ 1..) => format!(", expected downtime {ms} ms"),
+        _ => String::new(),
     };
     let round = match status {
         "active" => format!(", round {}", number(ram, "dirty-sync-count") + 1),

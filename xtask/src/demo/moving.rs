@@ -70,7 +70,7 @@ fn arrived(vmm: &mut Vmm<'_>, (seat, before): (Seat, Done), figures: &mut Figure
     let done = worker::goes_on(&mut shell, before)?;
     worker::end(&mut shell)?;
     say(&format!(
-        "it works on: {} times its disk, {} words over the same connection, 64 MiB of memory as they were",
+        "the guest goes on: its disk written {} times, {} words over the same connection, its 64 MiB of memory unchanged",
         done.disk, done.network
     ));
     shell.last("poweroff")
