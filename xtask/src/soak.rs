@@ -26,18 +26,22 @@ const LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// Shares `minutes` between the fuzz targets and the tests whose names begin with one of `names`, or all of them.
 pub(crate) fn run(names: &[String], minutes: u32) -> Result<ExitCode, String> {
+    let is_test = |start: &str| REPEATED.into_iter().any(|test| format!("test.{test}").starts_with(start));
+    if let Some(name) = names.iter().find(|name| !name.starts_with("fuzz") && !is_test(name)) {
+        return Err(nothing_called(name));
+    }
     let chosen = |name: &str| names.is_empty() || names.iter().any(|start| name.starts_with(start.as_str()));
     let tests: Vec<_> = REPEATED.into_iter().filter(|test| chosen(&format!("test.{test}"))).collect();
     let mut fuzzed = Vec::new();
     if names.is_empty() || names.iter().any(|name| name.starts_with("fuzz")) {
         let Some(targets) = fuzz::build(step::run)? else { return Ok(ExitCode::FAILURE) };
+        let is_target = |start: &str| targets.iter().any(|target| format!("fuzz.{target}").starts_with(start));
+        if let Some(name) = names.iter().find(|name| name.starts_with("fuzz") && !is_target(name)) {
+            return Err(nothing_called(name));
+        }
         fuzzed.extend(targets.into_iter().filter(|target| chosen(&format!("fuzz.{target}"))));
     }
     let parts = u32::try_from(tests.len() + fuzzed.len()).unwrap_or(u32::MAX);
-    if parts == 0 {
-        let all = REPEATED.map(|test| format!("test.{test}")).join(", ");
-        return Err(format!("nothing is called {}; there are: fuzz.TARGET, {all}", names.join(", ")));
-    }
     if !tests.is_empty() {
         let mut build = cargo(["test", "--no-run", "--package", "integration"]);
         build.args(tests.iter().flat_map(|test| ["--test", test]));
@@ -70,4 +74,9 @@ pub(crate) fn run(names: &[String], minutes: u32) -> Result<ExitCode, String> {
     }
     println!("{passed} passed, {} failed", failed.len());
     Ok(if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn nothing_called(name: &str) -> String {
+    let all = REPEATED.map(|test| format!("test.{test}")).join(", ");
+    format!("nothing is called {name}; there are: fuzz.TARGET, {all}")
 }
