@@ -26,19 +26,15 @@ const LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// Shares `minutes` between the fuzz targets and the tests whose names begin with one of `names`, or all of them.
 pub(crate) fn run(names: &[String], minutes: u32) -> Result<ExitCode, String> {
-    let is_test = |start: &str| REPEATED.into_iter().any(|test| format!("test.{test}").starts_with(start));
-    if let Some(name) = names.iter().find(|name| !name.starts_with("fuzz") && !is_test(name)) {
-        return Err(nothing_called(name));
-    }
+    let (of_fuzz, of_tests): (Vec<&String>, Vec<&String>) = names.iter().partition(|name| name.starts_with("fuzz"));
+    let listed: Vec<_> = REPEATED.iter().map(|test| format!("test.{test}")).chain(["fuzz.TARGET".to_owned()]).collect();
+    all_begin_one(&of_tests, &listed)?;
     let chosen = |name: &str| names.is_empty() || names.iter().any(|start| name.starts_with(start.as_str()));
     let tests: Vec<_> = REPEATED.into_iter().filter(|test| chosen(&format!("test.{test}"))).collect();
     let mut fuzzed = Vec::new();
-    if names.is_empty() || names.iter().any(|name| name.starts_with("fuzz")) {
+    if names.is_empty() || !of_fuzz.is_empty() {
         let Some(targets) = fuzz::build(step::run)? else { return Ok(ExitCode::FAILURE) };
-        let is_target = |start: &str| targets.iter().any(|target| format!("fuzz.{target}").starts_with(start));
-        if let Some(name) = names.iter().find(|name| name.starts_with("fuzz") && !is_target(name)) {
-            return Err(nothing_called(name));
-        }
+        all_begin_one(&of_fuzz, &targets.iter().map(|target| format!("fuzz.{target}")).collect::<Vec<_>>())?;
         fuzzed.extend(targets.into_iter().filter(|target| chosen(&format!("fuzz.{target}"))));
     }
     let parts = u32::try_from(tests.len() + fuzzed.len()).unwrap_or(u32::MAX);
@@ -76,7 +72,24 @@ pub(crate) fn run(names: &[String], minutes: u32) -> Result<ExitCode, String> {
     Ok(if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn nothing_called(name: &str) -> String {
-    let all = REPEATED.map(|test| format!("test.{test}")).join(", ");
-    format!("nothing is called {name}; there are: fuzz.TARGET, {all}")
+/// Nothing, if each of `starts` is the beginning of one of `things`.
+fn all_begin_one(starts: &[&String], things: &[String]) -> Result<(), String> {
+    match starts.iter().find(|start| !things.iter().any(|thing| thing.starts_with(start.as_str()))) {
+        Some(start) => Err(format!("nothing is called {start}; there are: {}", things.join(", "))),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_of_nothing_is_refused_beside_names_of_something() {
+        let [begins, nothing] = ["test.mach", "test.nothing"].map(String::from);
+        let things = ["test.hostile", "test.machine_debian_moves"].map(String::from);
+        assert_eq!(all_begin_one(&[&begins], &things), Ok(()));
+        let why = all_begin_one(&[&begins, &nothing], &things).unwrap_err();
+        assert_eq!(why, "nothing is called test.nothing; there are: test.hostile, test.machine_debian_moves");
+    }
 }
