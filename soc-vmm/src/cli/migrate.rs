@@ -371,6 +371,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_downtime_is_expected_until_the_guest_has_left() {
+        let told = json!({ "expected-downtime": 7, "ram": { "total": 4 << 20, "remaining": 1 << 20, "mbps": 0.0 } });
+        for (status, said) in [
+            ("active", "active: 1.0 MiB left of 4.0, 0.0 MiB/s, expected downtime 7 ms, round 1\n"),
+            ("postcopy-active", "postcopy-active: 1.0 MiB left of 4.0, 0.0 MiB/s\n"),
+        ] {
+            let mut out = Vec::new();
+            write_progress(&mut out, status, &told).unwrap();
+            assert_eq!(String::from_utf8(out).unwrap(), said);
+        }
+    }
+
+    #[test]
     fn a_file_that_can_t_be_written_is_named_with_what_to_do() {
         for (told, runs, said) in [
             (
