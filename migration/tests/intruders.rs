@@ -162,10 +162,7 @@ fn silent_strangers_hold_up_nobody() {
         lines.push(peer.connects(1, Features::default()));
         lines[0].say(&[zeros(0, 64), Record::LastPage, Record::StateEnds]);
         lines[1].say(&[zeros(64, 64), Record::LastPage]);
-        lines[0].hears(&Record::Loaded);
-        lines[0].say(&[Record::Go]);
-        lines[0].hears(&Record::Runs);
-        lines[0].say(&[Record::Gone]);
+        lines[0].hands_over();
         receives.join().unwrap().unwrap();
     });
     // They are gone with it.
@@ -190,10 +187,7 @@ fn who_begins_no_migration_ends_no_wait() {
         }
         let mut line = peer.starts();
         line.say(&[zeros(0, 128), Record::LastPage, Record::StateEnds]);
-        line.hears(&Record::Loaded);
-        line.say(&[Record::Go]);
-        line.hears(&Record::Runs);
-        line.say(&[Record::Gone]);
+        line.hands_over();
         receives.join().unwrap().unwrap();
     });
     assert_eq!(control.events().iter().filter(|event| matches!(event, Event::TurnedAway(_))).count(), 3);
@@ -212,10 +206,7 @@ fn a_second_guest_is_told_apart_and_the_first_comes() {
         let Err(error @ MigrationError::Lost { connection: 0, .. }) = sent else { panic!("{sent:?}") };
         assert!(error.one_line().contains("another guest may be on its way there") && second.runs(), "{error}");
         line.say(&[zeros(0, 128), Record::LastPage, Record::StateEnds]);
-        line.hears(&Record::Loaded);
-        line.say(&[Record::Go]);
-        line.hears(&Record::Runs);
-        line.say(&[Record::Gone]);
+        line.hands_over();
         receives.join().unwrap().unwrap();
     });
     let events = control.events();

@@ -36,7 +36,7 @@ use crate::{After, Connection, Control, MigrationError, Parameters, Phase, Sourc
 
 /// Most answers that nobody has waited for yet: each comes when this side does, but for a refusal.
 const MOST_ANSWERS: usize = 4;
-/// When a connection ended that nobody wants at the destination.
+/// When the main connection ended that nobody wants at the destination.
 const UNANSWERED: &str = "before it answered: another guest may be on its way there, or its log says why";
 
 /// Opens the connection of that number; [`io::ErrorKind::Unsupported`]: it can't be opened (again).
@@ -410,7 +410,7 @@ impl<'s, 'v: 's> Source<'s, '_, 'v> {
             Preamble::read_from(&mut connection.reader)
         });
         let answer = answer.map_err(|error| match error {
-            StreamError::Truncated => MigrationError::Lost { connection: number, when: UNANSWERED },
+            StreamError::Truncated if number == 0 => MigrationError::Lost { connection: 0, when: UNANSWERED },
             error => MigrationError::stream(number)(error),
         })?;
         if !is_one_way {

@@ -44,6 +44,14 @@ impl Line {
         while self.receiver.receive().unwrap().expect("something else than its end").kind() != kind {}
     }
 
+    /// Gives the guest away, once everything was said, and goes.
+    pub(crate) fn hands_over(&mut self) {
+        self.hears(&Record::Loaded);
+        self.say(&[Record::Go]);
+        self.hears(&Record::Runs);
+        self.say(&[Record::Gone]);
+    }
+
     /// Says that again and again, until nobody takes it, or it is clear that somebody takes all of it.
     pub(crate) fn floods(&mut self, record: &Record<'_>) {
         for _ in 0..100_000 {
